@@ -1,0 +1,50 @@
+"""mxlab: study low-precision LLMs.
+
+``import mxlab`` is quick: what needs torch is imported when it is first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mxlab.convert import Conversion, apply
+    from mxlab.formats import ElementFormat, MXFormat
+    from mxlab.numerics import quantize, round_elementwise
+    from mxlab.recipe import Recipe, Rule
+    from mxlab.specs import MxSpecs
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Conversion": "mxlab.convert",
+    "ElementFormat": "mxlab.formats",
+    "MXFormat": "mxlab.formats",
+    "MxSpecs": "mxlab.specs",
+    "Recipe": "mxlab.recipe",
+    "Rule": "mxlab.recipe",
+    "apply": "mxlab.convert",
+    "quantize": "mxlab.numerics",
+    "round_elementwise": "mxlab.numerics",
+}
+
+__all__ = [
+    "Conversion",
+    "ElementFormat",
+    "MXFormat",
+    "MxSpecs",
+    "Recipe",
+    "Rule",
+    "apply",
+    "quantize",
+    "round_elementwise",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'mxlab' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,1 @@
+"""Implementations of the numerics; :mod:`mxlab.numerics` chooses one."""

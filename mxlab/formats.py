@@ -1,0 +1,277 @@
+"""Number formats as data: element formats and the MX formats built from them.
+
+A format is one row: how many exponent and mantissa bits, and which codes are reserved. Bias, exponent range, largest
+value and storage cost are derived from the row. Nothing here needs torch.
+
+Sources: OCP Microscaling Formats (MX) Specification v1.0, sections 5 and 6; OCP 8-bit Floating Point (OFP8) v1.0.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, fields
+from typing import Literal, get_args
+
+from mxlab.errors import FormatError
+
+Specials = Literal["none", "nan", "ieee"]
+Numerics = Literal["exact", "microxcaling"]
+Rounding = Literal["nearest", "even", "floor", "dither"]
+ScaleRule = Literal["floor", "none"]
+
+ROUNDINGS: tuple[str, ...] = get_args(Rounding)
+SCALE_RULES: tuple[str, ...] = get_args(ScaleRule)
+NUMERICS: tuple[str, ...] = get_args(Numerics)
+SCALES = ("e8m0",)
+
+
+@dataclass(frozen=True)
+class ElementFormat:
+    """A scalar format: sign, ``exponent_bits``, ``mantissa_bits`` (the implicit leading bit not counted).
+
+    An MX integer is the case of no exponent field: one fixed binade below ``2^(emax + 1)``, so that one set of
+    formulas serves both. ``specials`` says which codes are not numbers: ``none``; ``nan``, the top mantissa of the
+    top exponent (OFP8 E4M3); ``ieee``, the whole top exponent.
+    """
+
+    name: str
+    exponent_bits: int
+    mantissa_bits: int
+    specials: Specials = "none"
+
+    @property
+    def is_int(self) -> bool:
+        """Whether this is a symmetric fixed-point format (MXINT)."""
+        return self.exponent_bits == 0
+
+    @property
+    def bits(self) -> int:
+        """Storage of one element in bits, sign included (an integer has one bit before the binary point)."""
+        return 1 + max(self.exponent_bits, 1) + self.mantissa_bits
+
+    @property
+    def bias(self) -> int:
+        """Exponent bias; 0 for integers and for a one-bit exponent."""
+        return 2 ** (self.exponent_bits - 1) - 1 if self.exponent_bits else 0
+
+    @property
+    def emin(self) -> int:
+        """Exponent of the smallest normal number; below it the grid is uniform."""
+        return 0 if self.is_int else 1 - self.bias
+
+    @property
+    def emax(self) -> int:
+        """Exponent of the largest number (OCP MX v1.0, section 5.3: the MX scale is relative to it)."""
+        if self.is_int:
+            return 0
+        return 2**self.exponent_bits - 1 - self.bias - (self.specials == "ieee")
+
+    @property
+    def min_normal(self) -> float:
+        """The smallest normal number."""
+        return 2.0**self.emin
+
+    @property
+    def max(self) -> float:
+        """The largest finite number."""
+        steps = 2 ** (self.mantissa_bits + 1) - 1 - (self.specials == "nan")
+        return math.ldexp(steps, self.emax - self.mantissa_bits)
+
+    def magnitudes(self) -> tuple[float, ...]:
+        """Every non-negative finite value, ascending: one per code without the sign."""
+        per_binade = 2**self.mantissa_bits
+        # The binade at emin holds the subnormals (0 .. per_binade - 1) and the first normals above them.
+        values = [math.ldexp(k, self.emin - self.mantissa_bits) for k in range(2 * per_binade)]
+        for exponent in range(self.emin + 1, self.emax + 1):
+            values += [math.ldexp(per_binade + k, exponent - self.mantissa_bits) for k in range(per_binade)]
+        return tuple(v for v in values if v <= self.max)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+ELEMENTS: dict[str, ElementFormat] = {
+    row.name: row
+    for row in (
+        ElementFormat("fp8_e5m2", 5, 2, "ieee"),
+        ElementFormat("fp8_e4m3", 4, 3, "nan"),
+        ElementFormat("fp6_e3m2", 3, 2),
+        ElementFormat("fp6_e2m3", 2, 3),
+        ElementFormat("fp4_e2m1", 2, 1),
+        ElementFormat("int8", 0, 6),
+        ElementFormat("int4", 0, 2),
+        ElementFormat("int2", 0, 0),
+        ElementFormat("fp16", 5, 10, "ieee"),
+        ElementFormat("bf16", 8, 7, "ieee"),
+    )
+}
+ALIASES = {"fp4": "fp4_e2m1", "mxfp4": "fp4_e2m1", "bfloat16": "bf16", "float16": "fp16"}
+
+
+@functools.cache
+def element(name: str) -> ElementFormat:
+    """The element format called ``name``.
+
+    Besides the table: any ``intB`` (2 <= B <= 8), any ``fpN_eXmY`` with 1 + X + Y = N <= 8, and ``mx`` in front
+    (``mxfp6_e2m3``).
+
+    Raises:
+        FormatError: no such format; the message lists those that exist.
+    """
+    key = name.strip().lower() if isinstance(name, str) else name
+    key = ALIASES.get(key, key)
+    if isinstance(key, str) and key.startswith("mx"):
+        key = key.removeprefix("mx")
+    found = ELEMENTS.get(key) or _parametric(key)
+    if found is None:
+        raise FormatError(
+            f"unknown element format {name!r}: known are {', '.join(ELEMENTS)}, any intB (B = 2..8) "
+            f"and any fpN_eXmY with 1 + X + Y = N <= 8{suggestion(str(name), ELEMENTS)}"
+        )
+    return found
+
+
+def _parametric(name: str) -> ElementFormat | None:
+    if match := re.fullmatch(r"int([2-8])", str(name)):
+        return ElementFormat(str(name), 0, int(match[1]) - 2)
+    if match := re.fullmatch(r"fp(\d)_e(\d)m(\d)", str(name)):
+        bits, exponent_bits, mantissa_bits = map(int, match.groups())
+        if exponent_bits >= 1 and 1 + exponent_bits + mantissa_bits == bits <= 8:
+            return ElementFormat(str(name), exponent_bits, mantissa_bits)
+    return None
+
+
+@dataclass(frozen=True)
+class MXFormat:
+    """A microscaling format: blocks of ``block_size`` elements that share one power-of-two scale.
+
+    Prints as ``fp4_e2m1@32`` with whatever differs from the defaults behind it
+    (``fp4_e2m1@32,scale_bits=6,rounding=even``); :meth:`parse` reads that back.
+
+    Attributes:
+        element: element format name (see :func:`element`); stored in its canonical spelling.
+        block_size: elements that share a scale, along the quantized axis; 0 means the whole axis.
+        scale: format of the shared scale; ``e8m0`` is a bare exponent (OCP MX v1.0, section 5.1).
+        scale_bits: width of the shared exponent, 1..8; 0 means 8, as in microxcaling.
+        scale_rule: ``floor``, the OCP rule floor(log2 amax) - emax; ``none``, every element its own exponent.
+        rounding: ``nearest`` (ties away from zero), ``even`` (ties to even), ``floor`` (toward zero) or ``dither``
+            (stochastic).
+        flush_fp32_subnorms: blocks whose largest magnitude is below 2^-126 become zero.
+
+    Raises:
+        FormatError: a field out of range; the message names the field and what it may be.
+    """
+
+    element: str
+    block_size: int = 32
+    scale: str = "e8m0"
+    scale_bits: int = 8
+    scale_rule: ScaleRule = "floor"
+    rounding: Rounding = "nearest"
+    flush_fp32_subnorms: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "element", element(self.element).name)
+        check_int("block_size", self.block_size, 0, None, "a positive number of elements, or 0 for the whole axis")
+        check_int("scale_bits", self.scale_bits, 0, 8, "1 to 8, or 0 for 8")
+        object.__setattr__(self, "scale_bits", self.scale_bits or 8)
+        check_choice("scale", self.scale, SCALES)
+        check_choice("scale_rule", self.scale_rule, SCALE_RULES)
+        check_choice("rounding", self.rounding, ROUNDINGS)
+        if not isinstance(self.flush_fp32_subnorms, bool):
+            raise FormatError(f"flush_fp32_subnorms is {self.flush_fp32_subnorms!r}: it must be true or false")
+
+    @property
+    def element_format(self) -> ElementFormat:
+        """The row behind :attr:`element`."""
+        return element(self.element)
+
+    @property
+    def scale_emax(self) -> int:
+        """Largest magnitude of the shared exponent, 2^(scale_bits - 1) - 1."""
+        return 2 ** (self.scale_bits - 1) - 1
+
+    @property
+    def bits_per_element(self) -> float:
+        """Storage of one element in bits, its share of the scale included.
+
+        With ``block_size=0`` the share depends on the length of the axis and is not counted.
+        """
+        if self.scale_rule == "none":
+            return self.element_format.bits + self.scale_bits
+        share = self.scale_bits / self.block_size if self.block_size else 0
+        return self.element_format.bits + share
+
+    def __str__(self) -> str:
+        extras = [f"{f.name}={_plain(getattr(self, f.name))}" for f in _EXTRAS if getattr(self, f.name) != f.default]
+        return ",".join([f"{self.element}@{self.block_size}", *extras])
+
+    @classmethod
+    def parse(cls, text: str | MXFormat) -> MXFormat:
+        """The format that ``text`` spells, such as ``fp6_e2m3@32`` or ``int8@16,scale_bits=6``.
+
+        The block size may be left out (32).
+
+        Raises:
+            FormatError: not a format; the message names the part that could not be read.
+        """
+        if isinstance(text, MXFormat):
+            return text
+        if not isinstance(text, str):
+            raise FormatError(f"{text!r} is not a format: write it like 'fp4_e2m1@32'")
+        head, *extras = (part.strip() for part in text.split(","))
+        name, _, block = head.partition("@")
+        block_size = _integer("block_size", block) if block else 32
+        return cls(name, block_size, **_parse_extras(extras, text))
+
+
+_EXTRAS = tuple(f for f in fields(MXFormat) if f.name not in ("element", "block_size") and f.default is not MISSING)
+
+
+def _parse_extras(extras: Sequence[str], text: str) -> dict:
+    known = [f.name for f in _EXTRAS]
+    values: dict = {}
+    for extra in extras:
+        key, equals, value = (part.strip() for part in extra.partition("="))
+        if key not in known or not equals or key in values:
+            raise FormatError(
+                f"cannot read {extra!r} in the format {text!r}: after the block size come key=value pairs, each once, "
+                f"of {', '.join(known)}{suggestion(key, known)}"
+            )
+        values[key] = {"true": True, "false": False}.get(value.lower(), value)
+        if key == "scale_bits":
+            values[key] = _integer(key, value)
+    return values
+
+
+def _integer(name: str, text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise FormatError(f"{name} is {text!r}: it must be a whole number") from None
+
+
+def _plain(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def check_int(name: str, value: object, low: int, high: int | None, allowed: str) -> None:
+    """Raise FormatError unless ``value`` is an int (no bool) from ``low`` to ``high``; ``allowed`` says so in words."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
+        raise FormatError(f"{name} is {value!r}: it must be {allowed}")
+
+
+def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
+    """Raise FormatError unless ``value`` is one of ``allowed``."""
+    if value not in allowed:
+        raise FormatError(f"{name} is {value!r}: it must be one of {', '.join(allowed)}{suggestion(value, allowed)}")
+
+
+def suggestion(word: object, known: Sequence[str] | dict) -> str:
+    """``; did you mean 'x'?`` for the nearest of ``known``, or nothing."""
+    near = difflib.get_close_matches(str(word), list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
