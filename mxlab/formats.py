@@ -12,7 +12,7 @@ import difflib
 import functools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import Literal, get_args
 
@@ -145,6 +145,23 @@ def _parametric(name: str) -> ElementFormat | None:
     return None
 
 
+def elementwise_format(bfloat: int = 0, fp: int = 0) -> ElementFormat | None:
+    """The scalar format microxcaling's options ``bfloat`` and ``fp`` stand for; None where nothing is rounded.
+
+    Raises:
+        FormatError: a width out of range, or both given.
+    """
+    check_int("bfloat", bfloat, 0, 32, "10 to 32, or 0 for none")
+    check_int("fp", fp, 0, 29, "7 to 29, or 0 for none")
+    if bfloat and fp:
+        raise FormatError(f"bfloat is {bfloat} and fp is {fp}: give one of them, the other 0")
+    if 0 < bfloat < 10 or 0 < fp < 7:
+        raise FormatError(f"bfloat is {bfloat}, fp is {fp}: bfloat must be 10 to 32 and fp 7 to 29, or 0 for none")
+    if fp:
+        return ElementFormat(f"fp{fp}", 5, fp - 6, "ieee")
+    return ElementFormat(f"bfloat{bfloat}", 8, bfloat - 9, "ieee") if 0 < bfloat < 32 else None
+
+
 @dataclass(frozen=True)
 class MXFormat:
     """A microscaling format: blocks of ``block_size`` elements that share one power-of-two scale.
@@ -265,13 +282,15 @@ def check_int(name: str, value: object, low: int, high: int | None, allowed: str
         raise FormatError(f"{name} is {value!r}: it must be {allowed}")
 
 
-def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
+def check_choice(name: str, value: object, allowed: Sequence[object]) -> None:
     """Raise FormatError unless ``value`` is one of ``allowed``."""
     if value not in allowed:
-        raise FormatError(f"{name} is {value!r}: it must be one of {', '.join(allowed)}{suggestion(value, allowed)}")
+        raise FormatError(
+            f"{name} is {value!r}: it must be one of {', '.join(map(str, allowed))}{suggestion(value, allowed)}"
+        )
 
 
-def suggestion(word: object, known: Sequence[str] | dict) -> str:
+def suggestion(word: object, known: Iterable[object]) -> str:
     """``; did you mean 'x'?`` for the nearest of ``known``, or nothing."""
-    near = difflib.get_close_matches(str(word), list(known), n=1)
+    near = difflib.get_close_matches(str(word), [str(k) for k in known], n=1)
     return f"; did you mean {near[0]!r}?" if near else ""

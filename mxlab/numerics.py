@@ -13,7 +13,16 @@ from torch import Tensor
 
 from mxlab.backends import microxcaling, reference
 from mxlab.errors import FormatError
-from mxlab.formats import NUMERICS, ROUNDINGS, ElementFormat, MXFormat, Numerics, Rounding, check_choice, check_int
+from mxlab.formats import (
+    NUMERICS,
+    ROUNDINGS,
+    ElementFormat,
+    MXFormat,
+    Numerics,
+    Rounding,
+    check_choice,
+    elementwise_format,
+)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BACKENDS = ("auto", "reference")
@@ -90,21 +99,11 @@ def round_elementwise(
     return _straight_through(x, lambda t: module.round_elementwise(t, element, rounding, subnormals, seed))
 
 
-def elementwise_format(bfloat: int = 0, fp: int = 0) -> ElementFormat | None:
-    """The scalar format microxcaling's options ``bfloat`` and ``fp`` stand for; None where nothing is rounded.
-
-    Raises:
-        FormatError: a width out of range, or both given.
-    """
-    check_int("bfloat", bfloat, 0, 32, "10 to 32, or 0 for none")
-    check_int("fp", fp, 0, 29, "7 to 29, or 0 for none")
-    if bfloat and fp:
-        raise FormatError(f"bfloat is {bfloat} and fp is {fp}: give one of them, the other 0")
-    if 0 < bfloat < 10 or 0 < fp < 7:
-        raise FormatError(f"bfloat is {bfloat}, fp is {fp}: bfloat must be 10 to 32 and fp 7 to 29, or 0 for none")
-    if fp:
-        return ElementFormat(f"fp{fp}", 5, fp - 6, "ieee")
-    return ElementFormat(f"bfloat{bfloat}", 8, bfloat - 9, "ieee") if 0 < bfloat < 32 else None
+def is_lossless(element: ElementFormat, dtype: torch.dtype) -> bool:
+    """Whether every finite value of ``dtype`` is a value of ``element``, subnormals included."""
+    info = torch.finfo(dtype)
+    smallest = element.min_normal * 2.0**-element.mantissa_bits
+    return info.max <= element.max and info.eps >= 2.0**-element.mantissa_bits and info.tiny * info.eps >= smallest
 
 
 def scale_clamps(x: Tensor, fmt: MXFormat, axis: int | Sequence[int] = -1) -> dict[str, int]:

@@ -1,0 +1,255 @@
+"""Converting a loaded model in place: :func:`apply`, and what it did: :class:`Conversion`."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from mxlab import recipe as recipes
+from mxlab.errors import ConversionError
+from mxlab.formats import MXFormat
+from mxlab.nn.attention import KVQuantizer
+from mxlab.nn.linear import LinearQuantizer, MxLinear
+from mxlab.numerics import scale_clamps
+from mxlab.recipe import Recipe, Rule
+
+logger = logging.getLogger("mxlab")
+
+
+@dataclass(frozen=True)
+class Site:
+    """A module that was replaced (a linear layer) or hooked (an attention), and the formats of its roles.
+
+    ``shape`` is the weight's [out, in] of a linear layer, (K/V heads, head_dim) of an attention where known.
+    """
+
+    name: str
+    module: nn.Module
+    kind: str
+    shape: tuple[int, ...]
+    formats: dict[str, MXFormat]
+    kv: KVQuantizer | None = None
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What :func:`apply` did to ``model``."""
+
+    model: nn.Module
+    recipe: Recipe
+    sites: tuple[Site, ...]
+
+    @property
+    def linears(self) -> list[Site]:
+        """The linear layers that were replaced."""
+        return [site for site in self.sites if site.kind == "linear"]
+
+    @property
+    def attentions(self) -> list[Site]:
+        """The attentions whose K and V are quantized."""
+        return [site for site in self.sites if site.kind == "attention"]
+
+    @cached_property
+    def bits_per_parameter(self) -> float:
+        """Average storage of the model's parameters in bits: quantized weights with their scales, others as they are.
+
+        A parameter that is used in several places (tied embeddings) counts once.
+        """
+        quantized = {id(s.module.weight): s.formats["weight"] for s in self.linears if "weight" in s.formats}
+        parameters = list(self.model.parameters())
+        bits = sum(_storage_bits(tuple(p.shape), quantized.get(id(p)), p.element_size()) for p in parameters)
+        return bits / max(sum(p.numel() for p in parameters), 1)
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know: axes that the block size does not divide."""
+        uneven = Counter(
+            (site.kind, role, site.shape[-1], fmt.block_size)
+            for site in self.sites
+            for role, fmt in site.formats.items()
+            if site.shape and fmt.block_size and site.shape[-1] % fmt.block_size
+        )
+        return [
+            f"{role} of {count} {kind}s: the axis of {length} is not a multiple of the block size {block}; "
+            f"its last block has {length % block} elements"
+            for (kind, role, length, block), count in uneven.items()
+        ]
+
+    def summary(self) -> str:
+        """One line: how many layers, which formats, KV or not."""
+        if not self.sites:
+            return f"recipe {self.recipe.name}: nothing is quantized"
+        parts = [
+            _described("linear layer", self.linears),
+            _described("attention", self.attentions) or "KV not quantized",
+        ]
+        line = f"recipe {self.recipe.name}: {'; '.join(filter(None, parts))}; {self.recipe.numerics} numerics"
+        return "; ".join([line, *self.notes])
+
+    def inventory(self) -> dict[str, Any]:
+        """What was replaced and what was left, as plain values for JSON."""
+        replaced = {id(site.module) for site in self.linears}
+        left = [n for n, m in self.model.named_modules() if isinstance(m, nn.Linear) and id(m) not in replaced]
+        return {
+            "recipe": self.recipe.to_dict(),
+            "hash": self.recipe.hash,
+            "linear_layers": len(self.linears),
+            "attentions": len(self.attentions),
+            "bits_per_parameter": self.bits_per_parameter,
+            "sites": [
+                {
+                    "module": site.name,
+                    "kind": site.kind,
+                    "shape": list(site.shape),
+                    "formats": {role: str(fmt) for role, fmt in site.formats.items()},
+                    "bits_per_element": {role: fmt.bits_per_element for role, fmt in site.formats.items()},
+                }
+                for site in self.sites
+            ],
+            "linear_layers_in_high_precision": left,
+            "notes": self.notes,
+        }
+
+    def weight_scale_clamps(self) -> dict[str, int]:
+        """Blocks of all quantized weights whose shared scale is out of range; see :func:`scale_clamps`."""
+        total: Counter[str] = Counter(blocks=0, clamped=0, overflowed=0)
+        for site in self.linears:
+            if "weight" in site.formats:
+                total.update(scale_clamps(site.module.weight, site.formats["weight"]))  # pyright: ignore
+        return dict(total)
+
+
+def apply(model: nn.Module, recipe: Recipe | str | Path) -> Conversion:
+    """Convert ``model`` in place, as ``recipe`` says, and put the weights on the grid (of a model in evaluation mode).
+
+    Args:
+        model: a loaded Hugging Face model.
+        recipe: a Recipe, the name of a shipped one (``"ex1"``), or a TOML file.
+
+    Raises:
+        SpecError: no such recipe.
+        ConversionError: the model was converted before, a rule matches nothing, or a module cannot serve a role.
+            The model is then as it was.
+    """
+    conversion = prepare(model, recipes.load(recipe))
+    for site in conversion.linears:
+        assert isinstance(site.module, MxLinear)
+        site.module.freeze()
+    logger.info(conversion.summary())
+    return conversion
+
+
+def prepare(model: nn.Module, recipe: Recipe) -> Conversion:
+    """Replace and hook what ``recipe`` names, on any device (meta too), without touching a weight.
+
+    Raises:
+        ConversionError: as :func:`apply`.
+    """
+    if any(isinstance(m, MxLinear) or _has_kv_quantizer(m) for m in model.modules()):
+        raise ConversionError(
+            "this model is quantized already: load it anew, and use either MX_SPECS_JSON with a patched transformers "
+            "or mxlab.apply, not both"
+        )
+    found = list(_sites(model, recipe))
+    for site in found:
+        _install(site, recipe)
+    return Conversion(model, recipe, tuple(found))
+
+
+def _sites(model: nn.Module, recipe: Recipe) -> Iterator[Site]:
+    """The modules the rules match, each under its first matching rule; nothing is changed yet."""
+    unused = dict.fromkeys(range(len(recipe.rules)))
+    for name, module in model.named_modules():
+        for i, rule in enumerate(recipe.rules):
+            if rule.matches(name):
+                unused.pop(i, None)
+                yield (
+                    _attention_site(name, module, rule, recipe)
+                    if rule.is_attention
+                    else _linear_site(name, module, rule, model)
+                )
+                break
+    if unused:
+        rule = recipe.rules[min(unused)]
+        raise ConversionError(
+            f"recipe {recipe.name}: the rule for modules = {rule.modules!r} matches no module of "
+            f"{type(model).__name__}, or only such as an earlier rule took; its linear layers are named like "
+            f"{_examples(model)}"
+        )
+
+
+def _linear_site(name: str, module: nn.Module, rule: Rule, model: nn.Module) -> Site:
+    if type(module) is not nn.Linear:
+        raise ConversionError(
+            f"{name} is a {type(module).__name__}: only torch.nn.Linear has a weight and an activation to quantize; "
+            f"let the rule for modules = {rule.modules!r} match linear layers alone"
+        )
+    tied = [n for n, m in model.named_modules() if m is not module and getattr(m, "weight", None) is module.weight]
+    if rule.weight and tied:
+        raise ConversionError(
+            f"the weight of {name} is shared with {tied[0]}, which would be quantized with it: untie it, or leave "
+            f"{name} out of the rule for modules = {rule.modules!r}"
+        )
+    return Site(name, module, "linear", tuple(module.weight.shape), rule.formats)
+
+
+def _attention_site(name: str, module: nn.Module, rule: Rule, recipe: Recipe) -> Site:
+    if "past_key_values" not in inspect.signature(module.forward).parameters:
+        raise ConversionError(
+            f"{name} is a {type(module).__name__}, whose forward takes no past_key_values: it is not an attention "
+            f"that k and v can be quantized in; mend the rule for modules = {rule.modules!r}"
+        )
+    head_dim = getattr(module, "head_dim", None)
+    shape = () if head_dim is None else (module.k_proj.out_features // head_dim, head_dim)  # pyright: ignore
+    return Site(name, module, "attention", shape, rule.formats, KVQuantizer(rule.k, rule.v, recipe.numerics))
+
+
+def _install(site: Site, recipe: Recipe) -> None:
+    if site.kind == "attention":
+        assert site.kv is not None
+        site.kv.attach(site.module)
+    else:
+        assert isinstance(site.module, nn.Linear)
+        formats = site.formats
+        quantizer = LinearQuantizer(
+            formats.get("weight"), formats.get("activation"), recipe.elementwise, recipe.numerics
+        )
+        MxLinear.convert(site.module, quantizer)
+
+
+def _has_kv_quantizer(module: nn.Module) -> bool:
+    return any(isinstance(hook, KVQuantizer) for hook in module._forward_pre_hooks.values())
+
+
+def _examples(model: nn.Module) -> str:
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return ", ".join(names[:3]) or "(it has none)"
+
+
+def _described(what: str, sites: list[Site]) -> str:
+    """``210 linear layers (weight fp4_e2m1@32, activation fp6_e2m3@32)``, one bracket per combination of formats."""
+    combinations = Counter(", ".join(f"{r} {f}" for r, f in s.formats.items()) for s in sites)
+    return "; ".join(
+        f"{count} {what}{'s' if count > 1 else ''} ({formats or 'rounded element-wise'})"
+        for formats, count in combinations.items()
+    )
+
+
+def _storage_bits(shape: tuple[int, ...], fmt: MXFormat | None, element_size: int) -> int:
+    count = 1
+    for length in shape:
+        count *= length
+    if fmt is None:
+        return count * element_size * 8
+    if fmt.scale_rule == "none":
+        return int(count * fmt.bits_per_element)
+    blocks = count // shape[-1] * -(-shape[-1] // (fmt.block_size or shape[-1]))
+    return count * fmt.element_format.bits + blocks * fmt.scale_bits

@@ -1,0 +1,128 @@
+"""A linear layer whose operands are rounded to MX formats."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mxlab.formats import MXFormat, Numerics, Rounding, elementwise_format
+from mxlab.numerics import is_lossless, quantize, round_elementwise
+from mxlab.recipe import Elementwise
+
+
+@dataclass(frozen=True)
+class LinearQuantizer:
+    """What a linear layer does to its operands and its result.
+
+    The order is microxcaling's: round element-wise, quantize along the inner dimension, multiply, round the result,
+    add the rounded bias, round again.
+    """
+
+    weight: MXFormat | None
+    activation: MXFormat | None
+    elementwise: Elementwise
+    numerics: Numerics
+
+    def on_weight(self, weight: Tensor) -> Tensor:
+        """The weight [out, in] as the matmul sees it."""
+        return self._quantized(self._rounded(weight, self.elementwise.weight_rounding), self.weight)
+
+    def on_activation(self, x: Tensor) -> Tensor:
+        """The input [..., in] as the matmul sees it."""
+        return self._quantized(self._rounded(x, self.elementwise.output_rounding), self.activation)
+
+    def on_bias(self, bias: Tensor) -> Tensor:
+        """The bias [out] as it is added."""
+        return self._rounded(bias, self.elementwise.weight_rounding)
+
+    def on_output(self, y: Tensor) -> Tensor:
+        """The result of the matmul, and of adding the bias, [..., out]."""
+        return self._rounded(y, self.elementwise.output_rounding)
+
+    def _quantized(self, x: Tensor, fmt: MXFormat | None) -> Tensor:
+        return x if fmt is None else quantize(x, fmt, numerics=self.numerics)
+
+    def _rounded(self, x: Tensor, rounding: Rounding) -> Tensor:
+        e = self.elementwise
+        element = elementwise_format(e.bfloat, e.fp)
+        if element is None or (self.numerics == "exact" and e.subnormals and is_lossless(element, x.dtype)):
+            return x
+        return round_elementwise(
+            x, bfloat=e.bfloat, fp=e.fp, rounding=rounding, subnormals=e.subnormals, numerics=self.numerics
+        )
+
+
+class MxLinear(nn.Linear):
+    """A ``torch.nn.Linear`` that computes with quantized operands; made by :meth:`convert`.
+
+    In evaluation the weight itself is put on the grid, once, in place, and again when it has changed: the first time
+    the layer runs or its state is read. From the first training step on the weight is the full-precision master, and
+    stays it in evaluation too: it is then quantized on the fly, and gradients pass straight through.
+    """
+
+    mx: LinearQuantizer
+    _is_master: bool
+    _frozen_at: tuple[int, int] | None
+
+    @staticmethod
+    def convert(linear: nn.Linear, quantizer: LinearQuantizer) -> MxLinear:
+        """Turn ``linear`` itself into an MxLinear: its parameters, hooks and places in the model stay as they are."""
+        linear.__class__ = MxLinear
+        assert isinstance(linear, MxLinear)
+        linear.mx, linear._is_master, linear._frozen_at = quantizer, False, None
+        return linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] to [..., out]."""
+        y = self.mx.on_output(F.linear(self.mx.on_activation(x), self._grid_weight()))
+        if self.bias is not None:
+            y = self.mx.on_output(y + self.mx.on_bias(self.bias))
+        return y
+
+    def freeze(self) -> None:
+        """Put the weight on the grid, in place, unless it is there, is on the meta device, or is a master."""
+        if self.is_frozen or self._is_master or self.training or self.weight.is_meta:
+            return
+        with torch.no_grad():
+            self.weight.copy_(self.mx.on_weight(self.weight))
+        self._frozen_at = self._fingerprint()
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether the weight was put on the grid and has not changed since."""
+        return self._frozen_at is not None and self._frozen_at == self._fingerprint()
+
+    def extra_repr(self) -> str:  # noqa: D102
+        return f"{super().extra_repr()}, weight={self.mx.weight}, activation={self.mx.activation}, {self.mx.numerics}"
+
+    def _grid_weight(self) -> Tensor:
+        if self.training and torch.is_grad_enabled() and self.weight.requires_grad:
+            self._is_master = True
+        self.freeze()
+        return self.weight if self.is_frozen else self.mx.on_weight(self.weight)
+
+    def _fingerprint(self) -> tuple[int, int]:
+        # In-place changes raise the version; loading, casting and moving replace the storage.
+        return self.weight.data_ptr(), 0 if self.weight.is_inference() else self.weight._version
+
+    def _apply(self, fn: Any, recurse: bool = True) -> MxLinear:
+        frozen = self.is_frozen
+        super()._apply(fn, recurse)
+        # The same values elsewhere: quantizing them again would move them under numerics that are not idempotent.
+        self._frozen_at = self._fingerprint() if frozen else None
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        self.freeze()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_frozen_at": self.is_frozen}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._frozen_at = self._fingerprint() if state["_frozen_at"] else None

@@ -1,0 +1,37 @@
+"""The patched Llama's half of mxlab: what ``modeling_llama.py`` calls when MX_SPECS_JSON is set."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+
+from torch import nn
+
+from mxlab.convert import prepare
+from mxlab.specs import MxSpecs
+
+# Where ``mxlab run`` asks its child to say what it replaced.
+INVENTORY_VARIABLE = "MXLAB_INVENTORY"
+
+logger = logging.getLogger("mxlab")
+
+
+def convert_llama(model: nn.Module) -> None:
+    """Convert a Llama under construction as MX_SPECS_JSON says, and say so in one log line.
+
+    Raises:
+        SpecError: MX_SPECS_JSON cannot be read.
+        ConversionError: nothing of the model matches.
+    """
+    specs = MxSpecs.from_environment()
+    assert specs is not None  # the caller looked
+    conversion = prepare(model, specs.to_recipe("MX_SPECS_JSON"))
+    line = conversion.summary()
+    if specs.without_effect:
+        line += f"; without effect: {', '.join(specs.without_effect)}"
+    # A warning, so that it is seen without any set-up of logging.
+    logger.warning(line)
+    if path := os.environ.get(INVENTORY_VARIABLE):
+        Path(path).write_text(json.dumps(conversion.inventory(), indent=1), encoding="utf-8")

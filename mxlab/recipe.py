@@ -1,0 +1,224 @@
+"""A recipe says what is quantized, where and how: ordered rules, the numerics, the rounding around matmuls.
+
+A recipe is frozen, prints as TOML, reads back equal, and has one hash, which names a run. Nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from mxlab import assets
+from mxlab.errors import FormatError, SpecError
+from mxlab.formats import (
+    NUMERICS,
+    ROUNDINGS,
+    MXFormat,
+    Numerics,
+    Rounding,
+    check_choice,
+    elementwise_format,
+    suggestion,
+)
+
+LINEAR_ROLES = ("weight", "activation")
+KV_ROLES = ("k", "v")
+ROLES = LINEAR_ROLES + KV_ROLES
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Formats for the modules whose qualified name ``modules``, a regular expression, matches as a whole.
+
+    ``weight`` and ``activation`` are the operands of a linear layer, quantized along its inner dimension; ``k`` and
+    ``v`` the keys (after the rotary embedding) and values of an attention, along head_dim. None leaves a role as it is.
+    """
+
+    modules: str
+    weight: MXFormat | None = None
+    activation: MXFormat | None = None
+    k: MXFormat | None = None
+    v: MXFormat | None = None
+
+    def __post_init__(self) -> None:
+        try:
+            re.compile(self.modules)
+        except (re.error, TypeError) as e:
+            raise SpecError(f"modules = {self.modules!r} is not a regular expression: {e}") from None
+        if self.is_attention and (self.weight or self.activation):
+            raise SpecError(
+                f"the rule for modules = {self.modules!r} gives formats for a linear layer and for an attention: "
+                "write two rules"
+            )
+
+    @property
+    def is_attention(self) -> bool:
+        """Whether the rule speaks of attentions (k, v) rather than of linear layers."""
+        return bool(self.k or self.v)
+
+    @property
+    def formats(self) -> dict[str, MXFormat]:
+        """The roles that are quantized, and their formats."""
+        return {role: fmt for role in ROLES if (fmt := getattr(self, role)) is not None}
+
+    def matches(self, module: str) -> bool:
+        """Whether this rule is for the module of that qualified name."""
+        return re.fullmatch(self.modules, module) is not None
+
+
+@dataclass(frozen=True)
+class Elementwise:
+    """Element-wise rounding of a linear layer's operands before, and of its result after, the matmul.
+
+    ``bfloat`` and ``fp`` are the widths of :func:`mxlab.round_elementwise`; 0 rounds nothing.
+    """
+
+    bfloat: int = 0
+    fp: int = 0
+    subnormals: bool = True
+    weight_rounding: Rounding = "nearest"
+    output_rounding: Rounding = "nearest"
+
+    def __post_init__(self) -> None:
+        elementwise_format(self.bfloat, self.fp)  # raises where a width is out of range
+        check_choice("subnormals", self.subnormals, (True, False))
+        check_choice("weight_rounding", self.weight_rounding, ROUNDINGS)
+        check_choice("output_rounding", self.output_rounding, ROUNDINGS)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Ordered rules (the first that matches a module wins), the numerics and the element-wise rounding.
+
+    ``name`` is a label: it is not part of the hash.
+    """
+
+    name: str
+    rules: tuple[Rule, ...] = ()
+    numerics: Numerics = "exact"
+    elementwise: Elementwise = field(default_factory=Elementwise)
+
+    def __post_init__(self) -> None:
+        check_choice("numerics", self.numerics, NUMERICS)
+
+    @property
+    def hash(self) -> str:
+        """Sixteen hexadecimal digits that two recipes share only if they quantize alike."""
+        content = {k: v for k, v in self.to_dict().items() if k != "name"}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def formats(self) -> tuple[MXFormat, ...]:
+        """Every format the rules give, in order."""
+        return tuple(fmt for rule in self.rules for fmt in rule.formats.values())
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """``block_size`` and ``scale_bits`` where all formats agree on them, and ``custom_cuda``; {} without rules."""
+        found: dict[str, Any] = {}
+        for name in ("block_size", "scale_bits"):
+            values = {getattr(fmt, name) for fmt in self.formats}
+            if len(values) == 1:
+                found[name] = values.pop()
+        return {**found, "custom_cuda": self.numerics == "exact"} if self.rules else {}
+
+    def map_formats(self, **changes: Any) -> Recipe:
+        """The recipe with these fields changed in every format."""
+        rules = tuple(replace(r, **{k: replace(f, **changes) for k, f in r.formats.items()}) for r in self.rules)
+        return replace(self, rules=rules)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as in the TOML file."""
+        rules = [{"modules": r.modules, **{role: str(f) for role, f in r.formats.items()}} for r in self.rules]
+        return {
+            "name": self.name,
+            "numerics": self.numerics,
+            "elementwise": asdict(self.elementwise),
+            "rules": rules,
+        }
+
+    def to_toml(self) -> str:
+        """The recipe as TOML, which :meth:`from_toml` reads back equal."""
+        return tomli_w.dumps(self.to_dict())
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], source: str = "recipe") -> Recipe:
+        """The recipe these plain values describe; ``source`` names them in errors.
+
+        Raises:
+            SpecError: an unknown key, or a value that is not what the key asks for.
+        """
+        known = [f.name for f in fields(cls)]
+        _check_keys(values, known, source)
+        if not isinstance(values.get("name"), str):
+            raise SpecError(f'{source}: a recipe needs a name, such as name = "ex1"')
+        rules = values.get("rules", [])
+        if not isinstance(rules, list):
+            raise SpecError(f"{source}: rules must be written as [[rules]] tables")
+        try:
+            return cls(
+                name=values["name"],
+                numerics=values.get("numerics", "exact"),
+                elementwise=_elementwise(values.get("elementwise", {}), f"{source}, [elementwise]"),
+                rules=tuple(_rule(r, f"{source}, rule {i}") for i, r in enumerate(rules, 1)),
+            )
+        except FormatError as e:
+            raise SpecError(f"{source}: {e}") from None
+
+    @classmethod
+    def from_toml(cls, text: str, source: str = "recipe") -> Recipe:
+        """The recipe in a TOML text. Raises SpecError as :meth:`from_dict`, or where the text is not TOML."""
+        try:
+            values = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as e:
+            raise SpecError(f"{source} is not valid TOML: {e}") from None
+        return cls.from_dict(values, source)
+
+
+def load(recipe: Recipe | str | Path) -> Recipe:
+    """A recipe from a shipped name (``ex1``), from a TOML file, or as it is.
+
+    Raises:
+        SpecError: no such recipe or file; the message lists the names.
+    """
+    if isinstance(recipe, Recipe):
+        return recipe
+    shipped = {path.stem: path for path in assets.recipes()}
+    path = shipped.get(str(recipe), Path(recipe))
+    if not path.is_file():
+        raise SpecError(
+            f"no recipe {str(recipe)!r}: give a TOML file or one of {', '.join(sorted(shipped))}"
+            f"{suggestion(recipe, shipped)}"
+        )
+    return Recipe.from_toml(path.read_text(encoding="utf-8"), str(recipe))
+
+
+def _rule(values: object, source: str) -> Rule:
+    if not isinstance(values, Mapping) or not isinstance(values.get("modules"), str):
+        raise SpecError(f"{source}: a rule is a table with modules = '<regular expression>' and formats")
+    _check_keys(values, ["modules", *ROLES], source)
+    try:
+        return Rule(values["modules"], **{role: MXFormat.parse(values[role]) for role in ROLES if role in values})
+    except (FormatError, SpecError) as e:
+        raise SpecError(f"{source}: {e}") from None
+
+
+def _elementwise(values: object, source: str) -> Elementwise:
+    if not isinstance(values, Mapping):
+        raise SpecError(f"{source}: must be a table")
+    _check_keys(values, [f.name for f in fields(Elementwise)], source)
+    return Elementwise(**values)
+
+
+def _check_keys(values: Mapping[str, Any], known: list[str], source: str) -> None:
+    for key in values:
+        if key not in known:
+            raise SpecError(f"{source}: unknown key {key!r}; known are {', '.join(known)}{suggestion(key, known)}")
