@@ -6,18 +6,18 @@ import inspect
 import logging
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from mxlab import recipe as recipes
 from mxlab.errors import ConversionError
 from mxlab.formats import MXFormat
 from mxlab.nn.attention import KVQuantizer
-from mxlab.nn.linear import LinearQuantizer, MxLinear
+from mxlab.nn.linear import LinearQuantizer, MxLinear, is_convertible
 from mxlab.numerics import scale_clamps
 from mxlab.recipe import Recipe, Rule
 
@@ -46,6 +46,7 @@ class Conversion:
     model: nn.Module
     recipe: Recipe
     sites: tuple[Site, ...]
+    weight_clamps: dict[str, int] = field(default_factory=dict)
 
     @property
     def linears(self) -> list[Site]:
@@ -119,12 +120,8 @@ class Conversion:
         }
 
     def weight_scale_clamps(self) -> dict[str, int]:
-        """Blocks of all quantized weights whose shared scale is out of range; see :func:`scale_clamps`."""
-        total: Counter[str] = Counter(blocks=0, clamped=0, overflowed=0)
-        for site in self.linears:
-            if "weight" in site.formats:
-                total.update(scale_clamps(site.module.weight, site.formats["weight"]))  # pyright: ignore
-        return dict(total)
+        """Blocks of all weights whose shared scale was out of range when :func:`apply` met them; see `scale_clamps`."""
+        return dict(self.weight_clamps)
 
 
 def apply(model: nn.Module, recipe: Recipe | str | Path) -> Conversion:
@@ -140,6 +137,8 @@ def apply(model: nn.Module, recipe: Recipe | str | Path) -> Conversion:
             The model is then as it was.
     """
     conversion = prepare(model, recipes.load(recipe))
+    # Counted first: on the grid, a block whose scale was clamped may be all zeros.
+    conversion = replace(conversion, weight_clamps=_weight_clamps(conversion.linears))
     for site in conversion.linears:
         assert isinstance(site.module, MxLinear)
         site.module.freeze()
@@ -192,6 +191,11 @@ def _linear_site(name: str, module: nn.Module, rule: Rule, model: nn.Module) -> 
             f"{name} is a {type(module).__name__}: only torch.nn.Linear has a weight and an activation to quantize; "
             f"let the rule for modules = {rule.modules!r} match linear layers alone"
         )
+    if not is_convertible(module):
+        raise ConversionError(
+            f"the forward of {name} was replaced by other code, which would bypass the quantization: convert the model "
+            f"first, or leave {name} out of the rule for modules = {rule.modules!r}"
+        )
     tied = [n for n, m in model.named_modules() if m is not module and getattr(m, "weight", None) is module.weight]
     if rule.weight and tied:
         raise ConversionError(
@@ -210,6 +214,16 @@ def _attention_site(name: str, module: nn.Module, rule: Rule, recipe: Recipe) ->
     head_dim = getattr(module, "head_dim", None)
     shape = () if head_dim is None else (module.k_proj.out_features // head_dim, head_dim)  # pyright: ignore
     return Site(name, module, "attention", shape, rule.formats, KVQuantizer(rule.k, rule.v, recipe.numerics))
+
+
+def _weight_clamps(linears: list[Site]) -> dict[str, int]:
+    total: Counter[str] = Counter(blocks=0, clamped=0, overflowed=0)
+    for site in linears:
+        weight = site.module.weight
+        assert isinstance(weight, Tensor)
+        if "weight" in site.formats and not weight.is_meta:
+            total.update(scale_clamps(weight, site.formats["weight"]))
+    return dict(total)
 
 
 def _install(site: Site, recipe: Recipe) -> None:

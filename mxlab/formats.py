@@ -138,7 +138,7 @@ def element(name: str) -> ElementFormat:
 def _parametric(name: str) -> ElementFormat | None:
     if match := re.fullmatch(r"int([2-8])", str(name)):
         return ElementFormat(str(name), 0, int(match[1]) - 2)
-    if match := re.fullmatch(r"fp(\d)_e(\d)m(\d)", str(name)):
+    if match := re.fullmatch(r"fp([0-9])_e([0-9])m([0-9])", str(name)):
         bits, exponent_bits, mantissa_bits = map(int, match.groups())
         if exponent_bits >= 1 and 1 + exponent_bits + mantissa_bits == bits <= 8:
             return ElementFormat(str(name), exponent_bits, mantissa_bits)
@@ -241,8 +241,8 @@ class MXFormat:
         if not isinstance(text, str):
             raise FormatError(f"{text!r} is not a format: write it like 'fp4_e2m1@32'")
         head, *extras = (part.strip() for part in text.split(","))
-        name, _, block = head.partition("@")
-        block_size = _integer("block_size", block) if block else 32
+        name, at, block = head.partition("@")
+        block_size = _integer("block_size", block) if at else 32
         return cls(name, block_size, **_parse_extras(extras, text))
 
 

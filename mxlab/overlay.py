@@ -10,10 +10,8 @@ from pathlib import Path
 from torch import nn
 
 from mxlab.convert import prepare
+from mxlab.launcher import INVENTORY_VARIABLE
 from mxlab.specs import MxSpecs
-
-# Where ``mxlab run`` asks its child to say what it replaced.
-INVENTORY_VARIABLE = "MXLAB_INVENTORY"
 
 logger = logging.getLogger("mxlab")
 

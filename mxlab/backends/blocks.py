@@ -23,7 +23,9 @@ class Blocks:
 
     @property
     def _sides(self) -> list[int]:
-        return [self.block_size or self.shape[axis] for axis in self.axes]
+        # No longer than the axis, or a block size of a billion would pad to a billion.
+        lengths = [max(self.shape[axis], 1) for axis in self.axes]
+        return [min(self.block_size or length, length) for length in lengths]
 
     @property
     def _counts(self) -> list[int]:

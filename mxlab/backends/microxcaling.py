@@ -52,7 +52,7 @@ def quantize(x: Tensor, fmt: MXFormat, axes: tuple[int, ...], seed: int) -> Tens
     exponent = exponent - element.emax
     scale = exp2(exponent.clamp(min=-fmt.scale_emax))
     scale = torch.where((exponent > fmt.scale_emax) | ~amax.isfinite(), torch.nan, scale).to(x.dtype)
-    noise = cut.split(philox.uniform(x.shape, seed, x.device)).to(x.dtype) if fmt.rounding == "dither" else None
+    noise = cut.split(_noise(x, seed)) if fmt.rounding == "dither" else None
     y = blocks / scale
     rounded = round_to_grid(y, element, fmt.rounding, noise).clamp_(-element.max, element.max)
     rounded = torch.where(y.isinf(), y, rounded)
@@ -62,7 +62,7 @@ def quantize(x: Tensor, fmt: MXFormat, axes: tuple[int, ...], seed: int) -> Tens
 def round_elementwise(x: Tensor, element: ElementFormat, rounding: Rounding, subnormals: bool, seed: int) -> Tensor:
     """Each value rounded to ``element`` on its own; what overflows becomes infinite, NaN and infinities stay."""
     y = x if subnormals else x * (x.abs() >= element.min_normal).to(x.dtype)
-    noise = philox.uniform(x.shape, seed, x.device).to(x.dtype) if rounding == "dither" else None
+    noise = _noise(x, seed) if rounding == "dither" else None
     rounded = round_to_grid(y, element, rounding, noise)
     rounded = torch.where(rounded.abs() > element.max, rounded.sign() * torch.inf, rounded)
     return torch.where(x.isinf(), x, rounded)
@@ -104,6 +104,12 @@ def round_to_integer(v: Tensor, rounding: Rounding, noise: Tensor | None) -> Ten
         assert noise is not None  # rounding == "dither"
         integer = (magnitude + noise).floor_()
     return integer.mul_(v.sign())
+
+
+def _noise(x: Tensor, seed: int) -> Tensor:
+    """Uniform numbers in [0, 1) in the dtype of ``x``, as torch.rand_like draws them: cut off, never rounded up to 1."""
+    steps = 2.0 ** (_MANTISSA_BITS[x.dtype] + 1)
+    return (philox.uniform(x.shape, seed, x.device) * steps).floor_().div_(steps).to(x.dtype)
 
 
 def _binade(y: Tensor, element: ElementFormat) -> Tensor:

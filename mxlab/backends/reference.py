@@ -96,4 +96,8 @@ def round_to_integer(v: Tensor, rounding: Rounding, noise: Tensor | None = None)
     if rounding == "floor":
         return v.trunc_()
     assert noise is not None  # rounding == "dither"
-    return v.abs().add_(noise).floor_().copysign_(v)
+    magnitude = v.abs()
+    whole = magnitude.floor()
+    # floor(|v| + u); the sum itself would round, and lift a v that is an integer already. Both sides here are exact.
+    up = magnitude - whole >= 1 - noise
+    return whole.add_(up).copysign_(v)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 import torch
@@ -61,7 +62,11 @@ class MxLinear(nn.Linear):
 
     In evaluation the weight itself is put on the grid, once, in place, and again when it has changed: the first time
     the layer runs or its state is read. From the first training step on the weight is the full-precision master, and
-    stays it in evaluation too: it is then quantized on the fly, and gradients pass straight through.
+    stays it in evaluation too: it is then quantized on the fly, and gradients pass straight through. So is a weight
+    that accelerate keeps elsewhere and lends for each call.
+
+    Torch does not count writes through ``weight.data``, so that such a change goes unnoticed: write to the weight
+    itself, under ``torch.no_grad()``.
     """
 
     mx: LinearQuantizer
@@ -74,6 +79,8 @@ class MxLinear(nn.Linear):
         linear.__class__ = MxLinear
         assert isinstance(linear, MxLinear)
         linear.mx, linear._is_master, linear._frozen_at = quantizer, False, None
+        for name in _own_forwards(linear):
+            setattr(linear, name, MethodType(MxLinear.forward, linear))
         return linear
 
     def forward(self, x: Tensor) -> Tensor:
@@ -84,8 +91,8 @@ class MxLinear(nn.Linear):
         return y
 
     def freeze(self) -> None:
-        """Put the weight on the grid, in place, unless it is there, is on the meta device, or is a master."""
-        if self.is_frozen or self._is_master or self.training or self.weight.is_meta:
+        """Put the weight on the grid, in place, unless it is there, is on the meta device, is lent, or is a master."""
+        if self.is_frozen or self._is_master or self.training or self.weight.is_meta or self._is_lent:
             return
         with torch.no_grad():
             self.weight.copy_(self.mx.on_weight(self.weight))
@@ -95,6 +102,11 @@ class MxLinear(nn.Linear):
     def is_frozen(self) -> bool:
         """Whether the weight was put on the grid and has not changed since."""
         return self._frozen_at is not None and self._frozen_at == self._fingerprint()
+
+    @property
+    def _is_lent(self) -> bool:
+        hook = getattr(self, "_hf_hook", None)
+        return any(getattr(h, "offload", False) for h in getattr(hook, "hooks", [hook]))
 
     def extra_repr(self) -> str:  # noqa: D102
         return f"{super().extra_repr()}, weight={self.mx.weight}, activation={self.mx.activation}, {self.mx.numerics}"
@@ -126,3 +138,17 @@ class MxLinear(nn.Linear):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._frozen_at = self._fingerprint() if state["_frozen_at"] else None
+
+
+def is_convertible(linear: nn.Linear) -> bool:
+    """Whether :meth:`MxLinear.convert` takes effect: no other code than accelerate's replaced the layer's forward."""
+    return "forward" not in vars(linear) or bool(_own_forwards(linear))
+
+
+def _own_forwards(linear: nn.Linear) -> list[str]:
+    """Where accelerate's hooks, in place or taken off again, keep the layer's own forward as an attribute of it."""
+    return [
+        name
+        for name in ("forward", "_old_forward")
+        if getattr(vars(linear).get(name), "__func__", None) is nn.Linear.forward
+    ]

@@ -1,0 +1,216 @@
+"""The ``mxlab`` command."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.table import Table
+
+from mxlab import recipe as recipes
+from mxlab.errors import MxlabError, SpecError
+from mxlab.recipe import Recipe
+from mxlab.specs import ENVIRONMENT_VARIABLE, MxSpecs, override, parse_assignment
+
+if TYPE_CHECKING:
+    from mxlab.sweep import Summary
+
+app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+console = Console()
+complaints = Console(stderr=True)
+
+
+class Dtype(StrEnum):
+    """What a model computes in."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+Model = Annotated[str, typer.Option("--model", help="A hub name, a folder, or smollm2 (embedded).")]
+Tasks = Annotated[
+    str, typer.Option("--tasks", help="lm-eval tasks, separated by commas, or mxlab_passages (embedded).")
+]
+Limit = Annotated[float | None, typer.Option(help="Rows of each task: a count, or a fraction below 1.")]
+BatchSize = Annotated[int, typer.Option(help="Rows of a batch.")]
+DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="What the model computes in.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:0, ...")]
+DataDir = Annotated[Path | None, typer.Option(help="A folder with lambada_openai.jsonl and wikitext2_test.raw.")]
+MaxLength = Annotated[int, typer.Option(help="Longest context in tokens.")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Where the stage folders go.")]
+
+
+def main() -> None:
+    """Run the command line; what a user can put right is told in one line, with exit code 2."""
+    try:
+        app()
+    except MxlabError as e:
+        complaints.print(f"[bold red]error:[/] {_escaped(e)}", soft_wrap=True)
+        sys.exit(2)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def run(context: typer.Context) -> None:
+    """Run another program with a quantized Llama: mxlab run [MX options] -- COMMAND ... (--help lists the options)."""
+    from mxlab import launcher
+
+    raise typer.Exit(launcher.main(context.args))
+
+
+@app.command("eval")
+def evaluate(
+    model: Model = "smollm2",
+    tasks: Tasks = "mxlab_passages",
+    recipe: Annotated[str | None, typer.Option(help="A shipped recipe's name, or a TOML file.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Override an option: --set block_size=16.")] = None,
+    limit: Limit = None,
+    batch_size: BatchSize = 16,
+    dtype: DtypeOption = Dtype.bfloat16,
+    device: Device = "auto",
+    data_dir: DataDir = None,
+    max_length: MaxLength = 2048,
+    out: Out = Path("results"),
+) -> None:
+    """Evaluate one model under one recipe; the run directory goes to OUT/<recipe>/."""
+    chosen = _recipe(recipe, set_ or [])
+    from mxlab import runs
+    from mxlab.evaluate import Request
+
+    request = Request(
+        chosen, model, _names(tasks), _count(limit), batch_size, dtype.value, device, data_dir, max_length
+    )
+    _start_logging()
+    folder = runs.run(request, out / chosen.name)
+    _print_metrics(folder)
+
+
+@app.command()
+def sweep(
+    file: Annotated[str, typer.Argument(help="A sweep's TOML file, or a shipped one: ex1, ex2, baseline.")],
+    model: Annotated[str | None, typer.Option(help="Instead of the file's model.")] = None,
+    tasks: Annotated[str | None, typer.Option(help="Instead of the file's tasks.")] = None,
+    limit: Limit = None,
+    batch_size: Annotated[int | None, typer.Option(help="Instead of the file's batch size.")] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Instead of the file's dtype.")] = None,
+    device: Annotated[str | None, typer.Option(help="Instead of the file's device.")] = None,
+    data_dir: DataDir = None,
+    out: Out = Path("results"),
+) -> None:
+    """Run a grid of recipes; finished runs are skipped, a failed one is recorded (exit code 1) and the rest goes on."""
+    _refuse_environment("mxlab sweep")
+    from mxlab import sweep as sweeps
+
+    settings = {
+        "model": model,
+        "tasks": list(_names(tasks)) if tasks else None,
+        "limit": _count(limit),
+        "batch_size": batch_size,
+        "dtype": dtype and dtype.value,
+        "device": device,
+    }
+    chosen = sweeps.with_settings(sweeps.load(file), {k: v for k, v in settings.items() if v is not None})
+    _start_logging()
+    _finish(sweeps.run_sweep(chosen, out, data_dir), out)
+
+
+@app.command()
+def report(
+    results_dir: Annotated[Path, typer.Argument(help="A results folder: ours, or one of the published layout.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where the report goes.")] = Path("report"),
+) -> None:
+    """Tables, figures and one HTML page from run directories."""
+    from mxlab.report import write_report
+
+    paths = write_report(results_dir, out)
+    console.print(f"report: {paths.markdown} and {paths.page}", soft_wrap=True)
+
+
+@app.command()
+def demo(out: Out = Path("demo")) -> None:
+    """Baseline, Ex1 and Ex2 on the embedded model and passages, then the report; no network."""
+    _refuse_environment("mxlab demo")
+    from mxlab.demo import run_demo
+    from mxlab.report import write_report
+
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    _start_logging()
+    summary = run_demo(out / "results")
+    paths = write_report(out / "results", out / "report")
+    console.print(f"report: {paths.markdown} and {paths.page}", soft_wrap=True)
+    _finish(summary, out / "results")
+
+
+@app.command()
+def doctor(data_dir: DataDir = None) -> None:
+    """Say what is in place: the patch, versions, the backend, hub and data."""
+    from mxlab.doctor import checks
+
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for name, well, found in checks(data_dir):
+        table.add_row("[green]ok[/]" if well else "[red]--[/]", name, _escaped(found))
+    console.print(table)
+
+
+def _recipe(name: str | None, assignments: list[str]) -> Recipe:
+    """The recipe of the command line, or of MX_SPECS_JSON where none is named there; never both."""
+    specs = MxSpecs.from_environment()
+    if specs is not None and name is not None:
+        raise SpecError(
+            f"{ENVIRONMENT_VARIABLE} is set and --recipe {name} is given: that would quantize twice. Unset the "
+            "variable, or leave --recipe out to evaluate under it"
+        )
+    recipe = specs.to_recipe("mx_specs") if specs is not None else recipes.load(name or "baseline")
+    return override(recipe, dict(map(parse_assignment, assignments)))
+
+
+def _refuse_environment(command: str) -> None:
+    if ENVIRONMENT_VARIABLE in os.environ:
+        raise SpecError(f"{ENVIRONMENT_VARIABLE} is set: {command} has recipes of its own; unset it first")
+
+
+def _names(tasks: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in tasks.split(",") if name.strip())
+
+
+def _count(limit: float | None) -> float | None:
+    """16 rather than 16.0, so that the same limit is written in one way."""
+    return int(limit) if limit is not None and limit >= 1 and limit == int(limit) else limit
+
+
+def _start_logging() -> None:
+    handler = RichHandler(console=complaints, show_path=False, markup=False)
+    logger = logging.getLogger("mxlab")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    logger.propagate = False
+
+
+def _print_metrics(folder: Path) -> None:
+    from mxlab.runs import read_metrics
+
+    table = Table("task", "metric", "value", "stderr")
+    for row in read_metrics(folder):
+        table.add_row(*row)
+    console.print(table)
+    console.print(f"written: {folder}", soft_wrap=True)
+
+
+def _finish(summary: Summary, out: Path) -> None:
+    console.print(f"{summary}; results in {out}", soft_wrap=True)
+    if summary.failed:
+        complaints.print(f"[bold red]failed runs:[/] see failures.jsonl in {out}", soft_wrap=True)
+        raise typer.Exit(1)
+
+
+def _escaped(text: Any) -> str:
+    from rich.markup import escape
+
+    return escape(str(text))

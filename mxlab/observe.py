@@ -1,0 +1,55 @@
+"""Counting how often the shared scale leaves its range: on all weights, and on the first batch of what flows."""
+
+from __future__ import annotations
+
+from collections import Counter
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from mxlab.convert import Conversion, Site
+from mxlab.formats import MXFormat
+from mxlab.numerics import scale_clamps
+
+
+class ScaleClampCounter:
+    """Counts, per role, the blocks whose shared exponent is out of range (see :func:`mxlab.numerics.scale_clamps`).
+
+    Activations, K and V are counted during the model's first forward pass; then every hook is taken off again.
+    """
+
+    def __init__(self, conversion: Conversion) -> None:
+        roles = {role for site in conversion.sites for role in site.formats}
+        self.counts = {role: Counter(blocks=0, clamped=0, overflowed=0) for role in sorted(roles)}
+        self._sites = conversion.sites
+        if "weight" in roles:
+            self.counts["weight"].update(conversion.weight_scale_clamps())
+        self._handles = [self._watch(s) for s in conversion.linears if "activation" in s.formats]
+        for site in conversion.attentions:
+            self._set_observer(site, self._count)
+        self._handles.append(conversion.model.register_forward_hook(self._stop))
+
+    def _watch(self, site: Site) -> Any:
+        return site.module.register_forward_pre_hook(partial(self._count_input, site.formats["activation"]))
+
+    def _count_input(self, fmt: MXFormat, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self._count("activation", fmt, args[0])
+
+    def _count(self, role: str, fmt: MXFormat, x: Tensor) -> None:
+        self.counts[role].update(scale_clamps(x, fmt))
+
+    def _stop(self, *_: Any) -> None:
+        for handle in self._handles:
+            handle.remove()
+        for site in self._sites:
+            self._set_observer(site, None)
+
+    @staticmethod
+    def _set_observer(site: Site, observer: Any) -> None:
+        if site.kv is not None:
+            site.kv.observer = observer
+
+    def to_dict(self) -> dict[str, dict[str, int]]:
+        """The counts as plain values for JSON."""
+        return {role: dict(count) for role, count in self.counts.items()}

@@ -1,0 +1,215 @@
+"""The figures: accuracy and throughput against the block size, a line for each other option."""
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from mxlab.report.compare import compare, work
+from mxlab.report.document import Image
+from mxlab.report.options import Option, option_rank, option_text
+from mxlab.report.read import Tree
+from mxlab.report.run import BASELINE, Measured, Result
+from mxlab.report.tables import stage_title
+
+EXERCISES = ("ex1", "ex2")
+DPI = 200
+SIDESTEP = 0.07  # of the distance of two block sizes: identical series lie side by side instead of on each other
+MOST_ASIDE = 0.7  # what all the series of a block size may take together
+
+# scale_bits chooses the stroke and the fill, the other options the colour and the marker: grey prints keep them apart.
+STROKES = (("-", True), ("--", False), (":", True), ("-.", False))
+SHAPES = (("#0b3c6f", "o"), ("#d1660a", "s"), ("#2e7d4f", "^"), ("#8e3b8a", "D"), ("#555555", "v"))
+
+STYLE: dict[Any, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#dddddd",
+    "grid.linewidth": 0.6,
+    "lines.linewidth": 1.4,
+    "legend.fontsize": 9,
+}
+
+Series = tuple[tuple[str, Option], ...]
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """What is drawn upwards: its name in titles and file names, its axis, and where it is read."""
+
+    name: str
+    slug: str
+    axis: str
+    read: Callable[[Result], Measured | None]
+
+
+ACCURACY = Quantity("accuracy", "acc", "Accuracy (fraction correct)", lambda result: result.acc)
+PERPLEXITY = Quantity("perplexity", "ppl", "Perplexity", lambda result: result.ppl)
+SPEED = Quantity(
+    "examples/sec", "speed", "Throughput (examples/s)", lambda result: Measured(result.examples_per_s, None)
+)
+
+
+@dataclass(frozen=True)
+class Panel:
+    """What one figure shows: results of equal work of one stage, and the baseline's value where it may be compared."""
+
+    quantity: Quantity
+    results: Sequence[Result]
+    left_out: int
+    verdict: str
+    baseline: Measured | None
+
+    @property
+    def sizes(self) -> list[Option]:
+        """The block sizes of the sweep."""
+        return sorted({_block_size(result) for result in self.results}, key=option_rank)
+
+    @property
+    def series(self) -> dict[Series, list[Result]]:
+        """The results by their options besides the block size, each list in the order of the block size."""
+        groups: defaultdict[Series, list[Result]] = defaultdict(list)
+        for result in sorted(self.results, key=lambda result: option_rank(_block_size(result))):
+            if self.quantity.read(result):
+                groups[_other_options(result)].append(result)
+        return dict(sorted(groups.items(), key=lambda item: _series_order(item[0])))
+
+
+def draw_figures(tree: Tree, folder: Path) -> dict[str, list[Image]]:
+    """Draw two figures for each sweep over block sizes, and return them by stage."""
+    images: defaultdict[str, list[Image]] = defaultdict(list)
+    every = (panel for stage in tree.stages for panel in panels(stage, tree))
+    for number, panel in enumerate(every, start=1):
+        first = panel.results[0]
+        parts = [first.run.stage, panel.quantity.slug, "vs_blocksize", *([first.task] if len(tree.tasks) > 1 else [])]
+        path = folder / f"{'_'.join(parts).replace('/', '_')}.png"
+        with mpl.rc_context(STYLE):
+            plot(panel).savefig(path, bbox_inches="tight")  # a legend of long option names is wider than the figure
+        images[first.run.stage].append(Image(path, *_words(panel, number)))
+    return images
+
+
+def panels(stage: str, tree: Tree) -> Iterator[Panel]:
+    """For each task of a stage the largest set of results of equal work, if it is a sweep over block sizes."""
+    swept = [result for result in tree.of_stage(stage) if _block_size(result) is not None]
+    for task in dict.fromkeys(result.task for result in swept):
+        of_task = [result for result in swept if result.task == task]
+        largest = Counter(map(work, of_task)).most_common(1)[0][0]
+        chosen = [result for result in of_task if work(result) == largest]
+        if stage.rpartition("/")[2] not in EXERCISES and len(set(map(_block_size, chosen))) == 1:
+            continue
+        quality = ACCURACY if any(result.acc for result in chosen) else PERPLEXITY
+        comparison = compare(chosen[0], tree.baselines)
+        for quantity in (quality, SPEED):
+            if not any(map(quantity.read, chosen)):
+                continue
+            fair = comparison and (comparison.speed if quantity is SPEED else comparison.accuracy)
+            baseline = quantity.read(comparison.baseline) if comparison and fair else None
+            verdict = comparison.verdict if comparison and not fair else ""
+            yield Panel(quantity, chosen, len(of_task) - len(chosen), verdict, baseline)
+
+
+def plot(panel: Panel) -> Figure:
+    """Draw a panel: a line for each series, the baseline across, the legend below."""
+    figure = Figure(figsize=(6.4, 4.4), dpi=DPI, layout="constrained")
+    axes = figure.add_subplot()
+    for index in range(len(panel.series)):
+        _draw_series(axes, panel, index)
+    if panel.baseline:
+        axes.axhline(panel.baseline.value, label=BASELINE, color="black", dashes=(6, 3), linewidth=1.1, zorder=1)
+    _draw_axes(axes, panel)
+    _draw_legend(figure, axes)
+    return figure
+
+
+def _draw_series(axes: Axes, panel: Panel, index: int) -> None:
+    options, results = list(panel.series.items())[index]
+    aside = (index - (len(panel.series) - 1) / 2) * min(SIDESTEP, MOST_ASIDE / len(panel.series))
+    measures = [measure for result in results if (measure := panel.quantity.read(result))]
+    axes.errorbar(
+        [panel.sizes.index(_block_size(result)) + aside for result in results],
+        [measure.value for measure in measures],
+        yerr=None if panel.quantity is SPEED else [measure.stderr or 0 for measure in measures],
+        label=", ".join(f"{name}={option_text(value)}" for name, value in options) or "runs",
+        capsize=3,
+        elinewidth=0.9,
+        **_look(options, panel.series),
+    )
+
+
+def _look(options: Series, every: Iterable[Series]) -> dict[str, Any]:
+    """The line of a series, by its place among the scale_bits and among the other options of all series."""
+    scales = list(dict.fromkeys(_split(series)[0] for series in every))
+    others = list(dict.fromkeys(_split(series)[1] for series in every))
+    scale, other = _split(options)
+    line, filled = STROKES[scales.index(scale) % len(STROKES)]
+    color, marker = SHAPES[others.index(other) % len(SHAPES)]
+    fill = color if filled else "white"
+    return {"linestyle": line, "color": color, "marker": marker, "markersize": 6.5, "markerfacecolor": fill}
+
+
+def _draw_axes(axes: Axes, panel: Panel) -> None:
+    # At equal distances, as the logarithms of 16, 32, 64 are, with room for the series to step aside.
+    axes.set_xticks(range(len(panel.sizes)), [option_text(size) for size in panel.sizes])
+    axes.set_xlim(-0.4, len(panel.sizes) - 0.6)
+    axes.grid(visible=False, axis="x")
+    axes.set_title(f"{stage_title(panel.results[0].run.stage)}, {_work(panel)}", loc="left", fontsize=10)
+    axes.set_xlabel("Block size (elements per shared scale)")
+    axes.set_ylabel(panel.quantity.axis)
+    if panel.quantity is SPEED:
+        axes.set_ylim(0, 1.08 * axes.get_ylim()[1])
+
+
+def _draw_legend(figure: Figure, axes: Axes) -> None:
+    entries = zip(*axes.get_legend_handles_labels(), strict=True)
+    sweep_first = sorted(entries, key=lambda entry: entry[1] == BASELINE)
+    handles, labels = zip(*sweep_first, strict=True)
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, handlelength=3.6)
+
+
+def _words(panel: Panel, number: int) -> tuple[str, str]:
+    """The title of a figure and its caption."""
+    first = panel.results[0]
+    title = f"Figure {number}: {stage_title(first.run.stage)} {panel.quantity.name} against block size"
+    sentences = [
+        f"{_work(panel)}.",
+        "" if panel.quantity is SPEED else "Error bars: ± one standard error.",
+        "Series stand side by side, so that identical ones stay visible.",
+        "The dashed line is the baseline." if panel.baseline else "",
+        f"No baseline is drawn: {panel.verdict}." if panel.verdict else "",
+        f"Not drawn: {panel.left_out} other results of the stage, on other work." if panel.left_out else "",
+    ]
+    return title, " ".join(filter(None, sentences))
+
+
+def _work(panel: Panel) -> str:
+    first = panel.results[0]
+    return first.task if first.n is None else f"{first.task}, n = {first.n}"
+
+
+def _block_size(result: Result) -> Option:
+    return (result.run.options or {}).get("block_size")
+
+
+def _other_options(result: Result) -> Series:
+    options = result.run.options or {}
+    return tuple((name, value) for name, value in options.items() if name != "block_size")
+
+
+def _series_order(options: Series) -> tuple[object, ...]:
+    """Side by side the series which differ in scale_bits alone: those are the ones that coincide."""
+    scale, others = _split(options)
+    return *(option_rank(value) for _, value in others), option_rank(scale)
+
+
+def _split(options: Series) -> tuple[Option, Series]:
+    return dict(options).get("scale_bits"), tuple(item for item in options if item[0] != "scale_bits")

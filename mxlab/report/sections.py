@@ -1,0 +1,198 @@
+"""The report from its title to its appendices, as blocks."""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+
+from mxlab.report import tables
+from mxlab.report.compare import Difference, compare, identical_groups, identity_sentence, metrics_text
+from mxlab.report.document import Block, Code, Heading, Image, Items, Text
+from mxlab.report.read import Tree
+from mxlab.report.run import Result, Run
+
+Images = Mapping[str, Sequence[Image]]
+
+
+def report(tree: Tree, images: Images) -> list[Block]:
+    """All of a tree's report; ``images`` are its figures by stage."""
+    return [
+        Heading(1, "Microscaling (MX) quantization: results"),
+        Text(_overview(tree)),
+        *_headline(tree),
+        *_sweeps(tree, images),
+        *_comparability(tree),
+        *_identical(tree),
+        *_clamps(tree),
+        *_incomplete(tree),
+        *_environments(tree),
+        *_commands(tree),
+    ]
+
+
+def _overview(tree: Tree) -> str:
+    counts = [f"{tables.stage_title(stage)} ({_count(tree.of_stage(stage))})" for stage in tree.stages]
+    models = sorted({result.run.model for result in tree.results if result.run.model})
+    return (
+        f"Read from `{tree.name}`: {', '.join(counts) or 'no complete run'}. "
+        f"Model: {_listed(models)}. Task: {_listed(tree.tasks)}. "
+        "Every number comes from a `metrics_*.json` as lm-eval wrote it; `tables/*.csv` hold all digits."
+    )
+
+
+def _headline(tree: Tree) -> list[Block]:
+    blocks: list[Block] = [Heading(2, "Headline results")]
+    if not tree.results:
+        return [*blocks, Text("No run is complete: see Incomplete runs.")]
+    note = (
+        "examples/sec = n_effective / total_evaluation_time_seconds, with n_effective summed over the tasks of a run. "
+        "The shorter time wins among equal accuracies."
+    )
+    return [*blocks, tables.headline(tree), Text(note)]
+
+
+def _sweeps(tree: Tree, images: Images) -> list[Block]:
+    blocks: list[Block] = []
+    for number, stage in enumerate((stage for stage in tree.stages if not _is_baseline(tree, stage)), start=1):
+        table = tables.sweep(tree, stage, f"2.{number}")
+        blocks.append(Heading(2, re.sub(r"^ex(\d+)$", r"Exercise \1", stage)))
+        blocks.append(table or Text("The configuration of its runs is unknown: see Table 3."))
+        blocks += images.get(stage, ())
+    unknown = tables.unknown(tree)
+    if unknown:
+        blocks += [
+            Heading(2, "Runs of unknown configuration"),
+            Text(
+                "Neither a `run.json` nor the name of the folder tells the options, so no sweep table has these runs."
+            ),
+            unknown,
+        ]
+    return blocks
+
+
+def _comparability(tree: Tree) -> list[Block]:
+    blocks: list[Block] = [Heading(2, "Comparability")]
+    if not tree.baselines:
+        return [*blocks, Text("There is no readable baseline run: nothing can be compared with the unquantized model.")]
+    groups: defaultdict[tuple[str, tuple[Difference, ...]], list[Result]] = defaultdict(list)
+    verdicts: dict[tuple[Difference, ...], str] = {}
+    for result in tree.results:
+        comparison = compare(result, tree.baselines)
+        if comparison and not result.run.is_baseline:
+            groups[result.run.stage, comparison.differences].append(result)
+            verdicts[comparison.differences] = comparison.verdict
+    items = [
+        f"{_who(tree, results)}: {verdicts[differences] or 'comparable with the baseline in speed and accuracy'}."
+        + "".join(f" Here {difference.text}." for difference in differences)
+        for (_, differences), results in groups.items()
+    ]
+    return [*blocks, *(Text(_setting(baseline)) for baseline in tree.baselines), Items(tuple(items))]
+
+
+def _setting(baseline: Result) -> str:
+    run = baseline.run
+    settings = {
+        "model": run.model,
+        "dtype": run.dtype,
+        "data": run.data,
+        "n": baseline.n if not baseline.limited else f"{baseline.n} of {baseline.n_original}",
+        "batch size": run.batch_size,
+        "device": run.device,
+    }
+    recorded = (f"{name} {value}" for name, value in settings.items() if value is not None)
+    return f"Baseline {_name(run)} on `{baseline.task}`: {', '.join(recorded)}."
+
+
+def _identical(tree: Tree) -> list[Block]:
+    groups = identical_groups(tree.results)
+    heading = Heading(2, "Numerically identical runs")
+    if not groups:
+        return [heading, Text("No two runs of a stage have the same accuracy and perplexity to the last bit.")]
+    why = (
+        "Accuracy and perplexity of these runs agree to the last bit. For different scale_bits this is what to expect "
+        "where every shared scale fits into the fewer bits; the clamped ones are counted below."
+    )
+    items = (f"{tables.stage_title(group[0].run.stage)}: {_identity(group)}." for group in groups)
+    return [heading, Text(why), Items(tuple(items))]
+
+
+def _identity(group: Sequence[Result]) -> str:
+    return f"{identity_sentence(group)} ({metrics_text(group[0])})"
+
+
+def _clamps(tree: Tree) -> list[Block]:
+    heading = Heading(3, "Clamped shared scales")
+    table = tables.clamps(tree)
+    if table is None:
+        return [heading, Text("Not recorded: no run has a `run.json` which counts them.")]
+    meaning = (
+        "Of the blocks quantized in a run, those whose shared scale lay below the range of scale_bits (clamped to its "
+        "lowest value) or above it (overflowed)."
+    )
+    missing = [run for run in tree.runs if not (run.clamps or run.is_baseline)]
+    lacking = [Text(f"Not recorded: {_listed([_name(run) for run in missing])}.")] if missing else []
+    return [heading, Text(meaning), table, *lacking]
+
+
+def _incomplete(tree: Tree) -> list[Block]:
+    heading = Heading(2, "Incomplete runs")
+    table = tables.failures(tree)
+    items = [f"`{incomplete.folder}`: {incomplete.why}." for incomplete in tree.incomplete]
+    items += [f"{note}." for note in tree.superseded]
+    if not items and table is None:
+        return [heading, Text("None: every run directory holds one readable metrics file.")]
+    return [heading, *([Items(tuple(items))] if items else []), *([table] if table else [])]
+
+
+def _environments(tree: Tree) -> list[Block]:
+    groups: defaultdict[str, list[Run]] = defaultdict(list)
+    for run in tree.runs:
+        groups[run.environment].append(run)
+    blocks: list[Block] = [Heading(2, "Appendix A: Environments")]
+    for environment, runs in groups.items():
+        blocks += [Text(f"{_runs_by_stage(tree, runs)}:"), Code(environment or "empty env.txt")]
+    return blocks
+
+
+def _commands(tree: Tree) -> list[Block]:
+    blocks: list[Block] = [Heading(2, "Appendix B: Commands")]
+    for stage in tree.stages:
+        runs = [run for run in tree.runs if run.stage == stage]
+        commands = (f"# {run.run_id}\n{run.command or '# not recorded'}" for run in runs)
+        blocks += [Heading(3, tables.stage_title(stage)), Code("\n\n".join(commands))]
+    return blocks
+
+
+def _is_baseline(tree: Tree, stage: str) -> bool:
+    return tree.of_stage(stage)[0].run.is_baseline
+
+
+def _who(tree: Tree, results: Sequence[Result]) -> str:
+    """The runs of some results of one stage: all of them by their number, a part by name."""
+    return _runs_by_stage(tree, list({result.run.folder: result.run for result in results}.values()))
+
+
+def _runs_by_stage(tree: Tree, runs: Sequence[Run]) -> str:
+    return "; ".join(
+        _runs_of_stage([run for run in tree.runs if run.stage == stage], [run for run in runs if run.stage == stage])
+        for stage in dict.fromkeys(run.stage for run in runs)
+    )
+
+
+def _runs_of_stage(every: Sequence[Run], some: Sequence[Run]) -> str:
+    title = tables.stage_title(every[0].stage)
+    if len(some) < len(every):
+        return f"{title}, {len(some)} of {len(every)} runs ({_listed([f'`{run.run_id}`' for run in some])})"
+    return f"{title}, all {len(every)} runs" if len(every) > 1 else title
+
+
+def _name(run: Run) -> str:
+    return f"`{run.stage}`" if run.folder == run.stage_folder else f"`{run.stage}/{run.run_id}`"
+
+
+def _count(results: Iterable[Result]) -> str:
+    number = len({result.run.folder for result in results})
+    return f"{number} run" if number == 1 else f"{number} runs"
+
+
+def _listed(words: Sequence[str]) -> str:
+    return ", ".join(words) or "not recorded"

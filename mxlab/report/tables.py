@@ -1,0 +1,165 @@
+"""The tables of the report."""
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+from mxlab.report.compare import compare, work
+from mxlab.report.document import Cell, Column, Table
+from mxlab.report.options import SWEPT, brief, further_options, option_text
+from mxlab.report.read import Tree
+from mxlab.report.run import Result, Run
+
+CONFIG = Column("Config", "left")
+STAGE = Column("stage", "left")
+RUN_ID = Column("run_id", "left")
+TASK = Column("task", "left")
+N = Column("n")
+MEASURES = (Column("acc", measured=True), Column("ppl", measured=True), Column("eval_time_s"), Column("examples/sec"))
+
+
+def stage_title(stage: str) -> str:
+    """A stage as a table names it: ``ex1`` is Ex1, ``baseline`` is Baseline, others keep their folder's name."""
+    return stage.capitalize() if re.fullmatch(r"ex\d+|baseline", stage) else stage
+
+
+def headline(tree: Tree) -> Table:
+    """Table 1: the baseline, then the best accuracy and the best speed of each stage.
+
+    Results of unequal work (another n, task, model or dtype) do not compete: a stage has two rows for each.
+    """
+    tasks = _task_column(tree)
+    rows = [
+        (label, *(result.task for _ in tasks), *_measures(result), _notes(result, tree))
+        for stage in tree.stages
+        for label, result in _best_of_stage(tree.of_stage(stage))
+    ]
+    title = "Table 1: Headline results (baseline, and the best of each stage)"
+    return Table("table_1_headline", title, (CONFIG, *tasks, *MEASURES, Column("Notes", "left")), tuple(rows))
+
+
+def sweep(tree: Tree, stage: str, number: str) -> Table | None:
+    """Every run of a stage whose configuration is known, in the order of the options; None where there is none."""
+    results = [result for result in tree.of_stage(stage) if result.run.options is not None]
+    if not results:
+        return None
+    names = (*SWEPT, *further_options(result.run.options or {} for result in results))
+    tasks = _task_column(tree)
+    sizes = _n_column(results)
+    rows = [
+        (
+            *_option_cells(result.run, names),
+            *(result.task for _ in tasks),
+            *_measures(result),
+            *(result.n for _ in sizes),
+            result.run.run_id,
+        )
+        for result in results
+    ]
+    options = (Column(name, "center" if name == "custom_cuda" else "right") for name in names)
+    title = f"Table {number}: {_sweep_title(stage)}"
+    slug = f"table_{number.replace('.', '_')}_{stage.replace('/', '_')}"
+    return Table(slug, title, (*options, *tasks, *MEASURES, *sizes, RUN_ID), tuple(rows))
+
+
+def unknown(tree: Tree) -> Table | None:
+    """The runs of which neither run.json nor the folder's name tells the configuration; None where there is none."""
+    tasks = _task_column(tree)
+    rows = [
+        (result.run.stage, *(result.task for _ in tasks), *_measures(result), result.n, result.run.run_id)
+        for result in tree.results
+        if result.run.options is None and not result.run.is_baseline
+    ]
+    columns = (STAGE, *tasks, *MEASURES, N, RUN_ID)
+    title = "Table 3: Runs of unknown configuration"
+    return Table("table_3_unknown_configuration", title, columns, tuple(rows)) if rows else None
+
+
+def clamps(tree: Tree) -> Table | None:
+    """How often the shared scale was clamped, for each run and role; None where no run recorded it."""
+    rows = [
+        (run.stage, run.run_id, role, counts["blocks"], counts["clamped"], _percent(counts), counts["overflowed"])
+        for run in tree.runs
+        for role, counts in run.clamps.items()
+    ]
+    counted = (Column("blocks"), Column("clamped"), Column("clamped %"), Column("overflowed"))
+    columns = (STAGE, RUN_ID, Column("role", "left"), *counted)
+    return Table("table_4_scale_clamps", "Table 4: Clamped shared scales", columns, tuple(rows)) if rows else None
+
+
+def failures(tree: Tree) -> Table | None:
+    """The runs which a sweep could not finish, from failures.jsonl; None where there is none."""
+    rows = tuple((failure.folder, failure.label, failure.error, failure.time) for failure in tree.failures)
+    columns = tuple(Column(name, "left") for name in ("folder", "label", "error", "time"))
+    return Table("table_5_failures", "Table 5: Failures of sweeps", columns, rows) if rows else None
+
+
+def _best_of_stage(results: Sequence[Result]) -> list[tuple[str, Result]]:
+    """The rows of a stage in Table 1 with their labels."""
+    if results[0].run.is_baseline:
+        return [(stage_title(result.run.stage), result) for result in results]
+    equal_work: defaultdict[object, list[Result]] = defaultdict(list)
+    for result in results:
+        equal_work[work(result)].append(result)
+    full_first = sorted(equal_work.values(), key=lambda group: group[0].limited)
+    return [row for group in full_first for row in _best(group)]
+
+
+def _best(group: Sequence[Result]) -> list[tuple[str, Result]]:
+    # A run of unknown configuration wins only where there is no other: its row could not say what won.
+    candidates = [result for result in group if result.run.options is not None] or group
+    quality = "accuracy" if any(result.acc for result in candidates) else "perplexity"
+    limited = ", limited" if group[0].limited else ""
+    stage = stage_title(group[0].run.stage)
+    most_accurate = max(candidates, key=lambda result: (_goodness(result), -result.eval_time_s))
+    fastest = max(candidates, key=lambda result: result.examples_per_s)
+    return [
+        (f"{stage} best ({quality}{limited})", most_accurate),
+        (f"{stage} best (speed{limited})", fastest),
+    ]
+
+
+def _goodness(result: Result) -> float:
+    """Accuracy, or else perplexity turned round; a missing one and NaN lose."""
+    goodness = result.acc.value if result.acc else -result.ppl.value if result.ppl else -math.inf
+    return -math.inf if math.isnan(goodness) else goodness
+
+
+def _notes(result: Result, tree: Tree) -> str:
+    size = f"limited eval (`n={result.n}`)" if result.limited else "Full eval"
+    if result.n is None or result.n_original is None:
+        size = "n not recorded"
+    if result.run.is_baseline:
+        several = len({baseline.run.folder for baseline in tree.baselines}) > 1
+        return f"{size}; run `{result.run.run_id}`" if several else size
+    comparison = compare(result, tree.baselines)
+    return "; ".join(filter(None, (size, brief(result.run.options), comparison and comparison.verdict)))
+
+
+def _measures(result: Result) -> tuple[Cell, ...]:
+    return result.acc, result.ppl, result.eval_time_s, result.examples_per_s
+
+
+def _task_column(tree: Tree) -> tuple[Column, ...]:
+    return (TASK,) if len(tree.tasks) > 1 else ()
+
+
+def _n_column(results: Sequence[Result]) -> tuple[Column, ...]:
+    """The column of n, which is left out where n says the same in every row of a task."""
+    tasks = {result.task for result in results}
+    return (N,) if len({(result.task, result.n) for result in results}) > len(tasks) else ()
+
+
+def _option_cells(run: Run, names: Sequence[str]) -> list[str | None]:
+    values = [(run.options or {}).get(name) for name in names]
+    return [None if value is None else option_text(value) for value in values]
+
+
+def _sweep_title(stage: str) -> str:
+    exercise = re.fullmatch(r"ex(\d+)", stage)
+    return f"Exercise {exercise[1]} sweep results" if exercise else f"{stage} results"
+
+
+def _percent(counts: Mapping[str, int]) -> float | None:
+    return 100 * counts["clamped"] / counts["blocks"] if counts["blocks"] else None

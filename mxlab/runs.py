@@ -1,0 +1,239 @@
+"""Run directories: written once, complete or absent.
+
+A run is written into a hidden folder beside its place and renamed when it is whole, so that a run that is killed, or
+for which the disk is too small, leaves nothing that looks like a result.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import logging
+import os
+import shlex
+import shutil
+import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+from mxlab import data, environment, models
+from mxlab.errors import RunError
+from mxlab.evaluate import Outcome, Request, evaluate
+from mxlab.recipe import Recipe
+
+SCHEMA = 1
+FAILURES = "failures.jsonl"
+_PARTIAL = ".partial-"
+
+logger = logging.getLogger("mxlab")
+
+
+def run(
+    request: Request, stage_folder: Path, options: dict[str, Any] | None = None, command: str | None = None
+) -> Path:
+    """Evaluate ``request`` into a new run directory of ``stage_folder`` and return that directory.
+
+    Args:
+        request: what to evaluate.
+        stage_folder: ``results/<stage>``; the stage is its name.
+        options: what a sweep varied, for the report; None for what the recipe says.
+        command: the command line to record; None for this process's.
+
+    Raises:
+        MxlabError: as :func:`mxlab.evaluate.evaluate`; RunError where the run directory cannot be written.
+    """
+    options = request.recipe.options if options is None else options
+    key = run_key(request)
+    with _partial(stage_folder) as folder:
+        _write_before(folder, request, command or shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]))
+        with _logged(folder / "output.log"):
+            outcome = evaluate(request, folder)
+        _write_after(folder, outcome, {"stage": stage_folder.name, "options": options, "key": key})
+        return _publish(folder, stage_folder, label(request.recipe))
+
+
+def run_key(request: Request) -> dict[str, Any]:
+    """What makes two runs the same run: a finished one with an equal key need not be run again."""
+    return {
+        "recipe": request.recipe.hash,
+        "model": models.identity(request.model),
+        "tasks": list(request.tasks),
+        "data": data.digests(request.tasks, request.data_dir),
+        "limit": request.limit,
+        "dtype": request.dtype,
+        "batch_size": request.batch_size,
+        "max_length": request.max_length,
+        "code": environment.code_version(),
+    }
+
+
+def find(stage_folder: Path, key: dict[str, Any]) -> Path | None:
+    """The complete run directory of ``stage_folder`` with this key, whatever its name; None where there is none."""
+    for record in sorted(stage_folder.glob("[!.]*/run.json")):
+        complete = any(record.parent.glob("metrics_*.json"))
+        if complete and _read_json(record).get("key") == key:
+            return record.parent
+    return None
+
+
+def read_metrics(folder: Path) -> list[tuple[str, str, str, str]]:
+    """The metrics of a run directory as rows of text: task, metric, value, standard error."""
+    results = _read_json(max(folder.glob("metrics_*.json")))["results"]
+    return [
+        (task, name.partition(",")[0], f"{value:.6g}", _stderr(values, name))
+        for task, values in results.items()
+        for name, value in values.items()
+        if "," in name and "_stderr" not in name and isinstance(value, int | float)
+    ]
+
+
+def _stderr(values: dict[str, Any], name: str) -> str:
+    value = values.get(name.replace(",", "_stderr,", 1))
+    return f"{value:.3g}" if isinstance(value, int | float) else "-"
+
+
+def record_failure(stage_folder: Path, name: str, error: BaseException) -> None:
+    """Append a failed run to ``failures.jsonl`` of its stage."""
+    stage_folder.mkdir(parents=True, exist_ok=True)
+    entry = {
+        "label": name,
+        "error": f"{type(error).__name__}: {error}",
+        "time": datetime.datetime.now().isoformat(timespec="seconds"),
+        "traceback": "".join(traceback.format_exception(error)),
+    }
+    with (stage_folder / FAILURES).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(entry) + "\n")
+
+
+def label(recipe: Recipe) -> str:
+    """``bs16_sb8_cctrue``; ``mix`` where the recipe's formats differ; the recipe's name where it quantizes nothing."""
+    if not recipe.rules:
+        return recipe.name
+    options = {"block_size": "mix", "scale_bits": "mix", **recipe.options}
+    custom_cuda = str(options["custom_cuda"]).lower()
+    return f"bs{options['block_size']}_sb{options['scale_bits']}_cc{custom_cuda}"
+
+
+def _write_before(folder: Path, request: Request, command: str) -> None:
+    described = environment.describe()
+    _write(folder / "command.txt", command + "\n")
+    _write(folder / "env.txt", environment.as_text(described))
+    _write(folder / "env.json", _json(described))
+    _write(folder / "recipe.toml", request.recipe.to_toml())
+
+
+def _write_after(folder: Path, outcome: Outcome, record: dict[str, Any]) -> None:
+    _write(folder / "inventory.json", _json(outcome.conversion.inventory()))
+    measured = {"forward_seconds": outcome.forward_seconds, "scale_clamps": outcome.scale_clamps or None}
+    _write(folder / "run.json", _json({"schema": SCHEMA, **record, **measured}))
+
+
+@contextlib.contextmanager
+def _partial(stage_folder: Path) -> Iterator[Path]:
+    """A hidden folder beside the run directories; gone afterwards, unless it was renamed."""
+    folder = stage_folder / f"{_PARTIAL}{os.getpid()}"
+    try:
+        stage_folder.mkdir(parents=True, exist_ok=True)
+        _sweep_up(stage_folder)
+        folder.mkdir()
+    except OSError as e:
+        raise RunError(f"cannot write to {stage_folder}: {e.strerror}; give another --out folder") from None
+    try:
+        yield folder
+    except KeyboardInterrupt:
+        logger.warning("stopped: nothing half-written was kept; start the same command again to go on")
+        raise
+    except OSError as e:
+        raise RunError(f"the run was given up and nothing was kept: {e}; make room and start it again") from e
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sweep_up(stage_folder: Path) -> None:
+    """Remove what killed processes left."""
+    for folder in stage_folder.glob(f"{_PARTIAL}*"):
+        if not _alive(int(folder.name.removeprefix(_PARTIAL))):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return pid != os.getpid()
+
+
+def _publish(folder: Path, stage_folder: Path, name: str) -> Path:
+    """Rename the whole run to its place; a name that is taken by another run waits for the next second."""
+    now = datetime.datetime.now()
+    while True:
+        target = stage_folder / f"{now:%Y%m%d_%H%M%S}_{name}"
+        if not target.exists():
+            return folder.rename(target)
+        now += datetime.timedelta(seconds=1)
+
+
+@contextlib.contextmanager
+def _logged(file: Path) -> Iterator[None]:
+    """Copy everything printed and logged to ``file``."""
+    with file.open("w", encoding="utf-8") as log:
+        handler = logging.StreamHandler(log)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s [%(name)s] %(message)s"))
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(contextlib.redirect_stdout(_Tee(sys.stdout, log)))  # pyright: ignore
+            stack.enter_context(contextlib.redirect_stderr(_Tee(sys.stderr, log)))  # pyright: ignore
+            for name in ("mxlab", "lm_eval"):
+                stack.enter_context(_handling(logging.getLogger(name), handler))
+            yield
+
+
+@contextlib.contextmanager
+def _handling(source: logging.Logger, handler: logging.Handler) -> Iterator[None]:
+    level = source.level
+    source.addHandler(handler)
+    source.setLevel(min(source.getEffectiveLevel(), logging.INFO))
+    try:
+        yield
+    finally:
+        source.removeHandler(handler)
+        source.setLevel(level)
+
+
+class _Tee:
+    """A text stream that writes to a second one as well."""
+
+    def __init__(self, stream: TextIO, copy: TextIO) -> None:
+        self._stream, self._copy = stream, copy
+
+    def write(self, text: str) -> int:
+        self._copy.write(text)
+        return self._stream.write(text)
+
+    def flush(self) -> None:
+        self._copy.flush()
+        self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=1) + "\n"
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}

@@ -1,0 +1,162 @@
+"""Sweeps: the grid of a TOML file, run one by one; what is finished is skipped, what fails is recorded."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from mxlab import assets, runs
+from mxlab import recipe as recipes
+from mxlab.errors import FormatError, MxlabError, SpecError
+from mxlab.evaluate import Request
+from mxlab.formats import suggestion
+from mxlab.specs import OPTIONS, override
+
+logger = logging.getLogger("mxlab")
+
+_REQUEST_KEYS = tuple(f.name for f in fields(Request) if f.name not in ("recipe", "data_dir"))
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """One stage of an experiment: a recipe, what it is evaluated on, and the values each option takes in turn.
+
+    ``settings`` and the keys of ``grid`` are fields of :class:`~mxlab.evaluate.Request` or MX options.
+    """
+
+    stage: str
+    recipe: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    grid: Mapping[str, list[Any]] = field(default_factory=dict)
+
+    def points(self) -> Iterator[dict[str, Any]]:
+        """Every combination of the grid, the last key varying fastest."""
+        for values in itertools.product(*self.grid.values()):
+            yield dict(zip(self.grid, values, strict=True))
+
+    def request(self, point: Mapping[str, Any], data_dir: Path | None) -> Request:
+        """The evaluation at one point of the grid.
+
+        Raises:
+            SpecError: a value that its key does not take.
+        """
+        chosen = {**self.settings, **point}
+        options = {k: v for k, v in chosen.items() if k in OPTIONS}
+        request = {k: v for k, v in chosen.items() if k in _REQUEST_KEYS}
+        if "tasks" in request:
+            request["tasks"] = _listed(request["tasks"])
+        recipe = override(recipes.load(chosen.get("recipe", self.recipe)), options)
+        try:
+            return Request(recipe=recipe, data_dir=data_dir, **request)
+        except FormatError as e:
+            raise SpecError(str(e)) from None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """How many runs of a sweep were made, found finished, and failed."""
+
+    finished: int = 0
+    skipped: int = 0
+    failed: int = 0
+
+    def __add__(self, other: Summary) -> Summary:
+        return Summary(self.finished + other.finished, self.skipped + other.skipped, self.failed + other.failed)
+
+    def __str__(self) -> str:
+        return f"{self.finished} runs made, {self.skipped} found finished, {self.failed} failed"
+
+
+def load(path: str | Path) -> Sweep:
+    """A sweep from a TOML file, or a shipped one by name (``ex1``).
+
+    The file has ``stage``, ``recipe``, any of Request's fields and MX options, and a table ``[grid]`` of lists.
+
+    Raises:
+        SpecError: no such file, not TOML, an unknown key, or an empty grid entry.
+    """
+    shipped = {file.stem: file for file in assets.sweeps()}
+    file = shipped.get(str(path), Path(path))
+    if not file.is_file():
+        raise SpecError(f"no sweep {str(path)!r}: give a TOML file or one of {', '.join(shipped)}")
+    try:
+        values = tomllib.loads(file.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as e:
+        raise SpecError(f"{path} is not valid TOML: {e}") from None
+    return _parse(values, str(path))
+
+
+def run_sweep(sweep: Sweep, out: Path, data_dir: Path | None = None) -> Summary:
+    """Run every point of ``sweep`` into ``out/<stage>``; one that fails is recorded and the rest goes on.
+
+    Raises:
+        SpecError: a point that no request can be made of; then nothing is run.
+    """
+    requests = [(point, sweep.request(point, data_dir)) for point in sweep.points()]
+    stage_folder = out / sweep.stage
+    summary = Summary()
+    for number, (point, request) in enumerate(requests, 1):
+        name = " ".join(f"{k}={v}" for k, v in point.items()) or request.recipe.name
+        logger.info("%s %d/%d: %s", sweep.stage, number, len(requests), name)
+        summary += _run_point(request, stage_folder, point, name)
+    return summary
+
+
+def _run_point(request: Request, stage_folder: Path, point: Mapping[str, Any], name: str) -> Summary:
+    try:
+        if done := runs.find(stage_folder, runs.run_key(request)):
+            logger.info("finished already: %s", done)
+            return Summary(skipped=1)
+        logger.info("written: %s", runs.run(request, stage_folder, {**request.recipe.options, **point}))
+        return Summary(finished=1)
+    except Exception as e:  # one bad run, of whatever kind, must not end the others
+        runs.record_failure(stage_folder, name, e)
+        message = str(e) if isinstance(e, MxlabError) else f"{type(e).__name__}: {e}"
+        logger.error("failed: %s: %s", name, message)
+        return Summary(failed=1)
+
+
+def _parse(values: dict[str, Any], source: str) -> Sweep:
+    known = ["stage", "recipe", "grid", *_REQUEST_KEYS, *OPTIONS]
+    grid = values.get("grid", {})
+    if not isinstance(grid, dict):
+        raise SpecError(f"{source}: grid must be a table of lists, such as [grid] block_size = [16, 32]")
+    _check_keys(values, known, source)
+    _check_keys(grid, [k for k in known if k not in ("stage", "grid")], f"{source}, [grid]")
+    for key, entry in grid.items():
+        if not isinstance(entry, list) or not entry:
+            raise SpecError(f"{source}, [grid]: {key} is {entry!r}: it must be a list of values")
+    for key in ("stage", "recipe"):
+        if not isinstance(values.get(key), str) or not values[key]:
+            raise SpecError(f'{source}: needs {key}, such as {key} = "ex1"')
+    if Path(values["stage"]).name != values["stage"] or values["stage"].startswith("."):
+        raise SpecError(f"{source}: stage is {values['stage']!r}: it names a folder, without / and without a dot first")
+    settings = {k: v for k, v in values.items() if k not in ("stage", "recipe", "grid")}
+    sweep = Sweep(values["stage"], values["recipe"], settings, grid)
+    try:
+        for point in sweep.points():
+            sweep.request(point, None)
+    except SpecError as e:
+        raise SpecError(f"{source}: {e}") from None
+    return sweep
+
+
+def _check_keys(values: Mapping[str, Any], known: list[str], source: str) -> None:
+    for key in values:
+        if key not in known:
+            raise SpecError(f"{source}: unknown key {key!r}{suggestion(key, known)}; known are {', '.join(known)}")
+
+
+def _listed(tasks: Any) -> tuple[str, ...]:
+    return (tasks,) if isinstance(tasks, str) else tuple(tasks)
+
+
+def with_settings(sweep: Sweep, settings: Mapping[str, Any]) -> Sweep:
+    """``sweep`` with these settings in place of its own; a key of the grid is no longer swept."""
+    grid = {k: v for k, v in sweep.grid.items() if k not in settings}
+    return replace(sweep, settings={**sweep.settings, **settings}, grid=grid)

@@ -1,0 +1,386 @@
+"""``exact`` against four independent implementations: one written here from the specification, three from PyPI.
+
+The three have defects of their own, and the tests keep away from them: gfloat turns a scale of 2^-128 into NaN and
+uses the most negative integer code; torchao is wrong on blocks near the smallest scale; ml_dtypes does not saturate
+the 8-bit formats.
+"""
+
+import math
+from fractions import Fraction
+from itertools import product
+
+import gfloat
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from gfloat import RoundMode
+from gfloat import formats as gfloat_formats
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mxlab.backends import philox
+from mxlab.formats import MXFormat, element
+from mxlab.numerics import quantize, round_elementwise
+
+OCP = ("fp8_e5m2", "fp8_e4m3", "fp6_e3m2", "fp6_e2m3", "fp4_e2m1", "int8")
+FLOATS = OCP[:-1]
+# Every format there is: name -> exponent bits, mantissa bits, bias, emax, largest. Not taken from mxlab.
+FACTS = {
+    "fp8_e5m2": (5, 2, 15, 15, Fraction(57344)),
+    "fp8_e4m3": (4, 3, 7, 8, Fraction(448)),
+    "fp16": (5, 10, 15, 15, Fraction(65504)),
+    "bf16": (8, 7, 127, 127, Fraction(255) * 2**120),
+}
+for b in range(2, 9):
+    FACTS[f"int{b}"] = (0, b - 2, 0, 0, 2 - Fraction(1, 2 ** (b - 2)))
+for n in range(2, 9):
+    for x in range(1, n):
+        m, bias = n - 1 - x, 2 ** (x - 1) - 1
+        FACTS.setdefault(
+            f"fp{n}_e{x}m{m}",
+            (x, m, bias, 2**x - 1 - bias, (2 - Fraction(1, 2**m)) * Fraction(2) ** (2**x - 1 - bias)),
+        )
+ROUNDINGS = ("nearest", "even", "floor", "dither")
+SEED = 20240611
+
+
+def same(got: Tensor, expected: Tensor) -> None:
+    """Bits are the same, the sign of zero included; NaN equals NaN."""
+    assert got.dtype == expected.dtype
+    assert got.shape == expected.shape
+    as_bits = {2: torch.int16, 4: torch.int32}[got.element_size()]
+    wrong = (got.view(as_bits) != expected.view(as_bits)) & ~(got.isnan() & expected.isnan())
+    assert not wrong.any(), f"{int(wrong.sum())} differ, first {got[wrong][0]!r}, not {expected[wrong][0]!r}"
+
+
+def grid_points(name: str) -> np.ndarray:
+    """All codes and all midpoints of an element format, their float32 neighbours, and both signs."""
+    codes = np.array(element(name).magnitudes(), np.float64)
+    # Beyond the largest code to the end of its binade, where everything must saturate.
+    above = np.linspace(codes[-1], 2.0 ** (element(name).emax + 1), 9)[:-1]
+    exact = np.concatenate([codes, (codes[1:] + codes[:-1]) / 2, above]).astype(np.float32)
+    near = [exact, np.nextafter(exact, np.float32(np.inf)), np.nextafter(exact, np.float32(-np.inf))]
+    points = np.unique(np.concatenate(near))
+    points = points[np.abs(points).astype(np.float64) < 2.0 ** (element(name).emax + 1)]
+    return np.unique(np.concatenate([points, -points]))
+
+
+def quantize_at_scale(points: np.ndarray, name: str, rounding: str, exponent: int = 0) -> np.ndarray:
+    """Each point in a block whose shared exponent is ``exponent`` whatever the point is, scaled by it; scaled back."""
+    anchor = np.full_like(points, 2.0 ** element(name).emax)
+    blocks = torch.from_numpy(np.stack([points, anchor], 1)) * 2.0**exponent
+    return quantize(blocks, MXFormat(name, 2, rounding=rounding), seed=SEED)[:, 0].numpy() / 2.0**exponent
+
+
+# The specification in exact arithmetic
+
+
+def floor_log2(x: Fraction) -> int:
+    """floor(log2 x) by counting, for x > 0."""
+    guess = x.numerator.bit_length() - x.denominator.bit_length()
+    return guess if Fraction(2) ** guess <= x else guess - 1
+
+
+def to_integer(v: Fraction, rounding: str, u: Fraction) -> int:
+    """Step 5: a number that is not negative to an integer."""
+    whole = v.numerator // v.denominator
+    rest = v - whole
+    if rounding == "nearest":
+        return whole + (rest >= Fraction(1, 2))
+    if rounding == "even":
+        return whole + (rest > Fraction(1, 2) or (rest == Fraction(1, 2) and whole % 2 == 1))
+    if rounding == "floor":
+        return whole
+    return whole + (rest + u >= 1)
+
+
+def spec_block(xs: list[float], fmt: MXFormat, us: list[float]) -> list[float]:
+    """One block by the OCP specification, steps 1 to 6, in exact arithmetic."""
+    exponent_bits, mantissa_bits, bias, emax, largest = FACTS[fmt.element]
+    if not all(map(math.isfinite, xs)):
+        return [math.nan] * len(xs)
+    amax = max(abs(Fraction(x)) for x in xs)
+    e = floor_log2(amax) if amax else -126
+    if fmt.flush_fp32_subnorms and e <= -127:
+        return [0.0] * len(xs)
+    s = e - emax
+    limit = 2 ** ((fmt.scale_bits or 8) - 1) - 1
+    if s > limit:
+        return [math.nan] * len(xs)
+    scale = Fraction(2) ** max(s, -limit)
+    results = []
+    for x, u in zip(xs, us, strict=True):
+        q = abs(Fraction(x)) / scale
+        if exponent_bits == 0:
+            step = Fraction(1, 2**mantissa_bits)
+        else:
+            binade = max(floor_log2(q), 1 - bias) if q else 1 - bias
+            step = Fraction(2) ** (binade - mantissa_bits)
+        rounded = min(to_integer(q / step, fmt.rounding, Fraction(u)) * step, largest)
+        result = float(rounded * scale)
+        assert Fraction(result) == rounded * scale
+        results.append(-result if x < 0 and result else result)
+    return results
+
+
+def spec(x: Tensor, fmt: MXFormat, seed: int = SEED) -> Tensor:
+    """A 2-D tensor, blocks along the last axis, by :func:`spec_block`."""
+    us = philox.uniform(x.shape, seed, x.device).tolist() if fmt.rounding == "dither" else None
+    rows = []
+    for i, row in enumerate(x.tolist()):
+        rows.append([])
+        for start in range(0, len(row), fmt.block_size or len(row)):
+            part = slice(start, start + (fmt.block_size or len(row)))
+            rows[-1] += spec_block(row[part], fmt, us[i][part] if us else [0.0] * len(row[part]))
+    return torch.tensor(rows, dtype=torch.float32).to(x.dtype)
+
+
+def adversarial(name: str, dtype: torch.dtype) -> Tensor:
+    """Blocks of eight that sit where mistakes show: midpoints, binade ends, subnormals, both ends of the range."""
+    generator = np.random.default_rng(7)
+    emax = element(name).emax
+    normal = generator.standard_normal((8, 8)).astype(np.float32)
+    spread = normal * np.exp2(generator.integers(-30, 30, (8, 8))).astype(np.float32)
+    points = generator.choice(grid_points(name), (40, 7)).astype(np.float64)
+    points = np.concatenate([points, np.full((40, 1), 2.0**emax)], 1)
+    shifts = np.array([0, 1, -1, 5, -20, 40, -60, 100, -120, 127 - emax])
+    with np.errstate(over="ignore"):
+        shifted = (points * np.exp2(np.minimum(np.resize(shifts, 40), 127 - emax))[:, None]).astype(np.float32)
+    powers = np.exp2(generator.integers(-149, 128, (6, 1)).astype(np.float64)).astype(np.float32)
+    ends = np.concatenate([powers, np.nextafter(powers, np.float32(0)), -powers / 2, powers / 3], 1)
+    tiny = (generator.integers(-300, 300, (4, 8)) * 2.0**-149).astype(np.float32)
+    big = np.float32(3.4028235e38) * generator.uniform(-1, 1, (3, 8)).astype(np.float32)
+    special = np.zeros((5, 8), np.float32)
+    special[1, 3], special[2, 0], special[3, 7], special[4, 1] = np.nan, np.inf, -np.inf, -0.0
+    special[1:4, 5] = 1.5
+    rows = [normal, spread, shifted, np.tile(ends, 2), tiny, big, special]
+    with np.errstate(over="ignore"):
+        return torch.from_numpy(np.concatenate(rows)).to(dtype)
+
+
+OPTIONS = [
+    (torch.float32, {}),
+    (torch.float32, {"scale_bits": 5, "flush_fp32_subnorms": True}),
+    (torch.bfloat16, {"scale_bits": 7, "flush_fp32_subnorms": True}),
+    (torch.float16, {"scale_bits": 1}),
+]
+
+
+@pytest.mark.parametrize("name", FACTS)
+def test_the_specification_in_exact_arithmetic(name):
+    for (dtype, options), rounding in product(OPTIONS, ROUNDINGS):
+        fmt = MXFormat(name, 8, rounding=rounding, **options)
+        x = adversarial(name, dtype)
+        same(quantize(x, fmt, seed=SEED), spec(x, fmt))
+
+
+finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
+close = st.floats(-8, 8, width=32)
+values = st.one_of(finite, close, close, st.sampled_from([0.0, -0.0, math.nan, math.inf, -math.inf, 2.0**-149]))
+
+
+@settings(max_examples=600)
+@given(
+    st.lists(values, min_size=1, max_size=20),
+    st.builds(
+        MXFormat,
+        element=st.sampled_from(sorted(FACTS)),
+        block_size=st.integers(0, 9),
+        scale_bits=st.integers(0, 8),
+        rounding=st.sampled_from(ROUNDINGS),
+        flush_fp32_subnorms=st.booleans(),
+    ),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+)
+def test_the_specification_on_random_blocks(xs, fmt, dtype):
+    x = torch.tensor([xs]).to(dtype)
+    same(quantize(x, fmt, seed=SEED), spec(x, fmt))
+
+
+def spec_scalar(x: float, mantissa_bits: int, bias: int, rounding: str, subnormals: bool, u: float) -> float:
+    """One number to a floating-point format of its own, in exact arithmetic; what overflows becomes infinite."""
+    if not math.isfinite(x):
+        return x
+    q = abs(Fraction(x))
+    if q == 0 or (q < Fraction(2) ** (1 - bias) and not subnormals):
+        return 0.0
+    step = Fraction(2) ** (max(floor_log2(q), 1 - bias) - mantissa_bits)
+    rounded = to_integer(q / step, rounding, Fraction(u)) * step
+    result = float(rounded) if rounded < Fraction(2) ** (bias + 1) else math.inf
+    return -result if x < 0 and result else result
+
+
+@settings(max_examples=600)
+@given(
+    st.lists(st.one_of(values, st.floats(width=32)), min_size=1, max_size=20),
+    st.one_of(
+        st.tuples(st.just("bfloat"), st.integers(10, 31)),
+        st.tuples(st.just("fp"), st.integers(7, 29)),
+    ),
+    st.sampled_from(ROUNDINGS),
+    st.booleans(),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+)
+def test_element_wise_rounding_in_exact_arithmetic(xs, width, rounding, subnormals, dtype):
+    kind, bits = width
+    exponent_bits = {"bfloat": 8, "fp": 5}[kind]
+    x = torch.tensor(xs).to(dtype)
+    us = philox.uniform(x.shape, SEED, x.device).tolist()
+    facts = (bits - 1 - exponent_bits, 2 ** (exponent_bits - 1) - 1, rounding, subnormals)
+    expected = torch.tensor([spec_scalar(v, *facts, u) for v, u in zip(x.tolist(), us, strict=True)]).to(dtype)
+    same(round_elementwise(x, **{kind: bits}, rounding=rounding, subnormals=subnormals, seed=SEED), expected)
+
+
+# ml_dtypes
+
+ML_DTYPES = {
+    "fp8_e5m2": ml_dtypes.float8_e5m2,
+    "fp8_e4m3": ml_dtypes.float8_e4m3fn,
+    "fp6_e3m2": ml_dtypes.float6_e3m2fn,
+    "fp6_e2m3": ml_dtypes.float6_e2m3fn,
+    "fp4_e2m1": ml_dtypes.float4_e2m1fn,
+}
+
+
+@pytest.mark.parametrize("exponent", [0, -9, 13])
+@pytest.mark.parametrize("name", FLOATS)
+def test_ml_dtypes(name, exponent):
+    points = grid_points(name)
+    with np.errstate(over="ignore", invalid="ignore"):
+        cast = points.astype(ML_DTYPES[name]).astype(np.float32)
+    largest = np.float32(element(name).max)
+    cast = np.where(np.isfinite(cast), cast, np.copysign(largest, points)) + np.float32(0)
+    assert np.array_equal(quantize_at_scale(points, name, "even", exponent), cast)
+
+
+@pytest.mark.parametrize("name", FLOATS)
+def test_ml_dtypes_on_every_float16(name):
+    points = np.arange(2**16, dtype=np.uint16).view(np.float16).astype(np.float32)
+    points = points[np.abs(points) <= element(name).max]  # leaves NaN and Inf out
+    cast = points.astype(ML_DTYPES[name]).astype(np.float32) + np.float32(0)
+    assert np.array_equal(quantize_at_scale(points, name, "even"), cast)
+
+
+@pytest.mark.parametrize(("dtype", "widths"), [(ml_dtypes.bfloat16, {"bfloat": 16}), (np.float16, {"fp": 16})])
+def test_element_wise_rounding_is_a_cast(dtype, widths):
+    generator = np.random.default_rng(3)
+    x = generator.integers(0, 2**32, 200_000, dtype=np.uint32).view(np.float32)
+    x = np.concatenate([x, np.float32([65504, 65519.99, 65520, 3.4e38, 2**-24, 2**-25, 1.5 * 2**-25, -(2**-133)])])
+    with np.errstate(over="ignore", invalid="ignore"):
+        cast = x.astype(dtype).astype(np.float32) + np.float32(0)
+    same(round_elementwise(torch.from_numpy(x), **widths, rounding="even"), torch.from_numpy(cast))
+
+
+# gfloat
+
+GFLOAT = {name: getattr(gfloat_formats, f"format_info_ocp_{name.partition('_')[2] or name}") for name in OCP}
+MODES = {"even": RoundMode.TiesToEven, "nearest": RoundMode.TiesToAway, "floor": RoundMode.TowardZero}
+
+
+@pytest.mark.parametrize("name", OCP)
+def test_gfloat_facts(name):
+    ours, theirs = element(name), GFLOAT[name]
+    assert ours.bits == theirs.k
+    assert ours.mantissa_bits == theirs.tSignificandBits - ours.is_int
+    assert ours.emax == theirs.emax
+    assert ours.max == theirs.max
+    assert ours.magnitudes()[1] == theirs.smallest
+    if not ours.is_int:
+        assert ours.exponent_bits == theirs.expBits
+        assert ours.bias == theirs.bias
+        assert -ours.max == theirs.min
+        assert ours.min_normal == theirs.smallest_normal == 2.0**ours.emin
+
+
+@pytest.mark.parametrize("name", OCP)
+def test_gfloat_values_of_all_codes(name):
+    ours, theirs = element(name), GFLOAT[name]
+    codes = [gfloat.decode_float(theirs, code).fval for code in range(2**theirs.k)]
+    values = {v for v in codes if math.isfinite(v)}
+    lowest = {-2.0} if ours.is_int else set()  # the code that MX integers leave unused
+    assert values - lowest == {sign * v for v in ours.magnitudes() for sign in (1, -1)}
+    assert {"none": 0, "nan": 2, "ieee": 2 ** (ours.mantissa_bits + 1)}[ours.specials] == len(codes) - sum(
+        map(math.isfinite, codes)
+    )
+
+
+@pytest.mark.parametrize("rounding", MODES)
+@pytest.mark.parametrize("name", OCP)
+def test_gfloat_round(name, rounding):
+    points = grid_points(name)
+    theirs = [gfloat.round_float(GFLOAT[name], float(p), MODES[rounding], sat=True) + 0.0 for p in points]
+    theirs = np.maximum(theirs, -element(name).max)  # gfloat rounds to -2 in int8
+    assert np.array_equal(quantize_at_scale(points, name, rounding), theirs.astype(np.float32))
+
+
+@pytest.mark.parametrize("name", OCP)
+def test_gfloat_stochastic(name):
+    points = grid_points(name)
+    # The point is the first of the two elements of its block, so its random number is the even-numbered one.
+    words = (philox.uniform((len(points), 2), SEED, torch.device("cpu"))[:, 0].numpy() * 2**24).astype(int)
+    mode = RoundMode.StochasticFastest
+    theirs = [
+        gfloat.round_float(GFLOAT[name], float(p), mode, sat=True, srbits=int(w), srnumbits=24) + 0.0
+        for p, w in zip(points, words, strict=True)
+    ]
+    theirs = np.maximum(theirs, -element(name).max)
+    assert np.array_equal(quantize_at_scale(points, name, "dither"), theirs.astype(np.float32))
+
+
+@pytest.mark.parametrize("rounding", MODES)
+@pytest.mark.parametrize("name", OCP)
+def test_gfloat_blocks(name, rounding):
+    generator = np.random.default_rng(11)
+    info = getattr(gfloat_formats, f"format_info_mx{name}")
+    x = generator.standard_normal((24, 32)) * np.exp2(generator.integers(-40, 40, (24, 1)))
+    x[-1] = 0
+    x = x.astype(np.float32).astype(np.float64)  # gfloat takes a log2, which float32 would round
+    theirs = [gfloat.quantize_block(info, row, gfloat.compute_scale_amax, MODES[rounding]) + 0.0 for row in x]
+    if name == "int8":  # codes only go down to -127/64 of the scale
+        scales = [gfloat.compute_scale_amax(0, row) for row in x]
+        theirs = [np.maximum(row, -element(name).max * s) for row, s in zip(theirs, scales, strict=True)]
+    ours = quantize(torch.from_numpy(x).float(), MXFormat(name, 32, rounding=rounding))
+    same(ours, torch.from_numpy(np.array(theirs)).float())
+
+
+# torchao
+
+
+@pytest.fixture(scope="module")
+def torchao_floor():
+    from torchao.prototype.mx_formats.mx_tensor import DTYPE_FP6_E2M3, DTYPE_FP6_E3M2, MXTensor, ScaleCalculationMode
+
+    dtypes = {
+        "fp8_e5m2": torch.float8_e5m2,
+        "fp8_e4m3": torch.float8_e4m3fn,
+        "fp6_e3m2": DTYPE_FP6_E3M2,
+        "fp6_e2m3": DTYPE_FP6_E2M3,
+        "fp4_e2m1": torch.float4_e2m1fn_x2,
+    }
+
+    def floor(x: Tensor, name: str, block_size: int) -> Tensor:
+        mx = MXTensor.to_mx(x, dtypes[name], block_size, ScaleCalculationMode.FLOOR)
+        return mx.dequantize(x.dtype) + 0.0
+
+    return floor
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("block_size", [16, 32])
+@pytest.mark.parametrize("name", FLOATS)
+def test_torchao_floor(torchao_floor, name, block_size, dtype):
+    generator = np.random.default_rng(5)
+    x = generator.standard_normal((40, 64)) * np.exp2(generator.integers(-80, 80, (40, 1)))
+    x[::5] *= np.exp2(generator.integers(-20, 3, (8, 64)))
+    x[1::5] = generator.choice(grid_points(name), (8, 64)) * np.exp2(generator.integers(-60, 60, (8, 1)))
+    x = torch.from_numpy(x).to(dtype)
+    same(quantize(x, MXFormat(name, block_size, rounding="even")), torchao_floor(x, name, block_size))
+
+
+@pytest.mark.parametrize("name", FLOATS)
+def test_torchao_special_values(torchao_floor, name):
+    x = torch.ones(4, 32)
+    x[0, 3], x[1, 0], x[2] = math.nan, -0.0, 0.0
+    same(quantize(x, MXFormat(name, 32, rounding="even")), torchao_floor(x, name, 32))
