@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from mxlab import recipe as recipes
@@ -106,6 +107,7 @@ def sweep(
 ) -> None:
     """Run a grid of recipes; finished runs are skipped, a failed one is recorded (exit code 1) and the rest goes on."""
     _refuse_environment("mxlab sweep")
+    _hide_inner_bars()
     from mxlab import sweep as sweeps
 
     settings = {
@@ -118,7 +120,9 @@ def sweep(
     }
     chosen = sweeps.with_settings(sweeps.load(file), {k: v for k, v in settings.items() if v is not None})
     _start_logging()
-    _finish(sweeps.run_sweep(chosen, out, data_dir), out)
+    with _progress() as progress:
+        summary = sweeps.run_sweep(chosen, out, data_dir, track=progress.track)
+    _finish(summary, out)
 
 
 @app.command()
@@ -137,12 +141,14 @@ def report(
 def demo(out: Out = Path("demo")) -> None:
     """Baseline, Ex1 and Ex2 on the embedded model and passages, then the report; no network."""
     _refuse_environment("mxlab demo")
+    _hide_inner_bars()
     from mxlab.demo import run_demo
     from mxlab.report import write_report
 
     os.environ["HF_HUB_OFFLINE"] = "1"
     _start_logging()
-    summary = run_demo(out / "results")
+    with _progress() as progress:
+        summary = run_demo(out / "results", track=progress.track)
     paths = write_report(out / "results", out / "report")
     console.print(f"report: {paths.markdown} and {paths.page}", soft_wrap=True)
     _finish(summary, out / "results")
@@ -191,6 +197,16 @@ def _start_logging() -> None:
     logger.setLevel(logging.INFO)
     logger.addHandler(handler)
     logger.propagate = False
+
+
+def _progress() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=complaints)
+
+
+def _hide_inner_bars() -> None:
+    """Leave the screen to the bar of the whole: tqdm reads this when lm-eval and transformers import it."""
+    os.environ.setdefault("TQDM_DISABLE", "1")
 
 
 def _print_metrics(folder: Path) -> None:

@@ -124,7 +124,7 @@ def _file(name: str, data_dir: Path | None) -> Path | None:
             f"{file} is missing: the task {name} reads {LOCAL[name].file} of the data folder; put it there, or leave "
             "--data-dir out to read the hub's"
         )
-    return file.resolve()
+    return file
 
 
 def _definition(name: str, file: Path) -> dict[str, Any]:

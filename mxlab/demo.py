@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mxlab.data import PASSAGES
 from mxlab.models import EMBEDDED
-from mxlab.sweep import Summary, Sweep, run_sweep
+from mxlab.sweep import Summary, Sweep, Track, run_sweep
 
 _SETTINGS = {"model": EMBEDDED, "tasks": [PASSAGES], "dtype": "bfloat16"}
 _BLOCK_SIZES = {"block_size": [16, 32, 64]}
@@ -18,6 +18,6 @@ SWEEPS = (
 )
 
 
-def run_demo(out: Path) -> Summary:
+def run_demo(out: Path, track: Track) -> Summary:
     """Baseline, Ex1 and Ex2 over three block sizes, into ``out``; runs that are there already are kept."""
-    return sum((run_sweep(sweep, out) for sweep in SWEEPS), Summary())
+    return sum((run_sweep(sweep, out, track=track) for sweep in SWEEPS), Summary())

@@ -5,10 +5,10 @@ from __future__ import annotations
 import itertools
 import logging
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from mxlab import assets, runs
 from mxlab import recipe as recipes
@@ -72,6 +72,16 @@ class Summary:
         return f"{self.finished} runs made, {self.skipped} found finished, {self.failed} failed"
 
 
+class Track(Protocol):
+    """Passes the points of a sweep on, one by one."""
+
+    def __call__(self, sequence: Sequence[Any], *, description: str) -> Iterable[Any]: ...  # noqa: D102
+
+
+def _untracked(sequence: Sequence[Any], *, description: str) -> Iterable[Any]:
+    return sequence
+
+
 def load(path: str | Path) -> Sweep:
     """A sweep from a TOML file, or a shipped one by name (``ex1``).
 
@@ -91,8 +101,10 @@ def load(path: str | Path) -> Sweep:
     return _parse(values, str(path))
 
 
-def run_sweep(sweep: Sweep, out: Path, data_dir: Path | None = None) -> Summary:
+def run_sweep(sweep: Sweep, out: Path, data_dir: Path | None = None, track: Track = _untracked) -> Summary:
     """Run every point of ``sweep`` into ``out/<stage>``; one that fails is recorded and the rest goes on.
+
+    ``track`` wraps the list of points, to show how far it is (such as rich's ``Progress.track``).
 
     Raises:
         SpecError: a point that no request can be made of; then nothing is run.
@@ -100,9 +112,9 @@ def run_sweep(sweep: Sweep, out: Path, data_dir: Path | None = None) -> Summary:
     requests = [(point, sweep.request(point, data_dir)) for point in sweep.points()]
     stage_folder = out / sweep.stage
     summary = Summary()
-    for number, (point, request) in enumerate(requests, 1):
+    for point, request in track(requests, description=sweep.stage):
         name = " ".join(f"{k}={v}" for k, v in point.items()) or request.recipe.name
-        logger.info("%s %d/%d: %s", sweep.stage, number, len(requests), name)
+        logger.info("%s: %s", sweep.stage, name)
         summary += _run_point(request, stage_folder, point, name)
     return summary
 

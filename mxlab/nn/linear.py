@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mxlab.errors import ConversionError
 from mxlab.formats import MXFormat, Numerics, Rounding, elementwise_format
 from mxlab.numerics import is_lossless, quantize, round_elementwise
 from mxlab.recipe import Elementwise
@@ -130,6 +131,11 @@ class MxLinear(nn.Linear):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         self.freeze()
+        if self._is_lent:
+            raise ConversionError(
+                f"the weight of {prefix.rstrip('.')} is offloaded, unquantized, and would be saved so: load the model "
+                "without offloading to save it"
+            )
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -1,0 +1,46 @@
+# make demo   the whole of it on the embedded model, without a hub: tables and figures in demo/report
+# make test   every test, on both supported versions of transformers
+# make lint   style, types and the direction of imports
+# make figs   docs tables and figures again, from results/
+# Each sets up what it needs on a machine with Python 3.11; a second time is quick.
+
+PYTHON := .venv/bin/python
+# The older transformers that the patch supports, in an environment of its own.
+OLD_TRANSFORMERS := 4.57.6
+OLD := .venv-$(OLD_TRANSFORMERS)
+PATCH_TESTS := tests/test_overlay.py tests/test_patching.py tests/test_convert.py
+
+.PHONY: demo test lint figs setup setup-dev clean
+
+demo: setup
+	.venv/bin/mxlab demo --out demo
+
+test: setup-dev $(OLD)/.complete
+	$(PYTHON) -m pytest
+	$(OLD)/bin/python -m pytest $(PATCH_TESTS)
+
+lint: setup-dev
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/pyright
+	.venv/bin/lint-imports
+
+figs: setup
+	.venv/bin/mxlab report results/smollm2-135m --out results/smollm2-135m/report
+	cp results/smollm2-135m/report/figs/*.png figs/
+
+setup:
+	env -u VIRTUAL_ENV ./install.sh
+
+setup-dev:
+	env -u VIRTUAL_ENV ./install.sh --dev
+
+$(OLD)/.complete: pyproject.toml | setup-dev
+	test -d $(OLD) || $(PYTHON) -m venv $(OLD)
+	$(OLD)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(OLD)/bin/python -m pip install --quiet --disable-pip-version-check transformers==$(OLD_TRANSFORMERS) accelerate hypothesis pytest tomli-w
+	$(OLD)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@
+
+clean:
+	rm -rf .venv .venv-* demo build *.egg-info
