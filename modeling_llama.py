@@ -6,7 +6,14 @@ An overlay, not a copy: ``install.sh --patch`` keeps transformers' own file besi
 projections (``MxLinear``) and of K and V. Without MX_SPECS_JSON it adds nothing: stock Llama, bit for bit.
 """
 
+# ruff: noqa: E402
+# pyright: reportMissingImports=false
 import os
+
+from ...utils.auto_docstring import AUTODOC_FILES
+
+# Else transformers 4.57 finds no model name for the doc strings of the file below, and says so on standard output.
+AUTODOC_FILES.append("modular_*_upstream.py")
 
 # transformers looks for model files in this folder; a name with the prefix ``modular_`` is not taken for one.
 from . import modular_llama_upstream as upstream
@@ -20,7 +27,7 @@ from .modular_llama_upstream import (
 
 
 class LlamaModel(upstream.LlamaModel):
-    """The bare Llama decoder; see LlamaModel in the upstream file. Converted as it is made, before weights are loaded."""
+    """The bare Llama decoder, as upstream, and converted as it is made, before weights are loaded."""
 
     def __init__(self, config):
         super().__init__(config)

@@ -44,11 +44,16 @@ _TEMPORARY = ".mxlab-"
 class State(StrEnum):
     """What transformers' modeling_llama.py is."""
 
-    STOCK = "stock"  # what pip installed
-    PATCHED = "patched"  # this mxlab's overlay, the original beside it
-    OTHER_VERSION = "patched by another version"  # another mxlab's overlay, the original beside it
-    FOREIGN = "foreign"  # neither mxlab's nor pip's
-    BROKEN = "broken"  # missing, or an overlay without its original
+    STOCK = "stock"
+    PATCHED = "patched"
+    OTHER_VERSION = "patched by another version"
+    FOREIGN = "foreign"
+    BROKEN = "broken"
+
+    @property
+    def meaning(self) -> str:
+        """The state in words."""
+        return _MEANING[self]
 
 
 _MEANING = {
@@ -75,13 +80,8 @@ class Status:
         """Whether transformers is stock, or patched by this mxlab."""
         return self.state in (State.STOCK, State.PATCHED)
 
-    @property
-    def is_patched(self) -> bool:
-        """Whether an overlay of mxlab, of this version or another, is in place and complete."""
-        return self.state in (State.PATCHED, State.OTHER_VERSION)
-
     def __str__(self) -> str:
-        text = f"transformers {self.version} in {self.location}: {self.state} ({_MEANING[self.state]})."
+        text = f"transformers {self.version} in {self.location}: {self.state} ({self.state.meaning})."
         if not self.tested:
             text += f" mxlab was not tested on this version, but on {' and '.join(TESTED)}."
         if self.leftovers:
@@ -114,15 +114,14 @@ def patch(force: bool = False) -> str:
             broken; the folder cannot be written. Nothing was changed then.
     """
     found = _Installation.find()
-    state = found.state
-    if state is State.PATCHED:
+    if found.state is State.PATCHED:
         return f"{found} is patched already{_removed(found.clean())}"
-    if state is State.BROKEN:
+    if found.state is State.BROKEN:
         raise PatchError(found.remedy)
     if not force:
-        _refuse(found, state)
+        _refuse(found)
     overlay = assets.PATCHED_LLAMA.read_bytes()
-    if state is State.OTHER_VERSION:
+    if found.state is State.OTHER_VERSION:
         found.write(_TARGET, overlay)
         return f"{found}: the patch is updated{_removed(found.clean())}"
     found.keep_original()
@@ -146,13 +145,14 @@ def unpatch() -> str:
         raise PatchError(found.remedy)
     if found.state in (State.STOCK, State.FOREIGN):
         raise PatchError(
-            f"{found} is not patched ({_MEANING[found.state]}): there is nothing to take back{_removed(found.clean())}"
+            f"{found} is not patched ({found.state.meaning}): there is nothing to take back{_removed(found.clean())}"
         )
     try:
         (found.folder / _KEPT).replace(found.folder / _TARGET)
     except OSError as e:
         raise PatchError(found.cannot_write(e)) from None
-    return f"{found} is as it was before the patch{_removed(found.clean())}"
+    found.clean()
+    return f"{found} is as it was before the patch"
 
 
 @dataclass(frozen=True)
@@ -220,7 +220,7 @@ class _Installation:
     def remedy(self) -> str:
         """What to do about a broken patch."""
         return (
-            f"in {self.folder}, {_MEANING[State.BROKEN]}, so that it can be neither patched nor "
+            f"in {self.folder}, {State.BROKEN.meaning}, so that it can be neither patched nor "
             f"restored: pip install --force-reinstall --no-deps transformers=={self.version}"
         )
 
@@ -273,13 +273,13 @@ class _Installation:
         return self.recorded == f"sha256={digest}"
 
 
-def _refuse(found: _Installation, state: State) -> None:
+def _refuse(found: _Installation) -> None:
     if found.version not in TESTED:
         raise PatchError(
             f"{found}: mxlab was tested on {' and '.join(TESTED)}; install one "
             f"of these (pip install transformers=={TESTED[-1]}), or use --force to patch all the same"
         )
-    if state is State.FOREIGN:
+    if found.state is State.FOREIGN:
         raise PatchError(
             f"{found.folder / _TARGET} is not what pip installed: somebody else changed it. Put the original back "
             f"(pip install --force-reinstall --no-deps transformers=={found.version}), or use --force to patch on top"
@@ -295,6 +295,8 @@ def _read(path: Path) -> bytes | None:
         return path.read_bytes()
     except FileNotFoundError:
         return None
+    except OSError as e:
+        raise PatchError(f"cannot read {path}: {e.strerror or e}") from None
 
 
 def _removed(leftovers: list[str]) -> str:

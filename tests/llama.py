@@ -22,6 +22,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 LLAMA = Path("transformers", "models", "llama")
 
@@ -71,7 +73,7 @@ class Worker:
         )
 
     def call(self, function: Callable, kwargs: dict[str, Any]) -> Any:
-        """Run ``function`` there and return what it returns; AssertionError with its traceback where it raises."""
+        """Run ``function`` there and return what it returns; the test fails with its traceback where it raises."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         request = {"module": function.__module__, "name": function.__name__, "kwargs": kwargs}
@@ -80,9 +82,10 @@ class Worker:
         answer = self._process.stdout.readline()
         if not answer:
             self._log.seek(0)
-            raise AssertionError(f"the process that runs the patched Llama ended:\n{self._log.read()[-4000:]}")
+            pytest.fail(f"the process that runs the patched Llama ended:\n{self._log.read()[-4000:]}", pytrace=False)
         result = json.loads(answer)
-        assert result["error"] is None, result["error"]
+        if result["error"]:
+            pytest.fail(result["error"], pytrace=False)
         return result["value"]
 
     def close(self) -> None:
@@ -156,6 +159,13 @@ def tiny(head: str = "LlamaForCausalLM", seed: int = 0, **changes: Any) -> Any:
 
     torch.manual_seed(seed)
     return getattr(transformers, head)(config(**changes)).eval()
+
+
+def checkpointed(model: Any) -> Any:
+    """The model with gradient checkpointing, by the name that its transformers has for it."""
+    new = getattr(model, "activation_checkpointing_enable", None)
+    (new or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    return model
 
 
 def tokens(batch: int = 2, length: int = 12, seed: int = 1) -> Any:

@@ -10,12 +10,13 @@ import logging
 import os
 import pickle
 from contextlib import contextmanager
+from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 import torch
 import torch.nn.functional as F
-from llama import call, config, in_patched, specs, tiny, tokens
+from llama import call, checkpointed, config, in_patched, specs, tiny, tokens
 from torch import nn
 
 import mxlab
@@ -45,7 +46,7 @@ HEADS = (
 def bits(x: torch.Tensor) -> str:
     """A digest of the shape and of every bit."""
     return hashlib.sha256(
-        str(x.shape).encode() + x.detach().contiguous().view(torch.uint8).numpy().tobytes()
+        str(x.shape).encode() + x.detach().reshape(-1).view(torch.uint8).numpy().tobytes()
     ).hexdigest()
 
 
@@ -112,7 +113,7 @@ def stock_behaviour(attention: str, folder: str) -> dict:
     for options in ({}, {"num_beams": 2}, {"use_cache": False}, {"cache_implementation": "static"}):
         found[str(options)] = generate(model, tokens(), **options).tolist()
     model.save_pretrained(folder)
-    found["config"] = json.loads(open(f"{folder}/config.json").read())["architectures"]
+    found["config"] = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))["architectures"]
     for auto in (AutoModel, AutoModelForCausalLM):
         loaded = auto.from_pretrained(folder, attn_implementation=attention)
         found[auto.__name__] = [type(loaded).__name__, type(loaded).__mro__[-3].__name__, bits(outputs(loaded))]
@@ -126,8 +127,7 @@ def test_without_specs_it_is_stock_bit_for_bit(attention, tmp_path):
 
 
 def training_behaviour() -> list[str]:
-    model = tiny(tie_word_embeddings=True).train()
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model = checkpointed(tiny(tie_word_embeddings=True).train())
     model(tokens(), labels=tokens()).loss.backward()
     return [bits(p.grad) for p in model.parameters()]
 
@@ -216,6 +216,7 @@ def test_saved_values_lie_on_the_grid(tmp_path):
     from safetensors.torch import load_file
     from transformers import LlamaForCausalLM
 
+    tmp_path = Path(tmp_path)
     stock = tiny()
     stock.save_pretrained(tmp_path / "stock")
     with specs(a_elem_format=None, bfloat=0):
@@ -277,11 +278,10 @@ def test_weights_are_quantized_again_when_they_change(change):
 @in_patched
 def test_weights_are_not_quantized_twice(move, tmp_path):
     """microxcaling numerics move values that are on the grid already."""
-    with specs(w_elem_format="int8", custom_cuda=False):
-        model = tiny().bfloat16()
+    with specs(w_elem_format="int8", bfloat=0, custom_cuda=False):
+        model = tiny(initializer_range=0.02).bfloat16()
     logits, state = outputs(model), state_bits(model)
-    weights = [m.weight.detach() for m in projections(model).values()]
-    assert not all(torch.equal(mxlab.quantize(w, "int8@32", numerics="microxcaling"), w) for w in weights)
+    assert not all(torch.equal(m.mx.on_weight(m.weight), m.weight) for m in projections(model).values())
     if move == "to":
         model = model.to("cpu").to(torch.float32).to(torch.bfloat16)
     elif move == "deepcopy":
@@ -371,10 +371,9 @@ def test_the_gradient_passes_straight_through():
 @in_patched
 def test_gradient_checkpointing(options):
     with specs(options):
-        plain, checkpointed = tiny().train(), tiny().train()
-    checkpointed.gradient_checkpointing_enable({"use_reentrant": False})
+        models = tiny().train(), checkpointed(tiny().train())
     results = []
-    for model in (plain, checkpointed):
+    for model in models:
         torch.manual_seed(0)
         loss = model(tokens(), labels=tokens(), use_cache=False).loss
         loss.backward()
@@ -504,7 +503,7 @@ def test_null_and_none_switch_a_role_off(off):
     with specs(w_elem_format=off, a_elem_format=off, kv_elem_format=off, bfloat=0):
         nothing = tiny()
     assert torch.equal(outputs(nothing), outputs(tiny()))
-    with specs(EX2, w_elem_format=off):
+    with specs(EX2, w_elem_format=off, bfloat=0):
         model = tiny()
     formats = {(m.mx.weight, str(m.mx.activation)) for m in projections(model).values()}
     assert formats == {(None, "fp6_e2m3@32")}
@@ -574,8 +573,7 @@ def test_the_inventory_is_written_where_it_is_asked_for(tmp_path):
     path = f"{tmp_path}/inventory.json"
     with patch.dict(os.environ, MXLAB_INVENTORY=path), specs(EX2):
         tiny()
-    with open(path, encoding="utf-8") as file:
-        inventory = json.load(file)
+    inventory = json.loads(Path(path).read_text(encoding="utf-8"))
     assert (inventory["linear_layers"], inventory["attentions"]) == (PROJECTIONS, 2)
     assert inventory["sites"][1]["formats"] == {"weight": "fp4_e2m1@32", "activation": "fp6_e2m3@32"}
     assert {s["module"] for s in inventory["sites"]} >= {"layers.0.self_attn", "layers.1.mlp.down_proj"}

@@ -131,7 +131,6 @@ def test_the_overlay_of_another_version_is_updated(folder):
     (folder / TARGET).write_bytes(OVERLAY + b"# older\n")
     status = patching.status()
     assert status.state is State.OTHER_VERSION
-    assert status.is_patched
     assert not status.is_sound
     assert "updated" in patching.patch()
     assert (folder / TARGET).read_bytes() == OVERLAY
@@ -218,10 +217,17 @@ def test_a_broken_patch_has_a_remedy(folder, damage):
     else:
         (folder / (KEPT if damage == "no original" else TARGET)).unlink()
     status = patching.status()
-    assert (status.state, status.is_sound, status.is_patched) == (State.BROKEN, False, False)
+    assert (status.state, status.is_sound) == (State.BROKEN, False)
     for action in (patching.patch, patching.unpatch):
         with pytest.raises(PatchError, match="pip install --force-reinstall --no-deps transformers=="):
             action()
+
+
+def test_a_file_that_cannot_be_read(folder):
+    (folder / TARGET).unlink()
+    (folder / TARGET).mkdir()
+    with pytest.raises(PatchError, match=r"cannot read .*modeling_llama\.py: Is a directory"):
+        patching.status()
 
 
 class Killed(BaseException):

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mxlab.errors import ConversionError
 from mxlab.formats import MXFormat, Numerics, Rounding, elementwise_format
 from mxlab.numerics import is_lossless, quantize, round_elementwise
 from mxlab.recipe import Elementwise
@@ -63,8 +62,8 @@ class MxLinear(nn.Linear):
 
     In evaluation the weight itself is put on the grid, once, in place, and again when it has changed: the first time
     the layer runs or its state is read. From the first training step on the weight is the full-precision master, and
-    stays it in evaluation too: it is then quantized on the fly, and gradients pass straight through. So is a weight
-    that accelerate keeps elsewhere and lends for each call.
+    stays it in evaluation too: it is then quantized on the fly, and gradients pass straight through. A weight that
+    accelerate offloaded, and lends for each call, is quantized on the fly too; where it is kept it stays as it is.
 
     Torch does not count writes through ``weight.data``, so that such a change goes unnoticed: write to the weight
     itself, under ``torch.no_grad()``.
@@ -131,11 +130,6 @@ class MxLinear(nn.Linear):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         self.freeze()
-        if self._is_lent:
-            raise ConversionError(
-                f"the weight of {prefix.rstrip('.')} is offloaded, unquantized, and would be saved so: load the model "
-                "without offloading to save it"
-            )
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def __getstate__(self) -> dict[str, Any]:
