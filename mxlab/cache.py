@@ -36,8 +36,7 @@ def get(name: str, make: Callable[[Path], None]) -> Path:
         ) from None
     try:
         make(temporary)
-        if not target.is_dir():  # another process may have been quicker
-            temporary.rename(target)
+        _rename(temporary, target)
     except OSError as e:
         raise SourceError(
             f"cannot fill the cache folder {target}: {e}; make room, or set {ENVIRONMENT_VARIABLE} to another folder"
@@ -45,3 +44,11 @@ def get(name: str, make: Callable[[Path], None]) -> Path:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return target
+
+
+def _rename(temporary: Path, target: Path) -> None:
+    try:
+        temporary.rename(target)
+    except OSError:
+        if not target.is_dir():  # another process may have been quicker
+            raise

@@ -58,7 +58,16 @@ def main() -> None:
         sys.exit(2)
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+# The arguments reach the launcher as they are: behind its first one that is no option, click leaves even `--` alone.
+_AS_THEY_ARE = {
+    "allow_extra_args": True,
+    "allow_interspersed_args": False,
+    "help_option_names": [],
+    "ignore_unknown_options": True,
+}
+
+
+@app.command(context_settings=_AS_THEY_ARE)
 def run(context: typer.Context) -> None:
     """Run another program with a quantized Llama: mxlab run [MX options] -- COMMAND ... (--help lists the options)."""
     from mxlab import launcher
@@ -142,10 +151,10 @@ def demo(out: Out = Path("demo")) -> None:
     """Baseline, Ex1 and Ex2 on the embedded model and passages, then the report; no network."""
     _refuse_environment("mxlab demo")
     _hide_inner_bars()
+    os.environ["HF_HUB_OFFLINE"] = "1"  # read when it is imported
     from mxlab.demo import run_demo
     from mxlab.report import write_report
 
-    os.environ["HF_HUB_OFFLINE"] = "1"
     _start_logging()
     with _progress() as progress:
         summary = run_demo(out / "results", track=progress.track)
@@ -188,7 +197,7 @@ def _names(tasks: str) -> tuple[str, ...]:
 
 def _count(limit: float | None) -> float | None:
     """16 rather than 16.0, so that the same limit is written in one way."""
-    return int(limit) if limit is not None and limit >= 1 and limit == int(limit) else limit
+    return int(limit) if limit is not None and limit >= 1 and limit.is_integer() else limit
 
 
 def _start_logging() -> None:

@@ -25,7 +25,8 @@ from mxlab.formats import suggestion
 
 PASSAGES = "mxlab_passages"
 _LM_EVAL_TASKS = Path(lm_eval.__file__).parent / "tasks"
-_PAGE_TITLE = re.compile(r"^ = [^=].*[^=] = $")
+# A line of one equals sign on either side; sub-headings have spaced-out ones: `` = = Part = = ``.
+_PAGE_TITLE = re.compile(r" *= (?!=).*(?<!=) = *")
 
 
 @dataclass(frozen=True)
@@ -34,31 +35,32 @@ class _Local:
 
     yaml: str  # lm-eval's own definition, below its tasks folder
     file: str
-    prepare: Callable[[Path, Path], None] | None = None  # writes test.jsonl into a folder; None: the file is JSON lines
+    field: str  # what each of its rows holds
+    rows: Callable[[str], list[str]] | None = None  # cuts the file's text; None: the file is JSON lines
 
 
 def wikitext_pages(text: str) -> list[str]:
-    """The pages of raw WikiText: one starts at each top-level title line, `` = Title = ``."""
-    pages: list[list[str]] = []
-    for line in text.splitlines(keepends=True):
-        if _PAGE_TITLE.match(line.rstrip("\n")):
+    """The pages of raw WikiText as the hub's data set has them.
+
+    A page starts at each top-level title line, `` = Title = ``; the line break before it belongs to no page. Text
+    before the first title is a page of its own, unless it is blank.
+
+    Raises:
+        ValueError: there is no title line.
+    """
+    pages: list[list[str]] = [[]]
+    for line in text.split("\n"):
+        if _PAGE_TITLE.fullmatch(line):
             pages.append([])
-        if pages:
-            pages[-1].append(line)
-    return ["".join(page) for page in pages]
-
-
-def _write_pages(source: Path, folder: Path) -> None:
-    pages = wikitext_pages(source.read_text(encoding="utf-8"))
-    if not pages:
-        raise SourceError(f"{source} holds no WikiText page: a page starts at a line like ' = Title = '")
-    lines = (json.dumps({"page": page}, ensure_ascii=False) for page in pages)
-    (folder / "test.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        pages[-1].append(line)
+    if len(pages) == 1:
+        raise ValueError("holds no WikiText page: one starts at a line like ' = Title = '")
+    return [page for lines in pages if (page := "\n".join(lines)).strip()]
 
 
 LOCAL = {
-    "lambada_openai": _Local("lambada/lambada_openai.yaml", "lambada_openai.jsonl"),
-    "wikitext": _Local("wikitext/wikitext.yaml", "wikitext2_test.raw", _write_pages),
+    "lambada_openai": _Local("lambada/lambada_openai.yaml", "lambada_openai.jsonl", "text"),
+    "wikitext": _Local("wikitext/wikitext.yaml", "wikitext2_test.raw", "page", wikitext_pages),
 }
 
 
@@ -103,8 +105,6 @@ def load(names: Sequence[str], data_dir: Path | None = None) -> Tasks:
     others = [name for name in names if name not in definitions]
     try:
         manager = _LoadedManager(names, include_path=_include(folder, others), include_defaults=_needs_all(others))
-    except SourceError:
-        raise
     except KeyError as e:
         raise SourceError(_unknown(str(e.args[0]) if e.args else str(e), names)) from e
     except Exception as e:  # whatever datasets, its HTTP client or lm-eval raise
@@ -130,16 +130,49 @@ def _file(name: str, data_dir: Path | None) -> Path | None:
 def _definition(name: str, file: Path) -> dict[str, Any]:
     """lm-eval's own task with ``file`` as its test split."""
     local = LOCAL.get(name, LOCAL["lambada_openai"])  # the passages are scored as LAMBADA is
-    if local.prepare is not None:
-        prepare = local.prepare
-        file = cache.get(f"data/{_sha256(file)[:16]}", lambda folder: prepare(file, folder)) / "test.jsonl"
     return {
         "include": str(_LM_EVAL_TASKS / local.yaml),
         "task": name,
         "dataset_path": "json",
         "dataset_name": None,
-        "dataset_kwargs": {"data_files": {"test": str(file)}},
+        "training_split": None,
+        "validation_split": None,
+        "dataset_kwargs": {"data_files": {"test": str(_json_lines(local, file))}},
     }
+
+
+def _json_lines(local: _Local, file: Path) -> Path:
+    """The JSON lines that the task reads: ``file`` itself, looked through, or the rows of its text, cached."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise SourceError(f"cannot read {file}: {e}") from None
+    if not text.strip():
+        raise SourceError(f"{file} is empty")
+    try:
+        if local.rows is None:
+            _check_lines(text, local.field)
+            return file
+        lines = "".join(json.dumps({local.field: row}) + "\n" for row in local.rows(text))
+    except ValueError as e:
+        raise SourceError(f"{file} {e}") from None
+
+    def write(folder: Path) -> None:
+        (folder / "test.jsonl").write_text(lines, encoding="utf-8")
+
+    return cache.get(f"data/{hashlib.sha256(lines.encode()).hexdigest()[:16]}", write) / "test.jsonl"
+
+
+def _check_lines(text: str, field: str) -> None:
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as e:
+            raise ValueError(f"is not valid JSON in line {number}: {e.msg} at column {e.colno}") from None
+        if not isinstance(row, dict) or not isinstance(row.get(field), str) or not row[field].strip():
+            raise ValueError(f"holds no object with a text under {field!r} in line {number}")
 
 
 def _definitions_folder(definitions: dict[str, dict[str, Any]]) -> Path | None:

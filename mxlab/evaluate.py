@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -60,6 +61,9 @@ class Request:
         limit = self.limit
         if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int | float) or not _usable(limit)):
             raise SpecError(f"limit is {limit!r}: it must be a whole number of rows, or a fraction between 0 and 1")
+        for name in ("model", "device"):
+            if not isinstance(value := getattr(self, name), str) or not value:
+                raise SpecError(f"{name} is {value!r}: it must be a name")
         if not self.tasks or not all(isinstance(task, str) and task for task in self.tasks):
             raise SpecError(f"tasks is {self.tasks!r}: name at least one task")
         check_int("batch_size", self.batch_size, 1, None, "a whole number, 1 or more")
@@ -121,6 +125,12 @@ class _TimedHFLM(_HFLM):
 
     forward_seconds = 0.0
 
+    def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
+        return super().loglikelihood(requests, disable_tqdm=disable_tqdm or _bars_are_hidden())
+
+    def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> Any:
+        return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm or _bars_are_hidden())
+
     def _model_call(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         return self._timed(super()._model_call, *args, **kwargs)
 
@@ -134,6 +144,11 @@ class _TimedHFLM(_HFLM):
             torch.cuda.synchronize()
         self.forward_seconds += time.perf_counter() - start
         return result
+
+
+def _bars_are_hidden() -> bool:
+    """tqdm's own switch, which lm-eval overrides where it makes its bars."""
+    return os.environ.get("TQDM_DISABLE") == "1"
 
 
 def _usable(limit: float) -> bool:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ from mxlab.specs import ENVIRONMENT_VARIABLE, MxSpecs
 INVENTORY_VARIABLE = "MXLAB_INVENTORY"
 
 _PATCH_REMEDY = "put the patch in place with: ./install.sh --patch"
+_REFUSED = 2  # the exit code of mxlab.patching where it says itself what is wrong
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -80,13 +84,25 @@ def _call(command: list[str], environment: dict[str, str]) -> int:
         process = subprocess.Popen(command, env=environment)
     except OSError as e:
         raise RunError(f"mxlab run: cannot start {command[0]!r}: {e.strerror}") from None
-    while True:
-        try:
-            code = process.wait()
-            break
-        except KeyboardInterrupt:
-            continue  # the child got it too; what it makes of it is its answer
+    with _passing_on(process):
+        while True:
+            try:
+                code = process.wait()
+                break
+            except KeyboardInterrupt:
+                continue  # the child got it too; what it makes of it is its answer
     return code if code >= 0 else 128 - code
+
+
+@contextmanager
+def _passing_on(process: subprocess.Popen) -> Iterator[None]:
+    """Send the signals that would end this process, and leave the other running, to the other."""
+    former = {s: signal.signal(s, lambda s, _: process.send_signal(s)) for s in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for s, handler in former.items():
+            signal.signal(s, handler)
 
 
 def _check_interpreter(command: list[str]) -> None:
@@ -94,16 +110,21 @@ def _check_interpreter(command: list[str]) -> None:
     python = interpreter(command)
     if python is None:
         return
+    name = " ".join(python)
+    remedy = f"put the patch in place with: MXLAB_PYTHON={python[-1]} ./install.sh --patch"
     asked = subprocess.run([*python, "-m", "mxlab.patching", "--status", "--json"], capture_output=True, text=True)
+    said = asked.stderr.strip().rpartition("\n")[-1]
+    if asked.returncode == _REFUSED:
+        raise RunError(f"mxlab run: {name} cannot run a patched Llama: {said.removeprefix('error: ')}")
     try:
         state = json.loads(asked.stdout)["state"]
     except (ValueError, KeyError, TypeError):
         raise RunError(
-            f"mxlab run: {python[0]} cannot import mxlab, which a patched Llama needs: install mxlab there, then "
-            f"{_PATCH_REMEDY} ({asked.stderr.strip().splitlines()[-1:] or 'no output'})"
+            f"mxlab run: {name} cannot import mxlab, which a patched Llama needs ({said or 'no output'}): install "
+            f"mxlab there, then {remedy}"
         ) from None
     if state != "patched":
-        raise RunError(f"mxlab run: transformers of {python[0]} is not patched ({state}): {_PATCH_REMEDY}")
+        raise RunError(f"mxlab run: transformers of {name} is not patched ({state}): {remedy}")
 
 
 def interpreter(command: list[str]) -> list[str] | None:
@@ -111,10 +132,13 @@ def interpreter(command: list[str]) -> list[str] | None:
     path = shutil.which(command[0])
     if path is None:
         raise RunError(f"mxlab run: there is no command {command[0]!r}")
-    if Path(path).name.startswith("python"):
+    if re.fullmatch(r"python[\d.]*", Path(path).name):
         return [path]
-    with Path(path).open("rb") as file:
-        first_line = file.readline(512)
+    try:
+        with Path(path).open("rb") as file:
+            first_line = file.readline(512)
+    except OSError:  # a program may be executable, but not readable
+        return None
     if not first_line.startswith(b"#!"):
         return None
     words = first_line[2:].decode(errors="replace").split()

@@ -40,11 +40,22 @@ def load(name: str, dtype: str = "bfloat16", device: str = "auto") -> Loaded:
     """
     check_choice("dtype", dtype, DTYPES)
     place = choose_device(device)
-    source = str(embedded_folder()) if name == EMBEDDED else name
-    if source.startswith((".", "/", "~")) and not Path(source).expanduser().is_dir():
-        raise SourceError(f"no model folder {name}: give a folder with config.json, a hub name, or {EMBEDDED!r}")
+    source = str(embedded_folder()) if name == EMBEDDED else _source(name)
     with _unpatched():
         return _from_pretrained(source, dtype, place)
+
+
+def _source(name: str) -> str:
+    """A folder with a model in it, or else a name for the hub to know."""
+    path = Path(name).expanduser()
+    remedy = f"give a folder with config.json, a hub name, or {EMBEDDED!r}"
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise SourceError(f"the folder {name} has no config.json, so it holds no model: {remedy}")
+        return str(path)
+    if path.exists() or name.startswith((".", "/", "~")):
+        raise SourceError(f"no model folder {name}: {remedy}")
+    return name
 
 
 def choose_device(device: str) -> torch.device:
@@ -59,6 +70,8 @@ def choose_device(device: str) -> torch.device:
         place = torch.device(device)
     except RuntimeError:
         raise SpecError(f"device is {device!r}: it must be auto, cpu, or cuda (cuda:0, cuda:1, ...)") from None
+    if place.type not in ("cpu", "cuda"):
+        raise SpecError(f"device is {device!r}: mxlab computes on cpu and cuda")
     if place.type == "cuda" and not (place.index or 0) < torch.cuda.device_count():
         raise SpecError(f"device is {device!r}: torch sees {torch.cuda.device_count()} GPUs here; use cpu or auto")
     return place
@@ -122,14 +135,14 @@ def _from_pretrained(source: str, dtype: str, device: torch.device) -> Loaded:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype))
-    except (OSError, ValueError) as e:
+    except Exception as e:  # whatever transformers, tokenizers, safetensors or the hub's client raise
         raise SourceError(_explained(source, e)) from e
     return Loaded(model.to(device).eval(), tokenizer)
 
 
 def _explained(source: str, error: Exception) -> str:
-    first_line = str(error).strip().partition("\n")[0]
-    if Path(source).expanduser().is_dir():
+    first_line = str(error).strip().partition("\n")[0] or type(error).__name__
+    if Path(source).is_dir():
         return f"cannot load a causal LM from the folder {source}: {first_line}"
     token = "is set" if os.environ.get("HF_TOKEN") else "is not set: a gated model such as Llama needs one"
     return (

@@ -33,6 +33,8 @@ LINEAR_ROLES = ("weight", "activation")
 KV_ROLES = ("k", "v")
 ROLES = LINEAR_ROLES + KV_ROLES
 
+_NAME = re.compile(r"[^\W_][\w .+=,-]*")
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -89,7 +91,8 @@ class Elementwise:
 
     def __post_init__(self) -> None:
         elementwise_format(self.bfloat, self.fp)  # raises where a width is out of range
-        check_choice("subnormals", self.subnormals, (True, False))
+        if not isinstance(self.subnormals, bool):
+            raise FormatError(f"subnormals is {self.subnormals!r}: it must be true or false")
         check_choice("weight_rounding", self.weight_rounding, ROUNDINGS)
         check_choice("output_rounding", self.output_rounding, ROUNDINGS)
 
@@ -107,6 +110,11 @@ class Recipe:
     elementwise: Elementwise = field(default_factory=Elementwise)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
+            raise SpecError(
+                f"name is {self.name!r}: it names a folder, so write letters, digits, spaces and . _ + - = , "
+                "with a letter or digit first"
+            )
         check_choice("numerics", self.numerics, NUMERICS)
 
     @property
@@ -163,24 +171,17 @@ class Recipe:
         rules = values.get("rules", [])
         if not isinstance(rules, list):
             raise SpecError(f"{source}: rules must be written as [[rules]] tables")
+        rules = tuple(_rule(r, f"{source}, rule {i}") for i, r in enumerate(rules, 1))
+        elementwise = _elementwise(values.get("elementwise", {}), f"{source}, [elementwise]")
         try:
-            return cls(
-                name=values["name"],
-                numerics=values.get("numerics", "exact"),
-                elementwise=_elementwise(values.get("elementwise", {}), f"{source}, [elementwise]"),
-                rules=tuple(_rule(r, f"{source}, rule {i}") for i, r in enumerate(rules, 1)),
-            )
-        except FormatError as e:
+            return cls(values["name"], rules, values.get("numerics", "exact"), elementwise)
+        except (FormatError, SpecError) as e:
             raise SpecError(f"{source}: {e}") from None
 
     @classmethod
     def from_toml(cls, text: str, source: str = "recipe") -> Recipe:
         """The recipe in a TOML text. Raises SpecError as :meth:`from_dict`, or where the text is not TOML."""
-        try:
-            values = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as e:
-            raise SpecError(f"{source} is not valid TOML: {e}") from None
-        return cls.from_dict(values, source)
+        return cls.from_dict(parse_toml(text, source), source)
 
 
 def load(recipe: Recipe | str | Path) -> Recipe:
@@ -191,6 +192,8 @@ def load(recipe: Recipe | str | Path) -> Recipe:
     """
     if isinstance(recipe, Recipe):
         return recipe
+    if not isinstance(recipe, str | Path):
+        raise SpecError(f"recipe is {recipe!r}: it must be the name of a recipe, or of a TOML file")
     shipped = {path.stem: path for path in assets.recipes()}
     path = shipped.get(str(recipe), Path(recipe))
     if not path.is_file():
@@ -198,7 +201,23 @@ def load(recipe: Recipe | str | Path) -> Recipe:
             f"no recipe {str(recipe)!r}: give a TOML file or one of {', '.join(sorted(shipped))}"
             f"{suggestion(recipe, shipped)}"
         )
-    return Recipe.from_toml(path.read_text(encoding="utf-8"), str(recipe))
+    return Recipe.from_dict(read_toml(path, str(recipe)), str(recipe))
+
+
+def read_toml(file: Path, source: str) -> dict[str, Any]:
+    """The values in a TOML file. Raises SpecError where it cannot be read; ``source`` names it there."""
+    try:
+        return parse_toml(file.read_text(encoding="utf-8"), source)
+    except (OSError, UnicodeDecodeError) as e:
+        raise SpecError(f"cannot read {source}: {e}") from None
+
+
+def parse_toml(text: str, source: str) -> dict[str, Any]:
+    """The values in a TOML text. Raises SpecError where it is not TOML; ``source`` names it there."""
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as e:
+        raise SpecError(f"{source} is not valid TOML: {e}") from None
 
 
 def _rule(values: object, source: str) -> Rule:
@@ -215,7 +234,10 @@ def _elementwise(values: object, source: str) -> Elementwise:
     if not isinstance(values, Mapping):
         raise SpecError(f"{source}: must be a table")
     _check_keys(values, [f.name for f in fields(Elementwise)], source)
-    return Elementwise(**values)
+    try:
+        return Elementwise(**values)
+    except FormatError as e:
+        raise SpecError(f"{source}: {e}") from None
 
 
 def _check_keys(values: Mapping[str, Any], known: list[str], source: str) -> None:

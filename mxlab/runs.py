@@ -96,16 +96,19 @@ def _stderr(values: dict[str, Any], name: str) -> str:
 
 
 def record_failure(stage_folder: Path, name: str, error: BaseException) -> None:
-    """Append a failed run to ``failures.jsonl`` of its stage."""
-    stage_folder.mkdir(parents=True, exist_ok=True)
+    """Append a failed run to ``failures.jsonl`` of its stage. Raises RunError where that cannot be written."""
     entry = {
         "label": name,
         "error": f"{type(error).__name__}: {error}",
         "time": datetime.datetime.now().isoformat(timespec="seconds"),
         "traceback": "".join(traceback.format_exception(error)),
     }
-    with (stage_folder / FAILURES).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(entry) + "\n")
+    try:
+        stage_folder.mkdir(parents=True, exist_ok=True)
+        with (stage_folder / FAILURES).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+    except OSError as e:
+        raise RunError(f"{error} (which {FAILURES} of {stage_folder} could not take down: {e.strerror})") from error
 
 
 def label(recipe: Recipe) -> str:
@@ -147,7 +150,7 @@ def _partial(stage_folder: Path) -> Iterator[Path]:
         logger.warning("stopped: nothing half-written was kept; start the same command again to go on")
         raise
     except OSError as e:
-        raise RunError(f"the run was given up and nothing was kept: {e}; make room and start it again") from e
+        raise RunError(f"the run was given up and nothing was kept: {e}; put that right and start it again") from e
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -155,7 +158,8 @@ def _partial(stage_folder: Path) -> Iterator[Path]:
 def _sweep_up(stage_folder: Path) -> None:
     """Remove what killed processes left."""
     for folder in stage_folder.glob(f"{_PARTIAL}*"):
-        if not _alive(int(folder.name.removeprefix(_PARTIAL))):
+        pid = folder.name.removeprefix(_PARTIAL)
+        if not pid.isdecimal() or not _alive(int(pid)):
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -174,8 +178,11 @@ def _publish(folder: Path, stage_folder: Path, name: str) -> Path:
     now = datetime.datetime.now()
     while True:
         target = stage_folder / f"{now:%Y%m%d_%H%M%S}_{name}"
-        if not target.exists():
+        try:
             return folder.rename(target)
+        except OSError:
+            if not target.exists():
+                raise
         now += datetime.timedelta(seconds=1)
 
 
@@ -218,6 +225,11 @@ class _Tee:
     def flush(self) -> None:
         self._copy.flush()
         self._stream.flush()
+
+    @property
+    def rich_proxied_file(self) -> Any:
+        """Where rich writes instead: the log has its own handlers, and no use for colours and bars."""
+        return getattr(self._stream, "rich_proxied_file", self._stream)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

@@ -205,6 +205,8 @@ def _checked(name: str, value: Any) -> Any:
     about = OPTIONS[name].metadata
     try:
         match about["kind"]:
+            case "format" if value is not None and not isinstance(value, str):
+                raise FormatError(f"{value!r} is not the name of a format: write it like 'fp4_e2m1'")
             case "format":
                 return None if value is None or value == "none" else element(value).name
             case "int":

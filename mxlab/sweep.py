@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -93,12 +92,10 @@ def load(path: str | Path) -> Sweep:
     shipped = {file.stem: file for file in assets.sweeps()}
     file = shipped.get(str(path), Path(path))
     if not file.is_file():
-        raise SpecError(f"no sweep {str(path)!r}: give a TOML file or one of {', '.join(shipped)}")
-    try:
-        values = tomllib.loads(file.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as e:
-        raise SpecError(f"{path} is not valid TOML: {e}") from None
-    return _parse(values, str(path))
+        raise SpecError(
+            f"no sweep {str(path)!r}: give a TOML file or one of {', '.join(shipped)}{suggestion(path, shipped)}"
+        )
+    return _parse(recipes.read_toml(file, str(path)), str(path))
 
 
 def run_sweep(sweep: Sweep, out: Path, data_dir: Path | None = None, track: Track = _untracked) -> Summary:
@@ -165,7 +162,7 @@ def _check_keys(values: Mapping[str, Any], known: list[str], source: str) -> Non
 
 
 def _listed(tasks: Any) -> tuple[str, ...]:
-    return (tasks,) if isinstance(tasks, str) else tuple(tasks)
+    return tuple(tasks) if isinstance(tasks, list | tuple) else (tasks,)
 
 
 def with_settings(sweep: Sweep, settings: Mapping[str, Any]) -> Sweep:

@@ -78,9 +78,7 @@ def test_every_value_of_the_small_formats():
     assert element("int2").magnitudes() == (0.0, 1.0)
     assert element("fp3_e1m1").magnitudes() == (0.0, 1.0, 2.0, 3.0)
     assert element("fp4_e3m0").magnitudes() == (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
-    assert element("fp6_e2m3").magnitudes() == tuple(
-        k / 8 for k in [*range(16), *range(16, 32, 2), *range(32, 64, 4)]
-    )
+    assert element("fp6_e2m3").magnitudes() == tuple(k / 8 for k in [*range(16), *range(16, 32, 2), *range(32, 64, 4)])
 
 
 @pytest.mark.parametrize("name", EVERY_NAME)
@@ -168,7 +166,9 @@ def test_zero_scale_bits_means_eight():
     assert MXFormat("int8", scale_bits=0).scale_bits == 8
 
 
-@pytest.mark.parametrize(("scale_bits", "largest"), [(0, 127), (8, 127), (7, 63), (6, 31), (5, 15), (4, 7), (2, 1), (1, 0)])
+@pytest.mark.parametrize(
+    ("scale_bits", "largest"), [(0, 127), (8, 127), (7, 63), (6, 31), (5, 15), (4, 7), (2, 1), (1, 0)]
+)
 def test_scale_range(scale_bits, largest):
     assert MXFormat("int8", scale_bits=scale_bits).scale_emax == largest
 
@@ -200,8 +200,10 @@ def test_bits_per_element(text, bits):
         ("fp6_e2m3", MXFormat("fp6_e2m3", 32)),
         ("int8@0", MXFormat("int8", 0)),
         ("fp4@16,rounding=even", MXFormat("fp4_e2m1", 16, rounding="even")),
-        (" int4 @ 8 , scale_bits = 6 , flush_fp32_subnorms = True ",
-         MXFormat("int4", 8, scale_bits=6, flush_fp32_subnorms=True)),
+        (
+            " int4 @ 8 , scale_bits = 6 , flush_fp32_subnorms = True ",
+            MXFormat("int4", 8, scale_bits=6, flush_fp32_subnorms=True),
+        ),
         ("int8@32,flush_fp32_subnorms=false,scale=e8m0,scale_rule=none", MXFormat("int8", scale_rule="none")),
     ],
 )

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mxlab.backends import philox
+from mxlab.backends import blocks, philox
 from mxlab.formats import MXFormat, element
 from mxlab.numerics import quantize, round_elementwise
 
@@ -70,8 +70,8 @@ def grid_points(name: str) -> np.ndarray:
 def quantize_at_scale(points: np.ndarray, name: str, rounding: str, exponent: int = 0) -> np.ndarray:
     """Each point in a block whose shared exponent is ``exponent`` whatever the point is, scaled by it; scaled back."""
     anchor = np.full_like(points, 2.0 ** element(name).emax)
-    blocks = torch.from_numpy(np.stack([points, anchor], 1)) * 2.0**exponent
-    return quantize(blocks, MXFormat(name, 2, rounding=rounding), seed=SEED)[:, 0].numpy() / 2.0**exponent
+    pairs = torch.from_numpy(np.stack([points, anchor], 1)) * 2.0**exponent
+    return quantize(pairs, MXFormat(name, 2, rounding=rounding), seed=SEED)[:, 0].numpy() / 2.0**exponent
 
 
 # The specification in exact arithmetic
@@ -150,18 +150,19 @@ def adversarial(name: str, dtype: torch.dtype) -> Tensor:
         shifted = (points * np.exp2(np.minimum(np.resize(shifts, 40), 127 - emax))[:, None]).astype(np.float32)
     powers = np.exp2(generator.integers(-149, 128, (6, 1)).astype(np.float64)).astype(np.float32)
     ends = np.concatenate([powers, np.nextafter(powers, np.float32(0)), -powers / 2, powers / 3], 1)
-    tiny = (generator.integers(-300, 300, (4, 8)) * 2.0**-149).astype(np.float32)
+    tiny = generator.integers(-255, 256, (6, 8)) * np.repeat([2.0**-149, 2.0**-135, 2.0**-134], 2)[:, None]
     big = np.float32(3.4028235e38) * generator.uniform(-1, 1, (3, 8)).astype(np.float32)
     special = np.zeros((5, 8), np.float32)
     special[1, 3], special[2, 0], special[3, 7], special[4, 1] = np.nan, np.inf, -np.inf, -0.0
     special[1:4, 5] = 1.5
-    rows = [normal, spread, shifted, np.tile(ends, 2), tiny, big, special]
+    rows = [normal, spread, shifted, np.tile(ends, 2), tiny.astype(np.float32), big, special]
     with np.errstate(over="ignore"):
         return torch.from_numpy(np.concatenate(rows)).to(dtype)
 
 
 OPTIONS = [
     (torch.float32, {}),
+    (torch.float32, {"flush_fp32_subnorms": True}),
     (torch.float32, {"scale_bits": 5, "flush_fp32_subnorms": True}),
     (torch.bfloat16, {"scale_bits": 7, "flush_fp32_subnorms": True}),
     (torch.float16, {"scale_bits": 1}),
@@ -174,6 +175,32 @@ def test_the_specification_in_exact_arithmetic(name):
         fmt = MXFormat(name, 8, rounding=rounding, **options)
         x = adversarial(name, dtype)
         same(quantize(x, fmt, seed=SEED), spec(x, fmt))
+
+
+@pytest.mark.parametrize("u", [0.0, 0.25, 0.5, 0.75, 1 - 2**-24])
+@pytest.mark.parametrize("name", OCP)
+def test_dither_at_the_point_where_it_turns(name, u, monkeypatch):
+    """floor(|v| + u) where the sum is an integer exactly, or just not."""
+    monkeypatch.setattr(philox, "uniform", lambda shape, seed, device: torch.full(shape, u))
+    codes = np.array(element(name).magnitudes())
+    points = np.concatenate([codes[:-1] + part * np.diff(codes) for part in (0.25, 0.5, 0.75)]).astype(np.float32)
+    points = np.concatenate([points, np.nextafter(points, np.float32(0)), np.nextafter(points, np.float32(1e9))])
+    x = torch.from_numpy(np.stack([points, -points, np.full_like(points, 2.0 ** element(name).emax)], 1))
+    fmt = MXFormat(name, 3, rounding="dither")
+    same(quantize(x, fmt, backend="reference"), spec(x, fmt))
+
+
+def test_exponents_of_every_binade():
+    powers = torch.tensor([2.0**e for e in range(-149, 128)], dtype=torch.float64)
+    below = torch.from_numpy(np.nextafter(powers[1:].float().numpy(), np.float32(0)))
+    assert blocks.floor_log2(powers.float()).tolist() == list(range(-149, 128))
+    # Below a subnormal power of two lie fewer and fewer numbers, but always the one 2^-149 less.
+    assert blocks.floor_log2(below).tolist() == list(range(-149, 127))
+    assert blocks.floor_log2(torch.zeros(2)).tolist() == [-126, -126]
+    exponents = torch.arange(-400, 400, dtype=torch.int32)
+    with np.errstate(over="ignore", under="ignore"):
+        expected = np.exp2(exponents.numpy().astype(np.float64)).astype(np.float32)
+    same(blocks.exp2(exponents), torch.from_numpy(expected))
 
 
 finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
@@ -231,6 +258,65 @@ def test_element_wise_rounding_in_exact_arithmetic(xs, width, rounding, subnorma
     facts = (bits - 1 - exponent_bits, 2 ** (exponent_bits - 1) - 1, rounding, subnormals)
     expected = torch.tensor([spec_scalar(v, *facts, u) for v, u in zip(x.tolist(), us, strict=True)]).to(dtype)
     same(round_elementwise(x, **{kind: bits}, rounding=rounding, subnormals=subnormals, seed=SEED), expected)
+
+
+# The logarithm of microxcaling
+
+# For a = e if e >= 0 else -e - 1 in 0-1, 2-3, 4-7, ...: how many numbers just below 2^(e + 1) count as 2^(e + 1).
+PROMOTED = {
+    torch.float32: (0, 1, 2, 5, 11, 22, 44),
+    torch.float16: (0, 1, 2, 5, 11, 22, 44),
+    torch.bfloat16: (0, 1, 2, 5, 10, 21, 40),
+}
+LOG2_RANGE = {torch.float32: (-118, 127), torch.float16: (-8, 15), torch.bfloat16: (-118, 127)}
+
+
+def below_powers(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """For each binade 2^e its last 60 numbers, nearest to 2^(e + 1) first, and for each whether it is promoted."""
+    low, high = LOG2_RANGE[dtype]
+    ulp = torch.finfo(dtype).eps
+    count = torch.arange(1, 61, dtype=torch.float64)
+    e = torch.arange(low, high, dtype=torch.float64)[:, None]
+    x = (2.0**e * (2 - count * ulp)).to(dtype)
+    distance = torch.where(e >= 0, e, -e - 1).int()
+    rows = [PROMOTED[dtype][max(int(a).bit_length() - 1, 0)] for a in distance]
+    return x, count <= torch.tensor(rows)[:, None]
+
+
+@pytest.mark.parametrize("dtype", PROMOTED, ids=str)
+def test_microxcaling_promotes_what_a_rounded_log2_promotes(dtype):
+    """The table itself: log2 taken in double precision, then rounded to the dtype."""
+    x, promoted = below_powers(dtype)
+    logarithm = torch.from_numpy(np.log2(x.double().numpy()))
+    rounded_up = logarithm.to(torch.float32).to(dtype).floor() > torch.frexp(x.float()).exponent - 1
+    assert torch.equal(rounded_up, promoted)
+
+
+@pytest.mark.parametrize("dtype", PROMOTED, ids=str)
+def test_microxcaling_shared_exponents(dtype):
+    """The end of a binade 2^e saturates to 2^e in int2, unless its exponent is one too high: then it rounds up."""
+    x, promoted = below_powers(dtype)
+    result = quantize(x[..., None], MXFormat("int2", 1), numerics="microxcaling")[..., 0]
+    binade = torch.frexp(x.float()).exponent - 1
+    same(result, (torch.where(promoted, 2.0, 1.0).double() * 2.0 ** binade.double()).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", PROMOTED, ids=str)
+def test_microxcaling_element_exponents(dtype):
+    """Toward zero to two bits, 1.99 becomes 1.5, unless its exponent is one too high: then 0.5 times the next power."""
+    x, promoted = below_powers(dtype)
+    result = round_elementwise(x, bfloat=10, rounding="floor", numerics="microxcaling")
+    binade = torch.frexp(x.float()).exponent - 1
+    expected = torch.where(promoted, 1.0, 1.5).double() * 2.0 ** binade.double()
+    same(result[:, :32], expected[:, :32].to(dtype))
+
+
+def test_microxcaling_draws_below_one_in_every_dtype(monkeypatch):
+    monkeypatch.setattr(philox, "uniform", lambda shape, seed, device: torch.full(shape, 1 - 2**-24))
+    for dtype in PROMOTED:
+        tiny = torch.finfo(dtype).eps / 2**5  # too small to lift the largest random number to one
+        result = quantize(torch.tensor([tiny, 1.0], dtype=dtype), "int4@2,rounding=dither", numerics="microxcaling")
+        assert result[0] == 0
 
 
 # ml_dtypes

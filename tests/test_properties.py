@@ -117,8 +117,9 @@ def test_a_result_is_a_code_times_the_scale(x, fmt):
 def test_zero_is_positive(x, fmt):
     result = quantize(x, fmt, seed=1)
     assert not result[result == 0].signbit().any()
-    elementwise = round_elementwise(x, fp=7, rounding=fmt.rounding, subnormals=False, seed=1)
-    assert not elementwise[elementwise == 0].signbit().any()
+    for subnormals in (True, False):
+        elementwise = round_elementwise(x, fp=7, rounding=fmt.rounding, subnormals=subnormals, seed=1)
+        assert not elementwise[elementwise == 0].signbit().any()
 
 
 @pytest.mark.parametrize("rounding", ROUNDINGS)
@@ -282,6 +283,7 @@ def test_the_gradient_passes_straight_through(numerics, rounding, dtype):
     x[1, 3], x[2, 3], x[3] = math.nan, math.inf, 0.0
     x[4] *= 2.0**-140
     upstream = torch.randn(5, 40, generator=generator).to(dtype)
+    upstream[0, 0], upstream[1, 1] = math.inf, -0.0
     functions = [
         lambda t: quantize(t, MXFormat("fp4", 16, rounding=rounding), numerics=numerics),
         lambda t: quantize(t, MXFormat("int8", 16, rounding=rounding, scale_bits=2), axis=(0, 1), numerics=numerics),
@@ -378,12 +380,17 @@ def test_only_dither_looks_at_the_seed():
         assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_dither_depends_on_the_index_alone():
-    """The rows of a longer tensor, another block size and a second run in between change nothing."""
-    x = torch.full((6, 8), 1.3)
-    x[:, ::4] = 2.0
-    long = quantize(x, "int2@4,rounding=dither", seed=9)
-    same(quantize(x[:2], "int2@4,rounding=dither", seed=9), long[:2])
-    same(quantize(x, "int2@8,rounding=dither", seed=9), long)
-    assert not torch.equal(quantize(x, "int2@4,rounding=dither", seed=10), long)
-    assert not torch.equal(quantize(x, "int2@4,rounding=dither", seed=9 + 2**32), long)
+@pytest.mark.parametrize("numerics", NUMERICS)
+def test_dither_depends_on_the_index_alone(numerics):
+    """How blocks are cut, and which rows come after, change nothing where the scale stays."""
+    x = torch.full((6, 8), 1.3)  # between two codes of int4, in blocks of any cut
+    fmt = MXFormat("int4", 4, rounding="dither")
+    first = quantize(x, fmt, numerics=numerics, seed=9)
+    assert set(first.flatten().tolist()) == {1.25, 1.5}
+    same(quantize(x[:2], fmt, numerics=numerics, seed=9), first[:2])
+    for block_size, axis in product((0, 1, 3, 5, 8), (-1, 0, (0, 1))):
+        other = MXFormat("int4", block_size, rounding="dither")
+        same(quantize(x, other, axis=axis, numerics=numerics, seed=9), first)
+    same(quantize(x.flatten(), fmt, numerics=numerics, seed=9), first.flatten())
+    assert not torch.equal(quantize(x, fmt, numerics=numerics, seed=10), first)
+    assert not torch.equal(quantize(x, fmt, numerics=numerics, seed=9 + 2**32), first)

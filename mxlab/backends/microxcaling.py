@@ -107,7 +107,7 @@ def round_to_integer(v: Tensor, rounding: Rounding, noise: Tensor | None) -> Ten
 
 
 def _noise(x: Tensor, seed: int) -> Tensor:
-    """Uniform numbers in [0, 1) in the dtype of ``x``, as torch.rand_like draws them: cut off, never rounded up to 1."""
+    """Uniform numbers in [0, 1) in the dtype of ``x``, as torch.rand_like draws them: never rounded up to 1."""
     steps = 2.0 ** (_MANTISSA_BITS[x.dtype] + 1)
     return (philox.uniform(x.shape, seed, x.device) * steps).floor_().div_(steps).to(x.dtype)
 
