@@ -183,7 +183,10 @@ def _recipe(name: str | None, assignments: list[str]) -> Recipe:
             "variable, or leave --recipe out to evaluate under it"
         )
     recipe = specs.to_recipe("mx_specs") if specs is not None else recipes.load(name or "baseline")
-    return override(recipe, dict(map(parse_assignment, assignments)))
+    changed = override(recipe, dict(map(parse_assignment, assignments)))
+    if assignments and not changed.rules:
+        raise SpecError(f"recipe {recipe.name} quantizes nothing, so that --set {assignments[0]} has no effect")
+    return changed
 
 
 def _refuse_environment(command: str) -> None:

@@ -136,12 +136,12 @@ class MxSpecs:
 
     def to_recipe(self, name: str = "mx_specs") -> Recipe:
         """What these specs do to a Llama: linear projections and, with ``kv_elem_format``, K and V."""
-        return override(Recipe(name), asdict(self))
+        return override(Recipe(name), {k: v for k, v in asdict(self).items() if not _is_inert(k)})
 
     @property
     def without_effect(self) -> list[str]:
         """The options that are set to something but change nothing in the forward pass of the layers replaced."""
-        return [f.name for f in fields(self) if f.metadata.get("inert") and getattr(self, f.name) != f.default]
+        return [f.name for f in fields(self) if _is_inert(f.name) and getattr(self, f.name) != f.default]
 
 
 OPTIONS = {f.name: f for f in fields(MxSpecs)}
@@ -151,8 +151,10 @@ def override(recipe: Recipe, options: Mapping[str, Any]) -> Recipe:
     """``recipe`` with microxcaling's ``options`` laid over it; what is not named stays as it is.
 
     Raises:
-        SpecError: an unknown option, or a value that it does not take.
+        SpecError: an unknown option, a value that it does not take, or an option that changes nothing here.
     """
+    for name in filter(_is_inert, options):
+        raise SpecError(f"{name} has no effect on the layers that mxlab replaces: leave it out")
     given = {name: _checked(name, value) for name, value in options.items()}
     if given.get("quantize_linear") is False:
         recipe = replace(recipe, rules=tuple(r for r in recipe.rules if r.is_attention))
@@ -196,6 +198,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             kind = int if f.metadata["kind"] == "int" else str
             help = f"{f.metadata['doc']} (default: {f.default})"
             parser.add_argument(*spellings, **common, type=kind, metavar=kind.__name__.upper(), help=help)
+
+
+def _is_inert(name: str) -> bool:
+    return name in OPTIONS and OPTIONS[name].metadata.get("inert", False)
 
 
 def _checked(name: str, value: Any) -> Any:

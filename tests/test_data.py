@@ -4,10 +4,11 @@ import json
 import re
 from pathlib import Path
 
+import datasets
 import pytest
 from lm_eval.evaluator_utils import get_sample_size
 
-from mxlab import assets, data
+from mxlab import assets, cache, data
 from mxlab.data import PASSAGES, wikitext_pages
 from mxlab.errors import SourceError
 
@@ -29,6 +30,13 @@ RAW = """
  = X = 
  
 """  # noqa: W291, W293 (WikiText has these blanks)
+
+
+@pytest.fixture(autouse=True)
+def _own_caches(tmp_path_factory, monkeypatch):
+    """Nothing of these tests stays in the caches of the user."""
+    monkeypatch.setenv(cache.ENVIRONMENT_VARIABLE, str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
 
 
 @pytest.fixture

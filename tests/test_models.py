@@ -103,9 +103,7 @@ def test_a_bad_dtype(tiny_llama):
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./nowhere", "~/nowhere", "../x"])
 def test_no_such_folder(name):
-    with pytest.raises(
-        SourceError, match=r"no model folder .*give a folder with config\.json, a hub name, or 'smollm2'"
-    ):
+    with pytest.raises(SourceError, match=r"no model folder .*config\.json, a hub name, or 'smollm2'"):
         models.load(name)
 
 
@@ -229,9 +227,7 @@ def test_another_process_may_be_quicker(tmp_path, monkeypatch):
 def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv(cache.ENVIRONMENT_VARIABLE, str(tmp_path / "file"))
-    with pytest.raises(
-        SourceError, match=r"cannot write to the cache folder .*(Not a directory|File exists).*set MXLAB_CACHE"
-    ):
+    with pytest.raises(SourceError, match=r"cannot write to the cache folder .*: .+; set MXLAB_CACHE"):
         cache.get("x", lambda folder: None)
 
 
