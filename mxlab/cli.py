@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -25,11 +26,11 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 console = Console()
-complaints = Console(stderr=True)
+stderr = Console(stderr=True)
 
 
 class Dtype(StrEnum):
-    """What a model computes in."""
+    """The dtypes a model can compute in."""
 
     float32 = "float32"
     bfloat16 = "bfloat16"
@@ -54,7 +55,7 @@ def main() -> None:
     try:
         app()
     except MxlabError as e:
-        complaints.print(f"[bold red]error:[/] {_escaped(e)}", soft_wrap=True)
+        stderr.print(f"[bold red]error:[/] {_escaped(e)}", soft_wrap=True)
         sys.exit(2)
 
 
@@ -95,10 +96,18 @@ def evaluate(
     from mxlab.evaluate import Request
 
     request = Request(
-        chosen, model, _names(tasks), _count(limit), batch_size, dtype.value, device, data_dir, max_length
+        recipe=chosen,
+        model=model,
+        tasks=_names(tasks),
+        limit=_count(limit),
+        batch_size=batch_size,
+        dtype=dtype.value,
+        device=device,
+        data_dir=data_dir,
+        max_length=max_length,
     )
     _start_logging()
-    folder = runs.run(request, out / chosen.name)
+    folder = runs.run(request, out / chosen.name, {**chosen.options, **_assigned(set_ or [])})
     _print_metrics(folder)
 
 
@@ -183,10 +192,15 @@ def _recipe(name: str | None, assignments: list[str]) -> Recipe:
             "variable, or leave --recipe out to evaluate under it"
         )
     recipe = specs.to_recipe("mx_specs") if specs is not None else recipes.load(name or "baseline")
-    changed = override(recipe, dict(map(parse_assignment, assignments)))
+    changed = override(recipe, _assigned(assignments))
     if assignments and not changed.rules:
         raise SpecError(f"recipe {recipe.name} quantizes nothing, so that --set {assignments[0]} has no effect")
-    return changed
+    # A recipe that quantizes is no baseline, and must not stand among them.
+    return replace(changed, name="custom") if changed.rules and not recipe.rules else changed
+
+
+def _assigned(assignments: list[str]) -> dict[str, Any]:
+    return dict(map(parse_assignment, assignments))
 
 
 def _refuse_environment(command: str) -> None:
@@ -204,7 +218,7 @@ def _count(limit: float | None) -> float | None:
 
 
 def _start_logging() -> None:
-    handler = RichHandler(console=complaints, show_path=False, markup=False)
+    handler = RichHandler(console=stderr, show_path=False, markup=False)
     logger = logging.getLogger("mxlab")
     logger.setLevel(logging.INFO)
     logger.addHandler(handler)
@@ -213,7 +227,7 @@ def _start_logging() -> None:
 
 def _progress() -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=complaints)
+    return Progress(*columns, console=stderr)
 
 
 def _hide_inner_bars() -> None:
@@ -234,7 +248,7 @@ def _print_metrics(folder: Path) -> None:
 def _finish(summary: Summary, out: Path) -> None:
     console.print(f"{summary}; results in {out}", soft_wrap=True)
     if summary.failed:
-        complaints.print(f"[bold red]failed runs:[/] see failures.jsonl in {out}", soft_wrap=True)
+        stderr.print(f"[bold red]failed runs:[/] see failures.jsonl in {out}", soft_wrap=True)
         raise typer.Exit(1)
 
 

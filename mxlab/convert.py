@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import json
 import logging
+import math
+import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -20,6 +23,7 @@ from mxlab.nn.attention import KVQuantizer
 from mxlab.nn.linear import LinearQuantizer, MxLinear, is_convertible
 from mxlab.numerics import scale_clamps
 from mxlab.recipe import Recipe, Rule
+from mxlab.specs import INVENTORY_VARIABLE
 
 logger = logging.getLogger("mxlab")
 
@@ -41,7 +45,11 @@ class Site:
 
 @dataclass(frozen=True)
 class Conversion:
-    """What :func:`apply` did to ``model``."""
+    """What :func:`apply` did to ``model``.
+
+    ``weight_clamps`` counts, over all quantized weights as they were before, the blocks whose shared scale was out of
+    range (see :func:`mxlab.numerics.scale_clamps`).
+    """
 
     model: nn.Module
     recipe: Recipe
@@ -89,16 +97,23 @@ class Conversion:
         if not self.sites:
             return f"recipe {self.recipe.name}: nothing is quantized"
         parts = [
-            _described("linear layer", self.linears),
+            f"recipe {self.recipe.name}: {_described('linear layer', self.linears) or 'linear layers not quantized'}",
             _described("attention", self.attentions) or "KV not quantized",
+            f"{self.recipe.numerics} numerics",
         ]
-        line = f"recipe {self.recipe.name}: {'; '.join(filter(None, parts))}; {self.recipe.numerics} numerics"
-        return "; ".join([line, *self.notes])
+        if self.linears and (left := self.linears_in_high_precision):
+            more = f" and {len(left) - 3} more" if len(left) > 3 else ""
+            parts.append(f"left in high precision: {', '.join(left[:3])}{more}")
+        return "; ".join([*parts, *self.notes])
+
+    @property
+    def linears_in_high_precision(self) -> list[str]:
+        """The names of the linear layers that no rule matched."""
+        replaced = {id(site.module) for site in self.linears}
+        return [n for n, m in self.model.named_modules() if isinstance(m, nn.Linear) and id(m) not in replaced]
 
     def inventory(self) -> dict[str, Any]:
         """What was replaced and what was left, as plain values for JSON."""
-        replaced = {id(site.module) for site in self.linears}
-        left = [n for n, m in self.model.named_modules() if isinstance(m, nn.Linear) and id(m) not in replaced]
         return {
             "recipe": self.recipe.to_dict(),
             "hash": self.recipe.hash,
@@ -115,13 +130,14 @@ class Conversion:
                 }
                 for site in self.sites
             ],
-            "linear_layers_in_high_precision": left,
+            "linear_layers_in_high_precision": self.linears_in_high_precision,
             "notes": self.notes,
         }
 
-    def weight_scale_clamps(self) -> dict[str, int]:
-        """Blocks of all weights whose shared scale was out of range when :func:`apply` met them; see `scale_clamps`."""
-        return dict(self.weight_clamps)
+    def write_inventory(self) -> None:
+        """Write the inventory where `mxlab run` asked for it, if this process runs under it."""
+        if path := os.environ.get(INVENTORY_VARIABLE):
+            Path(path).write_text(json.dumps(self.inventory(), indent=1), encoding="utf-8")
 
 
 def apply(model: nn.Module, recipe: Recipe | str | Path) -> Conversion:
@@ -143,6 +159,7 @@ def apply(model: nn.Module, recipe: Recipe | str | Path) -> Conversion:
         assert isinstance(site.module, MxLinear)
         site.module.freeze()
     logger.info(conversion.summary())
+    conversion.write_inventory()
     return conversion
 
 
@@ -165,11 +182,11 @@ def prepare(model: nn.Module, recipe: Recipe) -> Conversion:
 
 def _sites(model: nn.Module, recipe: Recipe) -> Iterator[Site]:
     """The modules the rules match, each under its first matching rule; nothing is changed yet."""
-    unused = dict.fromkeys(range(len(recipe.rules)))
+    unused = set(range(len(recipe.rules)))
     for name, module in model.named_modules():
         for i, rule in enumerate(recipe.rules):
             if rule.matches(name):
-                unused.pop(i, None)
+                unused.discard(i)
                 yield (
                     _attention_site(name, module, rule, recipe)
                     if rule.is_attention
@@ -209,11 +226,15 @@ def _attention_site(name: str, module: nn.Module, rule: Rule, recipe: Recipe) ->
     if "past_key_values" not in inspect.signature(module.forward).parameters:
         raise ConversionError(
             f"{name} is a {type(module).__name__}, whose forward takes no past_key_values: it is not an attention "
-            f"that k and v can be quantized in; mend the rule for modules = {rule.modules!r}"
+            f"that k and v can be quantized in; change the rule for modules = {rule.modules!r}"
         )
-    head_dim = getattr(module, "head_dim", None)
-    shape = () if head_dim is None else (module.k_proj.out_features // head_dim, head_dim)  # pyright: ignore
-    return Site(name, module, "attention", shape, rule.formats, KVQuantizer(rule.k, rule.v, recipe.numerics))
+    kv = KVQuantizer(rule.k, rule.v, recipe.numerics)
+    return Site(name, module, "attention", _kv_shape(module), rule.formats, kv)
+
+
+def _kv_shape(attention: Any) -> tuple[int, ...]:
+    head_dim, k_proj = getattr(attention, "head_dim", None), getattr(attention, "k_proj", None)
+    return (k_proj.out_features // head_dim, head_dim) if head_dim and isinstance(k_proj, nn.Linear) else ()
 
 
 def _weight_clamps(linears: list[Site]) -> dict[str, int]:
@@ -258,9 +279,7 @@ def _described(what: str, sites: list[Site]) -> str:
 
 
 def _storage_bits(shape: tuple[int, ...], fmt: MXFormat | None, element_size: int) -> int:
-    count = 1
-    for length in shape:
-        count *= length
+    count = math.prod(shape)
     if fmt is None:
         return count * element_size * 8
     if fmt.scale_rule == "none":

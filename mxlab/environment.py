@@ -15,15 +15,15 @@ import mxlab
 
 _PACKAGES = ("torch", "transformers", "lm_eval", "datasets", "accelerate", "numpy")
 _ROOT = Path(mxlab.__file__).parent
-# What cannot move a number: how runs are listed, told and drawn.
-_WITHOUT_EFFECT = ("report", "cli.py", "doctor.py", "patching.py", "launcher.py", "sweep.py", "demo.py")
+# What cannot change a result.
+_IRRELEVANT = ("report", "cli.py", "doctor.py", "patching.py", "launcher.py", "sweep.py", "demo.py", "notebook.py")
 
 
 def code_version() -> str:
     """mxlab's version and a digest of the source files that can move a number, such as ``0.1.0+1f2e3d4c5b6a``."""
     digest = hashlib.sha256()
     for path in sorted(_ROOT.rglob("*.py")):
-        if path.relative_to(_ROOT).parts[0] not in _WITHOUT_EFFECT:
+        if path.relative_to(_ROOT).parts[0] not in _IRRELEVANT:
             digest.update(path.relative_to(_ROOT).as_posix().encode() + path.read_bytes())
     return f"{mxlab.__version__}+{digest.hexdigest()[:12]}"
 

@@ -18,10 +18,7 @@ from typing import Any
 
 from mxlab import specs
 from mxlab.errors import RunError, SpecError
-from mxlab.specs import ENVIRONMENT_VARIABLE, MxSpecs
-
-# The variable in which the patched Llama finds where to write its inventory; mxlab.overlay, which needs torch, too.
-INVENTORY_VARIABLE = "MXLAB_INVENTORY"
+from mxlab.specs import ENVIRONMENT_VARIABLE, INVENTORY_VARIABLE, MxSpecs
 
 _PATCH_REMEDY = "put the patch in place with: ./install.sh --patch"
 _REFUSED = 2  # the exit code of mxlab.patching where it says itself what is wrong
@@ -90,7 +87,7 @@ def _call(command: list[str], environment: dict[str, str]) -> int:
                 code = process.wait()
                 break
             except KeyboardInterrupt:
-                continue  # the child got it too; what it makes of it is its answer
+                continue  # the child got it too, and its exit code will tell
     return code if code >= 0 else 128 - code
 
 
@@ -112,7 +109,10 @@ def _check_interpreter(command: list[str]) -> None:
         return
     name = " ".join(python)
     remedy = f"put the patch in place with: MXLAB_PYTHON={python[-1]} ./install.sh --patch"
-    asked = subprocess.run([*python, "-m", "mxlab.patching", "--status", "--json"], capture_output=True, text=True)
+    try:
+        asked = subprocess.run([*python, "-m", "mxlab.patching", "--status", "--json"], capture_output=True, text=True)
+    except OSError as e:
+        raise RunError(f"mxlab run: {command[0]} cannot be started with {name}: {e.strerror}") from None
     said = asked.stderr.strip().rpartition("\n")[-1]
     if asked.returncode == _REFUSED:
         raise RunError(f"mxlab run: {name} cannot run a patched Llama: {said.removeprefix('error: ')}")

@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from types import ModuleType
+from typing import SupportsIndex
 
 import torch
 from torch import Tensor
@@ -143,10 +145,14 @@ def _straight_through(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor
 
 def _axes(x: Tensor, axis: int | Sequence[int]) -> tuple[int, ...]:
     """The axes as ascending non-negative numbers; a tile does not depend on the order they are named in."""
-    named = (axis,) if isinstance(axis, int) else tuple(axis)
-    if not named or any(not -x.ndim <= a < x.ndim for a in named):
+    named = tuple(axis) if isinstance(axis, Iterable) else (axis,)
+    if x.ndim == 0:
+        raise FormatError("a 0-dimensional tensor has no axis to quantize along: reshape it to (1,)")
+    if not named or any(
+        isinstance(a, bool) or not isinstance(a, SupportsIndex) or not -x.ndim <= a < x.ndim for a in named
+    ):
         raise FormatError(f"axis is {axis!r}: a tensor of shape {tuple(x.shape)} has axes {-x.ndim} to {x.ndim - 1}")
-    axes = tuple(sorted(a % x.ndim for a in named))
+    axes = tuple(sorted(operator.index(a) % x.ndim for a in named))
     if len(set(axes)) < len(axes):
         raise FormatError(f"axis is {axis!r}: it names an axis of the shape {tuple(x.shape)} twice")
     return axes

@@ -24,7 +24,7 @@ class ScaleClampCounter:
         self.counts = {role: Counter(blocks=0, clamped=0, overflowed=0) for role in sorted(roles)}
         self._sites = conversion.sites
         if "weight" in roles:
-            self.counts["weight"].update(conversion.weight_scale_clamps())
+            self.counts["weight"].update(conversion.weight_clamps)
         self._handles = [self._watch(s) for s in conversion.linears if "activation" in s.formats]
         for site in conversion.attentions:
             self._set_observer(site, self._count)

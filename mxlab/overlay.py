@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import os
-from pathlib import Path
 
 from torch import nn
 
 from mxlab.convert import prepare
-from mxlab.launcher import INVENTORY_VARIABLE
 from mxlab.specs import MxSpecs
 
 logger = logging.getLogger("mxlab")
@@ -31,5 +27,4 @@ def convert_llama(model: nn.Module) -> None:
         line += f"; without effect: {', '.join(specs.without_effect)}"
     # A warning, so that it is seen without any set-up of logging.
     logger.warning(line)
-    if path := os.environ.get(INVENTORY_VARIABLE):
-        Path(path).write_text(json.dumps(conversion.inventory(), indent=1), encoding="utf-8")
+    conversion.write_inventory()

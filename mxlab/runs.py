@@ -11,6 +11,7 @@ import datetime
 import json
 import logging
 import os
+import platform
 import shlex
 import shutil
 import sys
@@ -26,7 +27,8 @@ from mxlab.recipe import Recipe
 
 SCHEMA = 1
 FAILURES = "failures.jsonl"
-_PARTIAL = ".partial-"
+# Whether a process is alive can be told of this machine's only; others may share the folder.
+_HOST_PARTIAL = f".partial-{platform.node()}-"
 
 logger = logging.getLogger("mxlab")
 
@@ -95,11 +97,16 @@ def _stderr(values: dict[str, Any], name: str) -> str:
     return f"{value:.3g}" if isinstance(value, int | float) else "-"
 
 
-def record_failure(stage_folder: Path, name: str, error: BaseException) -> None:
-    """Append a failed run to ``failures.jsonl`` of its stage. Raises RunError where that cannot be written."""
+def record_failure(stage_folder: Path, name: str, error: BaseException, key: dict[str, Any] | None = None) -> None:
+    """Append a failed run to ``failures.jsonl`` of its stage; ``key`` is its :func:`run_key`, where it has one.
+
+    Raises:
+        RunError: the record cannot be written.
+    """
     entry = {
         "label": name,
         "error": f"{type(error).__name__}: {error}",
+        "key": key,
         "time": datetime.datetime.now().isoformat(timespec="seconds"),
         "traceback": "".join(traceback.format_exception(error)),
     }
@@ -108,7 +115,7 @@ def record_failure(stage_folder: Path, name: str, error: BaseException) -> None:
         with (stage_folder / FAILURES).open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
     except OSError as e:
-        raise RunError(f"{error} (which {FAILURES} of {stage_folder} could not take down: {e.strerror})") from error
+        raise RunError(f"{error} (and {FAILURES} of {stage_folder} cannot be written: {e.strerror})") from error
 
 
 def label(recipe: Recipe) -> str:
@@ -137,7 +144,7 @@ def _write_after(folder: Path, outcome: Outcome, record: dict[str, Any]) -> None
 @contextlib.contextmanager
 def _partial(stage_folder: Path) -> Iterator[Path]:
     """A hidden folder beside the run directories; gone afterwards, unless it was renamed."""
-    folder = stage_folder / f"{_PARTIAL}{os.getpid()}"
+    folder = stage_folder / f"{_HOST_PARTIAL}{os.getpid()}"
     try:
         stage_folder.mkdir(parents=True, exist_ok=True)
         _sweep_up(stage_folder)
@@ -156,9 +163,9 @@ def _partial(stage_folder: Path) -> Iterator[Path]:
 
 
 def _sweep_up(stage_folder: Path) -> None:
-    """Remove what killed processes left."""
-    for folder in stage_folder.glob(f"{_PARTIAL}*"):
-        pid = folder.name.removeprefix(_PARTIAL)
+    """Remove what killed processes of this machine left."""
+    for folder in stage_folder.glob(f"{_HOST_PARTIAL}*"):
+        pid = folder.name.removeprefix(_HOST_PARTIAL)
         if not pid.isdecimal() or not _alive(int(pid)):
             shutil.rmtree(folder, ignore_errors=True)
 

@@ -18,6 +18,8 @@ from mxlab.formats import ROUNDINGS, MXFormat, check_choice, check_int, element,
 from mxlab.recipe import Elementwise, Recipe, Rule
 
 ENVIRONMENT_VARIABLE = "MX_SPECS_JSON"
+# Where `mxlab run` asks its child to write what was quantized.
+INVENTORY_VARIABLE = "MXLAB_INVENTORY"
 
 # Where Llama and its kin keep what Ex1 and Ex2 quantize.
 LINEARS = r"(.*\.)?(q|k|v|o|gate|up|down)_proj"

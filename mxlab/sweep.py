@@ -117,14 +117,16 @@ def run_sweep(sweep: Sweep, out: Path, data_dir: Path | None = None, track: Trac
 
 
 def _run_point(request: Request, stage_folder: Path, point: Mapping[str, Any], name: str) -> Summary:
+    key = None
     try:
-        if done := runs.find(stage_folder, runs.run_key(request)):
+        key = runs.run_key(request)
+        if done := runs.find(stage_folder, key):
             logger.info("finished already: %s", done)
             return Summary(skipped=1)
         logger.info("written: %s", runs.run(request, stage_folder, {**request.recipe.options, **point}))
         return Summary(finished=1)
     except Exception as e:  # one bad run, of whatever kind, must not end the others
-        runs.record_failure(stage_folder, name, e)
+        runs.record_failure(stage_folder, name, e, key)
         message = str(e) if isinstance(e, MxlabError) else f"{type(e).__name__}: {e}"
         logger.error("failed: %s: %s", name, message)
         return Summary(failed=1)

@@ -208,6 +208,7 @@ def test_summary(toy):
             "recipe test: 6 linear layers (weight fp4_e2m1@32, activation fp6_e2m3@32)",
             "2 attentions (k fp4_e2m1@32, v fp6_e2m3@32)",
             "exact numerics",
+            "left in high precision: lm_head",
             uneven.format("k", "2 attentions", 24, 24),
             uneven.format("v", "2 attentions", 24, 24),
             uneven.format("weight", "6 linears", 40, 8),
@@ -256,7 +257,7 @@ def test_clamped_scales_are_counted_before_the_weights_are_quantized():
         linear.weight[2] = 0.0
     fmt = mxlab.MXFormat("fp4", scale_bits=4)
     conversion = mxlab.apply(nn.Sequential(linear), recipe(mxlab.Rule("0", weight=fmt)))
-    assert conversion.weight_scale_clamps() == {"blocks": 4, "clamped": 1, "overflowed": 1}
+    assert conversion.weight_clamps == {"blocks": 4, "clamped": 1, "overflowed": 1}
     assert not linear.weight[0, :32].any()
     assert linear.weight[1, :32].isnan().all()
 
@@ -373,3 +374,53 @@ def test_a_device_map_with_offloading(tmp_path):
             expected = whole(tokens()).logits
             for model in (spread, applied, spread, applied):
                 assert torch.equal(model(tokens()).logits, expected)
+
+
+def steps(model, ids, count):
+    """A few steps of gradient descent, in whatever mode the model is."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    for _ in range(count):
+        optimizer.zero_grad()
+        model(ids).square().sum().backward()
+        optimizer.step()
+
+
+def test_training_in_evaluation_mode_is_not_undone(toy, ids):
+    mxlab.apply(toy, recipe(LINEARS))
+    weight = toy.blocks[0]["self_attn"].v_proj.weight
+    before = weight.detach().clone()
+    steps(toy, ids, 1)
+    after_one = weight.detach().clone()
+    steps(toy, ids, 4)
+    assert not torch.equal(after_one, before)
+    assert not torch.equal(weight, after_one)
+    assert not torch.equal(weight, mxlab.quantize(weight, FP4))  # the master, not its image
+
+
+def test_frozen_weights_of_a_model_in_training_are_put_on_the_grid(toy, ids):
+    mxlab.apply(toy.train().requires_grad_(False), recipe(LINEARS))
+    run(toy, ids)
+    weight = toy.blocks[0]["self_attn"].v_proj.weight
+    assert torch.equal(weight, mxlab.quantize(weight, FP4))
+
+
+def test_what_is_saved_is_on_the_grid_after_a_write_that_torch_does_not_count(toy, ids):
+    mxlab.apply(toy, recipe(LINEARS))
+    run(toy, ids)
+    weight = toy.blocks[0]["self_attn"].v_proj.weight
+    weight.data.add_(1e-3)
+    saved = toy.state_dict()["blocks.0.self_attn.v_proj.weight"]
+    assert torch.equal(saved, mxlab.quantize(saved, FP4))
+
+
+def test_an_attention_without_k_proj(toy, ids):
+    attention = toy.blocks[0]["self_attn"]
+    attention.qkv_proj = attention.k_proj
+    del attention.k_proj
+    assert mxlab.apply(toy, recipe(KV)).attentions[0].shape == ()
+
+
+def test_apply_writes_the_inventory_that_mxlab_run_asks_for(toy, tmp_path, monkeypatch):
+    monkeypatch.setenv("MXLAB_INVENTORY", str(tmp_path / "inventory.json"))
+    mxlab.apply(toy, recipe(LINEARS))
+    assert json.loads((tmp_path / "inventory.json").read_text())["linear_layers"] == 6

@@ -270,7 +270,9 @@ def test_a_model_that_is_no_llama(patched):
         main(["--", sys.executable, "-c", GPT2])
 
 
-def test_names_are_those_of_the_overlay():
-    source = (ROOT / "mxlab" / "overlay.py").read_text(encoding="utf-8")
-    assert "INVENTORY_VARIABLE" in source
-    assert launcher.INVENTORY_VARIABLE == "MXLAB_INVENTORY"
+def test_a_script_whose_interpreter_is_missing(tmp_path):
+    script = tmp_path / "script"
+    script.write_text("#!/nowhere/python3\n")
+    script.chmod(0o755)
+    with pytest.raises(RunError, match="cannot be started with /nowhere/python3"):
+        launcher.main(["--", str(script)])

@@ -38,7 +38,7 @@ def round_elementwise(x: Tensor, element: ElementFormat, rounding: Rounding, sub
     """Each value rounded to ``element`` on its own; what overflows becomes infinite, NaN and infinities stay."""
     y = x.to(torch.float32)
     noise = philox.uniform(x.shape, seed, x.device) if rounding == "dither" else None
-    rounded = round_to_grid(y * 1.0, element, rounding, noise)
+    rounded = round_to_grid(y.clone(), element, rounding, noise)
     rounded = torch.where(rounded.abs() > element.max, torch.copysign(torch.full_like(y, torch.inf), y), rounded)
     if not subnormals:
         rounded = torch.where(y.abs() < element.min_normal, 0.0, rounded)

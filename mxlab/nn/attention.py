@@ -60,4 +60,6 @@ class _QuantizingCache:
         return (key, value) if self._cache is None else self._cache.update(key, value, *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
+        if name == "_cache":  # not set yet: this is a copy in the making
+            raise AttributeError(name)
         return getattr(self._cache, name)

@@ -61,24 +61,26 @@ class MxLinear(nn.Linear):
     """A ``torch.nn.Linear`` that computes with quantized operands; made by :meth:`convert`.
 
     In evaluation the weight itself is put on the grid, once, in place, and again when it has changed: the first time
-    the layer runs or its state is read. From the first training step on the weight is the full-precision master, and
-    stays it in evaluation too: it is then quantized on the fly, and gradients pass straight through. A weight that
-    accelerate offloaded, and lends for each call, is quantized on the fly too; where it is kept it stays as it is.
+    the layer runs or its state is read. A weight that is trained (the layer ran in training mode, or the weight got a
+    gradient) is the full-precision master from then on, in evaluation too: it is quantized on the fly, gradients pass
+    straight through, and what is saved is the master. So call ``train()`` before the first step, while the weight is
+    still what was loaded. A weight that accelerate offloaded is quantized on the fly, too.
 
-    Torch does not count writes through ``weight.data``, so that such a change goes unnoticed: write to the weight
-    itself, under ``torch.no_grad()``.
+    Torch does not count writes through ``weight.data``: such a change is seen when the state is read, but not by the
+    forward pass. Write to the weight itself, under ``torch.no_grad()``.
     """
 
     mx: LinearQuantizer
     _is_master: bool
     _frozen_at: tuple[int, int] | None
+    _watched: int | None
 
     @staticmethod
     def convert(linear: nn.Linear, quantizer: LinearQuantizer) -> MxLinear:
         """Turn ``linear`` itself into an MxLinear: its parameters, hooks and places in the model stay as they are."""
         linear.__class__ = MxLinear
         assert isinstance(linear, MxLinear)
-        linear.mx, linear._is_master, linear._frozen_at = quantizer, False, None
+        linear.mx, linear._is_master, linear._frozen_at, linear._watched = quantizer, False, None, None
         for name in _own_forwards(linear):
             setattr(linear, name, MethodType(MxLinear.forward, linear))
         return linear
@@ -91,8 +93,8 @@ class MxLinear(nn.Linear):
         return y
 
     def freeze(self) -> None:
-        """Put the weight on the grid, in place, unless it is there, is on the meta device, is lent, or is a master."""
-        if self.is_frozen or self._is_master or self.training or self.weight.is_meta or self._is_lent:
+        """Put the weight on the grid, in place, unless it is there, is on the meta device, offloaded, or trained."""
+        if self.is_frozen or self._is_master or self._is_in_training or self.weight.is_meta or self._is_offloaded:
             return
         with torch.no_grad():
             self.weight.copy_(self.mx.on_weight(self.weight))
@@ -104,7 +106,11 @@ class MxLinear(nn.Linear):
         return self._frozen_at is not None and self._frozen_at == self._fingerprint()
 
     @property
-    def _is_lent(self) -> bool:
+    def _is_in_training(self) -> bool:
+        return self.training and self.weight.requires_grad
+
+    @property
+    def _is_offloaded(self) -> bool:
         hook = getattr(self, "_hf_hook", None)
         return any(getattr(h, "offload", False) for h in getattr(hook, "hooks", [hook]))
 
@@ -112,10 +118,20 @@ class MxLinear(nn.Linear):
         return f"{super().extra_repr()}, weight={self.mx.weight}, activation={self.mx.activation}, {self.mx.numerics}"
 
     def _grid_weight(self) -> Tensor:
-        if self.training and torch.is_grad_enabled() and self.weight.requires_grad:
-            self._is_master = True
+        if torch.is_grad_enabled() and self.weight.requires_grad:
+            self._is_master |= self.training
+            self._watch_for_gradients()
         self.freeze()
         return self.weight if self.is_frozen else self.mx.on_weight(self.weight)
+
+    def _watch_for_gradients(self) -> None:
+        """Notice a training step in evaluation mode, before the next call would undo it."""
+        if self._watched != id(self.weight) and self.weight.is_leaf:
+            self.weight.register_post_accumulate_grad_hook(self._got_gradient)
+            self._watched = id(self.weight)
+
+    def _got_gradient(self, _: Tensor) -> None:
+        self._is_master = True
 
     def _fingerprint(self) -> tuple[int, int]:
         # In-place changes raise the version; loading, casting and moving replace the storage.
@@ -129,11 +145,13 @@ class MxLinear(nn.Linear):
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        if self.mx.numerics == "exact":
+            self._frozen_at = None  # quantizing again changes nothing, but for writes that went unnoticed
         self.freeze()
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_frozen_at": self.is_frozen}
+        return {**self.__dict__, "_frozen_at": self.is_frozen, "_watched": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
