@@ -121,7 +121,21 @@ def test_a_run_of_unknown_configuration_wins_only_alone(tree, report):
 def test_nan_never_wins(tree, report):
     add(tree / "ex1" / "20260101_000000_bs16_sb8_cctrue", acc=float("nan"), seconds="1")
     add(tree / "ex1" / "20260101_000001_bs32_sb8_cctrue", acc=0.1)
-    assert rows(report(), "Table 1")[2][1] == "0.100000 ± 0.010000"
+    text = report()
+    assert [row[1] for row in rows(text, "Table 1")[2:]] == ["0.100000 ± 0.010000"] * 2
+    assert [row[-1] for row in rows(text, "Table 2.1")] == ["Notes", "acc not a number", ""]
+
+
+def test_a_stage_of_nan_has_no_best_accuracy(tree, report):
+    for second in range(2):
+        folder = tree / "ex1" / f"20260101_00000{second}_bs16_sb8_cctrue"
+        add(folder, acc=float("nan"), ppl=float("nan"))
+    text = report()
+    assert [row[0] for row in rows(text, "Table 1")[2:]] == ["Ex1 best (speed)"]
+    assert rows(text, "Table 1")[2][-1].endswith("; acc and ppl not a number")
+    assert "No two runs" in section(text, "Numerically identical runs")
+    assert "_acc_" not in text
+    assert "_ppl_" not in text
 
 
 # The tables.
@@ -178,8 +192,30 @@ def test_tasks_have_a_row_each_and_missing_metrics_a_dash(tree, report):
         ["Ex1 best (speed)", "wikitext"],
     ]
     comparability = section(text, "Comparability")
-    assert "Here task is wikitext, the baseline's lambada_openai." in comparability
-    assert "speed not comparable with the baseline (tasks of the run). Here tasks of the run is" in comparability
+    assert ": task wikitext instead of lambada_openai; n 60 instead of 1000; tasks of the run " in comparability
+    assert "(tasks of the run): tasks of the run lambada_openai, wikitext instead of lambada_openai." in comparability
+
+
+def test_other_metrics_are_named(tree, report):
+    scores = {"acc_norm,none": 0.5, "acc_norm_stderr,none": 0.1, "exact_match,strict-match": 0.2, "alias": "x"}
+    add(tree / "ex1" / "20260101_000000_bs16_sb8_cctrue", metrics(results={TASK: scores}))
+    text = report()
+    assert "|\n\nOther metrics, not shown: acc_norm, exact_match (strict-match).\n" in text
+    assert [row[0] for row in rows(text, "Table 1")[2:]] == ["Ex1 best (speed)"]
+
+
+@pytest.mark.parametrize("samples", [{}, None])
+def test_without_n_samples_only_the_speed_is_missing(tree, report, samples):
+    add(tree / "ex1" / "20260101_000000_bs16_sb8_cctrue", metrics(**{"n-samples": samples}))
+    text = report()
+    (best,) = rows(text, "Table 1")[2:]
+    assert best[:3] == ["Ex1 best (accuracy)", "0.500000 ± 0.010000", "8.000000 ± 0.200000"]
+    assert best[3:] == ["100.000", "—", "n not recorded; bs=16, sb=8, custom_cuda=true"]
+    assert [row[5:] for row in rows(text, "Table 2.1")] == [
+        ["eval_time_s", "examples/sec", "n", "run_id", "Notes"],
+        ["100.000", "—", "—", "20260101_000000_bs16_sb8_cctrue", "n not recorded"],
+    ]
+    assert "None: every run directory" in section(text, "Incomplete runs")
 
 
 def test_csv_files_keep_all_digits(tree, tmp_path):
@@ -213,30 +249,71 @@ def test_the_stage_of_run_json_wins_over_the_folder(tree, report):
 @pytest.mark.parametrize(
     ("changes", "verdict", "detail"),
     [
-        ({"n": 250}, "speed and accuracy", "n is 250, the baseline's 1000"),
-        ({"model_name": "other"}, "speed and accuracy", "model is other, the baseline's a/model"),
+        ({"n": 250}, "speed and accuracy", "n 250 instead of 1000"),
+        ({"model_name": "other"}, "speed and accuracy", "model other instead of a/model"),
         (
             {"config": {"model_dtype": "torch.float32"}},
             "speed and accuracy",
-            "dtype is float32, the baseline's bfloat16",
+            "dtype float32 instead of bfloat16",
         ),
-        ({"config": {"batch_size": 8}}, "speed", "batch size is 8, the baseline's 32"),
-        ({"config": {"device": "cpu"}}, "speed", "device is cpu, the baseline's cuda:0 (Tesla T4)"),
+        ({"config": {"batch_size": 8}}, "speed", "batch size 8 instead of 32"),
+        ({"config": {"device": "cpu"}}, "speed", "device cpu instead of cuda:0 (Tesla T4)"),
     ],
     ids=["n", "model", "dtype", "batch size", "device"],
 )
 def test_what_differs_from_the_baseline_is_marked(tree, report, changes, verdict, detail):
     add(tree / "ex1" / "20260101_000000_bs16_sb8_cctrue", **changes)
     text = report()
-    marked = f"{verdict} not comparable with the baseline ({detail.split(' is ')[0]})"
+    marked = f"{verdict} not comparable with the baseline ({detail.split(' instead')[0].rpartition(' ')[0]})"
     assert rows(text, "Table 1")[2][-1].split("; ")[-1] == marked
-    assert f"- Ex1: {marked}. Here {detail}." in section(text, "Comparability")
+    assert f"- Ex1: {marked}: {detail}." in section(text, "Comparability")
 
 
 def test_a_tree_without_baseline_says_so(tmp_path):
     add(tmp_path / "ex1" / "20260101_000000_bs16_sb8_cctrue")
     text = write_report(tmp_path, tmp_path / "out").markdown.read_text(encoding="utf-8")
-    assert "no readable baseline run" in section(text, "Comparability")
+    assert "Without a readable baseline run" in section(text, "Comparability")
+
+
+def test_a_quantized_run_among_the_baselines_is_none(tree, report):
+    options = {"block_size": 16, "scale_bits": 8, "custom_cuda": True}
+    add(tree / "baseline" / "one", run={"stage": "baseline", "options": {}, "quantized": False}, acc=0.7)
+    add(tree / "baseline" / "two", run={"stage": "baseline", "options": options, "quantized": True}, acc=0.4)
+    text = report()
+    assert [row[:2] for row in rows(text, "Table 1")[1:]] == [
+        ["Baseline", "0.700000 ± 0.010000"],
+        ["Baseline", "0.600000 ± 0.010000"],
+        ["Baseline best (accuracy)", "0.400000 ± 0.010000"],
+        ["Baseline best (speed)", "0.400000 ± 0.010000"],
+    ]
+    assert rows(text, "Table 1")[3][-1] == "Full eval; bs=16, sb=8, custom_cuda=true; quantized, so no baseline"
+    assert [row[-2:] for row in rows(text, "Table 2.1")[1:]] == [["two", "quantized, so no baseline"]]
+    assert "- Baseline, 1 of 3 runs (`two`): comparable" in section(text, "Comparability")
+
+
+def test_only_baselines(report):
+    assert section(report(), "Comparability").endswith("There are no other runs to compare.\n")
+
+
+def test_data_are_compared_by_task_and_shown_by_their_first_digits(tree, report):
+    for stage, others in (("baseline", {}), ("ex1", {"wikitext": "hub"}), ("ex2", {})):
+        digest = ("f" if stage == "ex2" else "0") * 64
+        key = {"data": {TASK: digest, **others}}
+        add(tree / stage / "one", run={"stage": stage, "options": {}, "key": key}, acc=0.5)
+    (tree / "baseline" / "metrics_2026-01-01T00-00-00.000000.json").unlink()
+    comparability = section(report(), "Comparability")
+    assert "data 000000000000, " in comparability
+    assert "- Ex1: comparable with the baseline in speed and accuracy." in comparability
+    assert "(data): data ffffffffffff instead of 000000000000." in comparability
+    assert "{" not in comparability
+
+
+def test_what_was_not_recorded_differs_from_nothing(tree, report):
+    add(tree / "ex1" / "20260101_000000_bs16_sb8_cctrue", **{"n-samples": {}})
+    add(tree / "ex1" / "20260101_000001_bs16_sb6_cctrue")
+    text = report()
+    assert [row[0] for row in rows(text, "Table 1")[2:]] == ["Ex1 best (accuracy)", "Ex1 best (speed)"]
+    assert section(text, "Numerically identical runs").count("\n- ") == 1
 
 
 def test_identical_runs_are_grouped_by_what_they_share(tree, report):
@@ -276,7 +353,7 @@ def test_clamps_of_every_role(tree, report):
 
 
 def test_clamps_of_a_foreign_tree(report):
-    assert "Not recorded: no run has" in section(report(), "Clamped shared scales")
+    assert "Not recorded: no `run.json`" in section(report(), "Clamped shared scales")
 
 
 # What is not a run.
@@ -307,6 +384,7 @@ def test_complete_trees_say_so(report):
         (json.dumps(metrics(results={})), "key 'results' is missing, empty or no dict"),
         (json.dumps(metrics(results={TASK: {"acc,none": "high"}})), "'acc,none' is 'high', not a number"),
         (json.dumps(metrics(**{"n-samples": {TASK: {}}})), "key 'effective' is missing"),
+        (json.dumps(metrics(n=0)), "'effective' is 0: no example was evaluated"),
         (json.dumps(metrics(seconds=None)), "'total_evaluation_time_seconds' is missing or no time"),
         (json.dumps(metrics(seconds="0")), "'total_evaluation_time_seconds' is missing or no time"),
     ],
@@ -316,7 +394,7 @@ def test_unreadable_metrics_are_named(tree, report, record, why):
     folder.mkdir(parents=True)
     (folder / "metrics_1.json").write_text(record)
     incomplete = section(report(), "Incomplete runs")
-    assert f"- `ex1/{folder.name}`: unreadable: metrics_1.json" in incomplete
+    assert f"- `ex1/{folder.name}`: unusable: metrics_1.json" in incomplete
     assert why in incomplete
 
 
@@ -325,13 +403,14 @@ def test_unreadable_metrics_are_named(tree, report, record, why):
     [
         ({"schema": 2}, "run.json: schema is 2"),
         ({"stage": None}, "run.json: key 'stage' is missing"),
+        ({"quantized": "yes"}, "run.json: key 'quantized' is missing, empty or no bool"),
         ({"options": [1]}, "run.json: options: not a JSON object"),
         ({"scale_clamps": {"k": {"blocks": 1}}}, "run.json: scale_clamps of k: key 'clamped' is missing"),
     ],
 )
 def test_an_unreadable_run_json_is_named(tree, report, run, why):
     add(tree / "ex1" / "one", run=run)
-    assert f"- `ex1/one`: unreadable: {why}" in section(report(), "Incomplete runs")
+    assert f"- `ex1/one`: unusable: {why}" in section(report(), "Incomplete runs")
 
 
 def test_the_newest_of_several_metrics_counts(tree, report):
@@ -351,6 +430,44 @@ def test_failures_of_a_sweep_are_listed(tree, report):
         ["ex1", "bs16 &lt;x>", r"Out\|of memory", "2026-01-01T00:00:00"],
         ["ex1", "failures.jsonl, line 3", "unreadable line: not json", ""],
     ]
+
+
+def test_a_failure_that_was_made_good_is_left_out(tree, report):
+    key = {"recipe": "abc", "limit": None}
+    add(tree / "ex1" / "one", run={"stage": "ex1", "options": {}, "key": key})
+    failure = {"label": "x", "error": "e", "time": "t", "traceback": "..."}
+    lines = {
+        "ex1": [
+            {"key": {**key, "code": "older"}},
+            {"key": dict(reversed(key.items()))},
+            {"key": {**key, "limit": 2}, "label": "other"},
+            {},
+        ],
+        "ex2": [{"key": key, "label": "another stage"}],
+    }
+    for stage, changes in lines.items():
+        (tree / stage).mkdir(exist_ok=True)
+        text = "".join(json.dumps(failure | change) + "\n" for change in changes)
+        (tree / stage / "failures.jsonl").write_text(text)
+    text = report()
+    assert [row[:2] for row in rows(text, "Table 5")[1:]] == [["ex1", "other"], ["ex1", "x"], ["ex2", "another stage"]]
+    sentence = "2 failures are left out: their runs succeeded"
+    assert sentence in section(text, "Incomplete runs")
+
+
+def test_all_failures_made_good(tree, report):
+    add(tree / "ex1" / "one", run={"stage": "ex1", "options": {}, "key": {"recipe": "abc"}})
+    failure = {"label": "x", "error": "e", "time": "t", "key": {"recipe": "abc"}}
+    (tree / "ex1" / "failures.jsonl").write_text(json.dumps(failure))
+    incomplete = section(report(), "Incomplete runs")
+    assert "None: every run directory" in incomplete
+    assert "1 failure is left out" in incomplete
+
+
+def test_a_single_run_directory_is_a_tree(tree, tmp_path):
+    folder = add(tree / "ex1" / "20260101_000000_bs16_sb8_cctrue")
+    text = write_report(folder, tmp_path / "out").markdown.read_text(encoding="utf-8")
+    assert run_ids(text, "Table 2.1") == [folder.name]
 
 
 def test_a_tree_of_broken_runs_is_still_reported(tmp_path):
@@ -423,6 +540,29 @@ def test_a_task_without_accuracy_draws_its_perplexity_or_its_speed_alone(tree):
     for scores, drawn in (({"word_perplexity,none": 9.0}, ["ppl", "speed"]), ({"f1,none": 0.5}, ["speed"])):
         add(tree / "ex1" / "20260101_000000_bs16_sb8_cctrue", metrics(results={TASK: scores}))
         assert [panel.quantity.slug for panel in panels("ex1", read_tree(tree))] == drawn
+
+
+def test_the_speed_of_a_run_is_drawn_once_for_all_its_tasks(tree):
+    results = {task: _scores(0.5, 8.0) for task in (TASK, "piqa")}
+    samples = {task: {"original": 1000, "effective": 1000} for task in results}
+    for name in ("20260101_000000_bs16_sb8_cctrue", "20260101_000001_bs32_sb8_cctrue"):
+        add(tree / "ex1" / name, metrics(**{"results": results, "n-samples": samples}))
+    drawn = list(panels("ex1", read_tree(tree)))
+    assert [panel.quantity.slug for panel in drawn] == ["acc", "acc", "speed"]
+    assert [len(panel.results) for panel in drawn] == [2, 2, 2]
+    assert plot(drawn[-1]).axes[0].get_title(loc="left") == "Ex1, 2 tasks"
+
+
+def test_nan_is_not_drawn(tree, report):
+    add(tree / "baseline", acc=float("nan"))
+    add(tree / "ex1" / "20260101_000000_bs16_sb8_cctrue", acc=float("nan"))
+    add(tree / "ex1" / "20260101_000001_bs32_sb8_cctrue")
+    accuracy, _ = panels("ex1", read_tree(tree))
+    (line,) = (container.lines[0] for container in plot(accuracy).axes[0].containers)
+    assert list(line.get_ydata()) == [0.5]
+    text = report()
+    assert "Not drawn, because not a number: 1 result." in text
+    assert "No baseline is drawn: its accuracy is not a number." in text
 
 
 def test_the_page_needs_nothing_else(sweep, tmp_path):

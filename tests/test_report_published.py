@@ -85,7 +85,9 @@ def test_the_run_without_a_configuration_has_its_own_table(report):
 
 def test_ex2_is_marked_as_not_comparable(report):
     assert "Ex1, all 13 runs: comparable with the baseline in speed and accuracy." in report
-    assert "Ex2, all 12 runs: speed and accuracy not comparable with the baseline (n). Here n is 1289" in report
+    assert (
+        "Ex2, all 12 runs: speed and accuracy not comparable with the baseline (n): n 1289 instead of 5153." in report
+    )
     assert "bs=32, sb=6, custom_cuda=true; speed and accuracy not comparable with the baseline (n) |" in report
 
 

@@ -8,16 +8,18 @@ from mxlab.report.document import cell_text
 from mxlab.report.options import Option, option_rank, option_text
 from mxlab.report.run import Result, Run
 
-# What a result rests on besides its quantization. A difference in WORK spoils every comparison, one in MEANS only
-# that of the speeds.
-WORK: dict[str, Callable[[Result], str | int | None]] = {
+Settings = dict[str, Callable[[Result], str | int | None]]
+
+# What a result rests on besides its quantization. Where the evaluation settings differ, nothing can be compared; where
+# only the measurement settings do, everything but speed can. A value that was not recorded differs from none.
+EVALUATION: Settings = {
     "model": lambda result: result.run.model,
     "dtype": lambda result: result.run.dtype,
     "task": lambda result: result.task,
-    "data": lambda result: result.run.data,
+    "data": lambda result: result.data,
     "n": lambda result: result.n,
 }
-MEANS: dict[str, Callable[[Result], str | int | None]] = {
+MEASUREMENT: Settings = {
     "tasks of the run": lambda result: ", ".join(result.run.tasks),
     "batch size": lambda result: result.run.batch_size,
     "device": lambda result: result.run.device,
@@ -35,12 +37,12 @@ class Difference:
     @property
     def text(self) -> str:
         """The difference with both values."""
-        return f"{self.name} is {self.value}, the baseline's {self.baseline}"
+        return f"{self.name} {self.value} instead of {self.baseline}"
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A baseline, and in what a result differs from it; what one of the two did not record is no difference."""
+    """A baseline, and in what a result differs from it."""
 
     baseline: Result
     differences: tuple[Difference, ...]
@@ -48,7 +50,7 @@ class Comparison:
     @property
     def accuracy(self) -> bool:
         """Whether accuracy and perplexity may be compared."""
-        return all(difference.name in MEANS for difference in self.differences)
+        return all(difference.name in MEASUREMENT for difference in self.differences)
 
     @property
     def speed(self) -> bool:
@@ -64,19 +66,35 @@ class Comparison:
         return f"{what} not comparable with the baseline ({', '.join(d.name for d in self.differences)})"
 
 
-def work(result: Result) -> tuple[str | int | None, ...]:
-    """What was evaluated: results of equal work have comparable accuracies."""
-    return tuple(read(result) for read in WORK.values())
+def by_evaluation(results: Iterable[Result]) -> list[list[Result]]:
+    """Results in groups without a difference in their evaluation settings: accuracies in a group can be compared.
+
+    A result which did not record a setting fits into several groups, and goes to the largest.
+    """
+    groups: list[list[Result]] = []
+    for result in sorted(results, key=_unrecorded):
+        fitting = [group for group in groups if not any(_differences(result, other, EVALUATION) for other in group)]
+        if fitting:
+            max(fitting, key=len).append(result)
+        else:
+            groups.append([result])
+    return groups
+
+
+def _unrecorded(result: Result) -> int:
+    return sum(read(result) is None for read in EVALUATION.values())
 
 
 def compare(result: Result, baselines: Sequence[Result]) -> Comparison | None:
     """Compare a result with the baseline nearest to it; None where there is none."""
-    comparisons = [Comparison(baseline, _differences(result, baseline)) for baseline in baselines]
+    comparisons = [
+        Comparison(baseline, _differences(result, baseline, EVALUATION | MEASUREMENT)) for baseline in baselines
+    ]
     return min(comparisons, key=lambda comparison: len(comparison.differences), default=None)
 
 
-def _differences(result: Result, baseline: Result) -> tuple[Difference, ...]:
-    pairs = [(name, read(result), read(baseline)) for name, read in (WORK | MEANS).items()]
+def _differences(result: Result, baseline: Result, settings: Settings) -> tuple[Difference, ...]:
+    pairs = [(name, read(result), read(baseline)) for name, read in settings.items()]
     return tuple(
         Difference(name, ours, theirs)
         for name, ours, theirs in pairs
@@ -85,13 +103,16 @@ def _differences(result: Result, baseline: Result) -> tuple[Difference, ...]:
 
 
 def identical_groups(results: Iterable[Result]) -> list[list[Result]]:
-    """The results of a stage, on equal work, whose accuracy and perplexity agree to the last bit; two or more each."""
-    groups: defaultdict[tuple[object, ...], list[Result]] = defaultdict(list)
+    """The results of a stage, of one evaluation setting, with the same accuracy and perplexity to the last bit.
+
+    Two or more each. NaN agrees with nothing, not even with NaN.
+    """
+    equal: defaultdict[tuple[object, ...], list[Result]] = defaultdict(list)
     for result in results:
-        if result.acc or result.ppl:
+        if (result.acc or result.ppl) and not result.nan_metrics:
             metrics = (result.acc and result.acc.value, result.ppl and result.ppl.value)
-            groups[result.run.stage, work(result), metrics].append(result)
-    return [group for group in groups.values() if len(group) > 1]
+            equal[result.run.stage, *metrics].append(result)
+    return [group for results in equal.values() for group in by_evaluation(results) if len(group) > 1]
 
 
 def identity_sentence(group: Sequence[Result]) -> str:

@@ -1,6 +1,6 @@
 """The figures: accuracy and throughput against the block size, a line for each other option."""
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +10,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from mxlab.report.compare import compare, work
+from mxlab.report.compare import by_evaluation, compare
 from mxlab.report.document import Image
 from mxlab.report.options import Option, option_rank, option_text
 from mxlab.report.read import Tree
@@ -19,8 +19,8 @@ from mxlab.report.tables import stage_title
 
 EXERCISES = ("ex1", "ex2")
 DPI = 200
-SIDESTEP = 0.07  # of the distance of two block sizes: identical series lie side by side instead of on each other
-MOST_ASIDE = 0.7  # what all the series of a block size may take together
+DODGE = 0.07  # of the distance of two block sizes: identical series lie side by side instead of on each other
+MAX_DODGE = 0.7  # what all the series of a block size may take together
 
 # scale_bits chooses the stroke and the fill, the other options the colour and the marker: grey prints keep them apart.
 STROKES = (("-", True), ("--", False), (":", True), ("-.", False))
@@ -51,23 +51,34 @@ class Quantity:
     axis: str
     read: Callable[[Result], Measured | None]
 
+    def point(self, result: Result) -> Measured | None:
+        """What is drawn of a result: nothing where the quantity is missing or not a number."""
+        measure = self.read(result)
+        return None if measure is None or measure.is_nan else measure
+
 
 ACCURACY = Quantity("accuracy", "acc", "Accuracy (fraction correct)", lambda result: result.acc)
 PERPLEXITY = Quantity("perplexity", "ppl", "Perplexity", lambda result: result.ppl)
 SPEED = Quantity(
-    "examples/sec", "speed", "Throughput (examples/s)", lambda result: Measured(result.examples_per_s, None)
+    "examples/sec",
+    "speed",
+    "Throughput (examples/s)",
+    lambda result: None if result.examples_per_s is None else Measured(result.examples_per_s, None),
 )
 
 
 @dataclass(frozen=True)
 class Panel:
-    """What one figure shows: results of equal work of one stage, and the baseline's value where it may be compared."""
+    """What one figure shows: results of one stage and one evaluation setting, and the baseline's value.
+
+    ``obstacle`` says why there is a baseline which is not drawn.
+    """
 
     quantity: Quantity
     results: Sequence[Result]
     left_out: int
-    verdict: str
     baseline: Measured | None
+    obstacle: str
 
     @property
     def sizes(self) -> list[Option]:
@@ -79,18 +90,19 @@ class Panel:
         """The results by their options besides the block size, each list in the order of the block size."""
         groups: defaultdict[Series, list[Result]] = defaultdict(list)
         for result in sorted(self.results, key=lambda result: option_rank(_block_size(result))):
-            if self.quantity.read(result):
+            if self.quantity.point(result):
                 groups[_other_options(result)].append(result)
         return dict(sorted(groups.items(), key=lambda item: _series_order(item[0])))
 
 
 def draw_figures(tree: Tree, folder: Path) -> dict[str, list[Image]]:
-    """Draw two figures for each sweep over block sizes, and return them by stage."""
+    """Draw the figures of each sweep over block sizes, and return them by stage."""
     images: defaultdict[str, list[Image]] = defaultdict(list)
     every = (panel for stage in tree.stages for panel in panels(stage, tree))
     for number, panel in enumerate(every, start=1):
         first = panel.results[0]
-        parts = [first.run.stage, panel.quantity.slug, "vs_blocksize", *([first.task] if len(tree.tasks) > 1 else [])]
+        task = [first.task] if len(tree.tasks) > 1 and panel.quantity is not SPEED else []
+        parts = [first.run.stage, panel.quantity.slug, "vs_blocksize", *task]
         path = folder / f"{'_'.join(parts).replace('/', '_')}.png"
         with mpl.rc_context(STYLE):
             plot(panel).savefig(path, bbox_inches="tight")  # a legend of long option names is wider than the figure
@@ -99,23 +111,39 @@ def draw_figures(tree: Tree, folder: Path) -> dict[str, list[Image]]:
 
 
 def panels(stage: str, tree: Tree) -> Iterator[Panel]:
-    """For each task of a stage the largest set of results of equal work, if it is a sweep over block sizes."""
-    swept = [result for result in tree.of_stage(stage) if _block_size(result) is not None]
+    """The figures of a stage, if it sweeps block sizes: the quality on each task, and the speed of its runs."""
+    swept = [result for result in tree.swept(stage) if _block_size(result) is not None]
     for task in dict.fromkeys(result.task for result in swept):
-        of_task = [result for result in swept if result.task == task]
-        largest = Counter(map(work, of_task)).most_common(1)[0][0]
-        chosen = [result for result in of_task if work(result) == largest]
-        if stage.rpartition("/")[2] not in EXERCISES and len(set(map(_block_size, chosen))) == 1:
-            continue
-        quality = ACCURACY if any(result.acc for result in chosen) else PERPLEXITY
-        comparison = compare(chosen[0], tree.baselines)
-        for quantity in (quality, SPEED):
-            if not any(map(quantity.read, chosen)):
-                continue
-            fair = comparison and (comparison.speed if quantity is SPEED else comparison.accuracy)
-            baseline = quantity.read(comparison.baseline) if comparison and fair else None
-            verdict = comparison.verdict if comparison and not fair else ""
-            yield Panel(quantity, chosen, len(of_task) - len(chosen), verdict, baseline)
+        results = [result for result in swept if result.task == task]
+        groups = by_evaluation(results)
+        quality = ACCURACY if any(map(ACCURACY.point, max(groups, key=len))) else PERPLEXITY
+        yield from _panel(quality, groups, tree)
+    runs = [result for result in swept if result.task == result.run.tasks[0]]
+    tasks = dict.fromkeys(result.run.tasks for result in runs)
+    alike = ([result for result in runs if result.run.tasks == names] for names in tasks)
+    yield from _panel(SPEED, [group for results in alike for group in by_evaluation(results)], tree)
+
+
+def _panel(quantity: Quantity, groups: Sequence[Sequence[Result]], tree: Tree) -> Iterator[Panel]:
+    """The largest of the groups, if there is something to draw."""
+    chosen = max(groups, key=len, default=[])
+    if not any(map(quantity.point, chosen)):
+        return
+    swept = len(set(map(_block_size, chosen))) > 1
+    if swept or chosen[0].run.stage.rpartition("/")[2] in EXERCISES:
+        baseline, obstacle = _baseline(quantity, chosen[0], tree.baselines)
+        yield Panel(quantity, chosen, sum(map(len, groups)) - len(chosen), baseline, obstacle)
+
+
+def _baseline(quantity: Quantity, result: Result, baselines: Sequence[Result]) -> tuple[Measured | None, str]:
+    """The baseline's value, or why it is not drawn."""
+    comparison = compare(result, baselines)
+    if comparison is None:
+        return None, ""
+    if not (comparison.speed if quantity is SPEED else comparison.accuracy):
+        return None, comparison.verdict
+    measure = quantity.read(comparison.baseline)
+    return (None, f"its {quantity.name} is not a number") if measure and measure.is_nan else (measure, "")
 
 
 def plot(panel: Panel) -> Figure:
@@ -133,10 +161,10 @@ def plot(panel: Panel) -> Figure:
 
 def _draw_series(axes: Axes, panel: Panel, index: int) -> None:
     options, results = list(panel.series.items())[index]
-    aside = (index - (len(panel.series) - 1) / 2) * min(SIDESTEP, MOST_ASIDE / len(panel.series))
-    measures = [measure for result in results if (measure := panel.quantity.read(result))]
+    dodge = (index - (len(panel.series) - 1) / 2) * min(DODGE, MAX_DODGE / len(panel.series))
+    measures = [measure for result in results if (measure := panel.quantity.point(result))]
     axes.errorbar(
-        [panel.sizes.index(_block_size(result)) + aside for result in results],
+        [panel.sizes.index(_block_size(result)) + dodge for result in results],
         [measure.value for measure in measures],
         yerr=None if panel.quantity is SPEED else [measure.stderr or 0 for measure in measures],
         label=", ".join(f"{name}={option_text(value)}" for name, value in options) or "runs",
@@ -158,11 +186,11 @@ def _look(options: Series, every: Iterable[Series]) -> dict[str, Any]:
 
 
 def _draw_axes(axes: Axes, panel: Panel) -> None:
-    # At equal distances, as the logarithms of 16, 32, 64 are, with room for the series to step aside.
+    # At equal distances, as the logarithms of 16, 32, 64 are, with room for the dodged series.
     axes.set_xticks(range(len(panel.sizes)), [option_text(size) for size in panel.sizes])
     axes.set_xlim(-0.4, len(panel.sizes) - 0.6)
     axes.grid(visible=False, axis="x")
-    axes.set_title(f"{stage_title(panel.results[0].run.stage)}, {_work(panel)}", loc="left", fontsize=10)
+    axes.set_title(f"{stage_title(panel.results[0].run.stage)}, {_evaluated(panel)}", loc="left", fontsize=10)
     axes.set_xlabel("Block size (elements per shared scale)")
     axes.set_ylabel(panel.quantity.axis)
     if panel.quantity is SPEED:
@@ -180,20 +208,29 @@ def _words(panel: Panel, number: int) -> tuple[str, str]:
     """The title of a figure and its caption."""
     first = panel.results[0]
     title = f"Figure {number}: {stage_title(first.run.stage)} {panel.quantity.name} against block size"
+    nan = sum(measure.is_nan for result in panel.results if (measure := panel.quantity.read(result)))
     sentences = [
-        f"{_work(panel)}.",
+        f"{_evaluated(panel)}.",
         "" if panel.quantity is SPEED else "Error bars: ± one standard error.",
-        "Series stand side by side, so that identical ones stay visible.",
+        "Series are drawn side by side, so that identical ones stay visible.",
         "The dashed line is the baseline." if panel.baseline else "",
-        f"No baseline is drawn: {panel.verdict}." if panel.verdict else "",
-        f"Not drawn: {panel.left_out} other results of the stage, on other work." if panel.left_out else "",
+        f"No baseline is drawn: {panel.obstacle}." if panel.obstacle else "",
+        f"Not drawn, because not a number: {_count(nan)}." if nan else "",
+        f"Not drawn, because evaluated in another setting: {_count(panel.left_out)}." if panel.left_out else "",
     ]
     return title, " ".join(filter(None, sentences))
 
 
-def _work(panel: Panel) -> str:
+def _evaluated(panel: Panel) -> str:
+    """What was evaluated: a task, or all of a run where the speed is that of several."""
     first = panel.results[0]
+    if panel.quantity is SPEED and len(first.run.tasks) > 1:
+        return f"{len(first.run.tasks)} tasks"
     return first.task if first.n is None else f"{first.task}, n = {first.n}"
+
+
+def _count(number: int) -> str:
+    return f"{number} result" if number == 1 else f"{number} results"
 
 
 def _block_size(result: Result) -> Option:

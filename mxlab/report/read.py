@@ -4,9 +4,10 @@ import json
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from mxlab.errors import ReportError
 from mxlab.report.options import options_rank
@@ -27,25 +28,28 @@ class Incomplete:
 
 @dataclass(frozen=True)
 class Failure:
-    """A line of failures.jsonl: a run which a sweep could not finish."""
+    """A line of failures.jsonl: a run which a sweep could not finish. Older lines have no key."""
 
     folder: str
     label: str
     error: str
     time: str
+    key: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
 class Tree:
     """Everything found under a results folder, sorted: baseline, ex1, ex2, then the other stages by name.
 
-    Within a stage the results stand in the order of their options.
+    Within a stage the results stand in the order of their options. ``failures`` are those which stand; ``retried``
+    counts those whose run was completed after all.
     """
 
     name: str
     results: tuple[Result, ...]
     incomplete: tuple[Incomplete, ...]
     failures: tuple[Failure, ...]
+    retried: int
     superseded: tuple[str, ...]
 
     @property
@@ -72,6 +76,10 @@ class Tree:
         """The results of one stage."""
         return [result for result in self.results if result.run.stage == stage]
 
+    def swept(self, stage: str) -> list[Result]:
+        """The results of one stage besides the baseline."""
+        return [result for result in self.of_stage(stage) if not result.run.is_baseline]
+
 
 def read_tree(root: Path) -> Tree:
     """Read every run below a folder; directories whose name starts with "." are left out.
@@ -89,15 +97,18 @@ def read_tree(root: Path) -> Tree:
         try:
             results += read_run(folder)
         except ReportError as error:
-            incomplete.append(Incomplete(_relative(folder, root), f"unreadable: {error}"))
-    failures = [failure for folder in folders for failure in _failures(folder, root)]
+            incomplete.append(Incomplete(_relative(folder, root), f"unusable: {error}"))
+    failures = [(folder, failure) for folder in folders for failure in _failures(folder, root)]
+    finished = [(result.run.stage_folder, _without_code(result.run.key)) for result in results]
+    standing = tuple(f for folder, f in failures if not f.key or (folder, _without_code(f.key)) not in finished)
     if not (results or incomplete or failures):
         raise ReportError(f"{root} holds no run: no {METRICS} in it or in a folder below it. {_REMEDY}")
     return Tree(
         name=root.name,
         results=tuple(sorted(_label_stages(results, root), key=_order)),
         incomplete=tuple(incomplete),
-        failures=tuple(failures),
+        failures=standing,
+        retried=len(failures) - len(standing),
         superseded=tuple(note for folder in holders for note in _superseded(folder, root)),
     )
 
@@ -106,6 +117,11 @@ _REMEDY = (
     "A results folder has a folder for each stage (baseline, ex1, ex2, ...), which holds run directories with "
     f"{METRICS} as lm-eval writes them: make one with `mxlab demo` or `mxlab sweep`."
 )
+
+
+def _without_code(key: Mapping[str, Any]) -> dict[str, Any]:
+    """The key of a run but for the code version: what failed may have been mended."""
+    return {name: value for name, value in key.items() if name != "code"}
 
 
 def _walk(root: Path) -> Iterator[Path]:
@@ -153,7 +169,7 @@ def _failures(folder: Path, root: Path) -> Iterator[Failure]:
             continue
         try:
             record = json.loads(line)
-            yield Failure(where, str(record["label"]), str(record["error"]), str(record["time"]))
+            yield Failure(where, str(record["label"]), str(record["error"]), str(record["time"]), record.get("key"))
         except (ValueError, KeyError, TypeError):
             yield Failure(where, f"{FAILURES}, line {number}", f"unreadable line: {line}", "")
 

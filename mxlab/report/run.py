@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,6 +16,8 @@ T = TypeVar("T")
 METRICS = "metrics_*.json"
 BASELINE = "baseline"
 SCHEMA = 1
+PERPLEXITIES = ("perplexity", "word_perplexity")  # the first which a task has is its ppl
+DIGEST = 12  # digits of a data file's sha256: enough to tell files apart
 
 DATED = re.compile(r"\d{8}_\d{6}_", re.ASCII)
 
@@ -34,22 +36,29 @@ class Measured:
     value: float
     stderr: float | None
 
+    @property
+    def is_nan(self) -> bool:
+        """Whether the metric is not a number: there is a result, but nothing to rank or draw."""
+        return math.isnan(self.value)
+
 
 @dataclass(frozen=True)
 class Run:
     """A run directory. What a file did not record is None.
 
-    ``options`` are the swept options; None where neither run.json nor the folder's name tells them. ``clamps`` maps
-    a role (weight, activation, k, v) to its counts of blocks, clamped and overflowed shared scales.
+    ``key`` is what makes it the same run as another; empty where there is no run.json. ``options`` are the swept
+    options; None where neither run.json nor the folder's name tells them. ``clamps`` maps a role (weight, activation,
+    k, v) to its counts of blocks, clamped and overflowed shared scales.
     """
 
     stage: str
     run_id: str
     folder: Path
+    key: Mapping[str, Any]
+    quantized: bool | None
     options: Options | None
     tasks: tuple[str, ...]
     model: str | None
-    data: str | None
     dtype: str | None
     batch_size: str | None
     device: str | None
@@ -64,27 +73,44 @@ class Run:
 
     @property
     def is_baseline(self) -> bool:
-        """Whether the run is the unquantized model."""
+        """Whether the run is the unquantized model: its stage says so, unless run.json knows better."""
+        return self.in_baseline_stage and not self.quantized
+
+    @property
+    def in_baseline_stage(self) -> bool:
+        """Whether the run lies where baselines belong."""
         return self.stage.rpartition("/")[2] == BASELINE
 
 
 @dataclass(frozen=True)
 class Result:
-    """One task of one run: a row of the tables. ``eval_time_s`` and ``examples_per_s`` are those of the whole run."""
+    """One task of one run: a row of the tables.
+
+    ``eval_time_s`` and ``examples_per_s`` are those of the whole run; a speed needs the run's ``n-samples``.
+    ``other_metrics`` names those of the task which the report does not show.
+    """
 
     run: Run
     task: str
+    data: str | None
     acc: Measured | None
     ppl: Measured | None
+    other_metrics: tuple[str, ...]
     n: int | None
     n_original: int | None
     eval_time_s: float
-    examples_per_s: float
+    examples_per_s: float | None
 
     @property
     def limited(self) -> bool:
         """Whether only a part of the task was evaluated."""
         return self.n is not None and self.n_original is not None and self.n < self.n_original
+
+    @property
+    def nan_metrics(self) -> tuple[str, ...]:
+        """The metrics, by their column's name, which are not a number."""
+        metrics = {"acc": self.acc, "ppl": self.ppl}
+        return tuple(name for name, metric in metrics.items() if metric and metric.is_nan)
 
 
 def metrics_files(folder: Path) -> list[Path]:
@@ -99,14 +125,15 @@ def read_run(folder: Path) -> list[Result]:
     """
     source = metrics_files(folder)[-1]
     metrics = _Fields(_load(source), source.name)
-    samples = metrics.take("n-samples", dict)
+    samples = metrics.take("n-samples", dict) if metrics.record.get("n-samples") else {}
     counts = {task: _Fields(samples[task], f"{source.name}: n-samples of {task}") for task in samples}
     seconds = _seconds(metrics)
-    speed = sum(count.take("effective", int) for count in counts.values()) / seconds
+    speed = sum(map(_effective, counts.values())) / seconds if counts else None
+    results = metrics.take("results", dict)
     run = _read_directory(folder, metrics.record)
     return [
         _result(run, task, _Fields(scores, f"{source.name}: results of {task}"), counts.get(task), seconds, speed)
-        for task, scores in metrics.take("results", dict).items()
+        for task, scores in results.items()
     ]
 
 
@@ -154,13 +181,23 @@ def _seconds(metrics: _Fields) -> float:
     return seconds
 
 
-def _result(run: Run, task: str, scores: _Fields, count: _Fields | None, seconds: float, speed: float) -> Result:
+def _effective(count: _Fields) -> int:
+    effective = count.take("effective", int)
+    if effective < 1:
+        raise ReportError(f"{count.where}: 'effective' is {effective}: no example was evaluated")
+    return effective
+
+
+def _result(run: Run, task: str, scores: _Fields, count: _Fields | None, seconds: float, speed: float | None) -> Result:
     """One task's row. A group of tasks has scores, but no count of its own."""
+    perplexity = next((name for name in PERPLEXITIES if _measured(scores, name)), PERPLEXITIES[0])
     return Result(
         run=run,
         task=task,
+        data=_digest(run.key.get("data"), task),
         acc=_measured(scores, "acc"),
-        ppl=_measured(scores, "perplexity") or _measured(scores, "word_perplexity"),
+        ppl=_measured(scores, perplexity),
+        other_metrics=_other_metrics(scores.record, ("acc", perplexity)),
         n=count and count.take("effective", int),
         n_original=count and count.take("original", int),
         eval_time_s=seconds,
@@ -173,6 +210,19 @@ def _measured(scores: _Fields, metric: str) -> Measured | None:
     return None if value is None else Measured(value, scores.number(f"{metric}_stderr,none"))
 
 
+def _other_metrics(scores: Mapping[str, Any], shown: Sequence[str]) -> tuple[str, ...]:
+    """The names of the other metrics, with their filter where they have one: ``exact_match (strict-match)``."""
+    split = (key.partition(",") for key in scores if "," in key and "_stderr," not in key)
+    others = ((name, kind) for name, _, kind in split if (name, kind) not in [(metric, "none") for metric in shown])
+    return tuple(name if kind == "none" else f"{name} ({kind})" for name, kind in others)
+
+
+def _digest(data: Any, task: str) -> str | None:
+    """The data of a task in run.json's key, a map from tasks to digests: the beginning of the digest."""
+    digest = _text(data.get(task) if isinstance(data, dict) else data)
+    return digest and digest[:DIGEST]
+
+
 def _read_directory(folder: Path, metrics: dict[str, Any]) -> Run:
     record = _read_record(folder / "run.json")
     key = record.get("key") or {}
@@ -182,10 +232,11 @@ def _read_directory(folder: Path, metrics: dict[str, Any]) -> Run:
         stage=record["stage"] if record else _stage_folder(folder).name,
         run_id=folder.name,
         folder=folder,
+        key=key,
+        quantized=record.get("quantized"),
         options=_options(folder.name, record),
-        tasks=tuple(sorted(metrics["n-samples"])),
+        tasks=tuple(sorted(metrics["results"])),
         model=_text(key.get("model") or metrics.get("model_name")),
-        data=_text(key.get("data")),
         dtype=dtype and dtype.removeprefix("torch."),
         batch_size=_text(config.get("batch_size") or key.get("batch_size")),
         device=_device(_text(config.get("device")), str(metrics.get("pretty_env_info"))),
@@ -202,7 +253,10 @@ def _read_record(path: Path) -> dict[str, Any]:
     record = _load(path)
     if record.get("schema") != SCHEMA:
         raise ReportError(f"{path.name}: schema is {record.get('schema')!r}, this report reads {SCHEMA}")
-    _Fields(record, path.name).take("stage", str)
+    fields = _Fields(record, path.name)
+    fields.take("stage", str)
+    if record.get("quantized") is not None:
+        fields.take("quantized", bool)
     for key in ("options", "key", "scale_clamps"):
         _Fields(record.get(key) or {}, f"{path.name}: {key}")
     for role, counts in (record.get("scale_clamps") or {}).items():

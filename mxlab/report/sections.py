@@ -45,24 +45,26 @@ def _headline(tree: Tree) -> list[Block]:
         return [*blocks, Text("No run is complete: see Incomplete runs.")]
     note = (
         "examples/sec = n_effective / total_evaluation_time_seconds, with n_effective summed over the tasks of a run. "
-        "The shorter time wins among equal accuracies."
+        "Of equal accuracies the one with the shorter evaluation time is shown."
     )
-    return [*blocks, tables.headline(tree), Text(note)]
+    others = sorted({name for result in tree.results for name in result.other_metrics})
+    unseen = [Text(f"Other metrics, not shown: {', '.join(others)}.")] if others else []
+    return [*blocks, tables.headline(tree), *unseen, Text(note)]
 
 
 def _sweeps(tree: Tree, images: Images) -> list[Block]:
     blocks: list[Block] = []
-    for number, stage in enumerate((stage for stage in tree.stages if not _is_baseline(tree, stage)), start=1):
+    for number, stage in enumerate(filter(tree.swept, tree.stages), start=1):
         table = tables.sweep(tree, stage, f"2.{number}")
         blocks.append(Heading(2, re.sub(r"^ex(\d+)$", r"Exercise \1", stage)))
-        blocks.append(table or Text("The configuration of its runs is unknown: see Table 3."))
+        blocks.append(table or Text("The options of its runs are unknown: see Table 3."))
         blocks += images.get(stage, ())
     unknown = tables.unknown(tree)
     if unknown:
         blocks += [
             Heading(2, "Runs of unknown configuration"),
             Text(
-                "Neither a `run.json` nor the name of the folder tells the options, so no sweep table has these runs."
+                "These runs are in no sweep table: neither a `run.json` nor the name of their folder gives the options."
             ),
             unknown,
         ]
@@ -72,7 +74,7 @@ def _sweeps(tree: Tree, images: Images) -> list[Block]:
 def _comparability(tree: Tree) -> list[Block]:
     blocks: list[Block] = [Heading(2, "Comparability")]
     if not tree.baselines:
-        return [*blocks, Text("There is no readable baseline run: nothing can be compared with the unquantized model.")]
+        return [*blocks, Text("Without a readable baseline run nothing can be compared with the unquantized model.")]
     groups: defaultdict[tuple[str, tuple[Difference, ...]], list[Result]] = defaultdict(list)
     verdicts: dict[tuple[Difference, ...], str] = {}
     for result in tree.results:
@@ -81,11 +83,13 @@ def _comparability(tree: Tree) -> list[Block]:
             groups[result.run.stage, comparison.differences].append(result)
             verdicts[comparison.differences] = comparison.verdict
     items = [
-        f"{_who(tree, results)}: {verdicts[differences] or 'comparable with the baseline in speed and accuracy'}."
-        + "".join(f" Here {difference.text}." for difference in differences)
+        f"{_who(tree, results)}: {verdicts[differences]}: {'; '.join(difference.text for difference in differences)}."
+        if differences
+        else f"{_who(tree, results)}: comparable with the baseline in speed and accuracy."
         for (_, differences), results in groups.items()
     ]
-    return [*blocks, *(Text(_setting(baseline)) for baseline in tree.baselines), Items(tuple(items))]
+    compared = Items(tuple(items)) if items else Text("There are no other runs to compare.")
+    return [*blocks, *(Text(_setting(baseline)) for baseline in tree.baselines), compared]
 
 
 def _setting(baseline: Result) -> str:
@@ -93,7 +97,7 @@ def _setting(baseline: Result) -> str:
     settings = {
         "model": run.model,
         "dtype": run.dtype,
-        "data": run.data,
+        "data": baseline.data,
         "n": baseline.n if not baseline.limited else f"{baseline.n} of {baseline.n_original}",
         "batch size": run.batch_size,
         "device": run.device,
@@ -108,8 +112,8 @@ def _identical(tree: Tree) -> list[Block]:
     if not groups:
         return [heading, Text("No two runs of a stage have the same accuracy and perplexity to the last bit.")]
     why = (
-        "Accuracy and perplexity of these runs agree to the last bit. For different scale_bits this is what to expect "
-        "where every shared scale fits into the fewer bits; the clamped ones are counted below."
+        "Accuracy and perplexity of these runs agree to the last bit. This is expected of runs which differ only in "
+        "scale_bits, if every shared scale fits into the smaller number of bits; scales that do not are counted below."
     )
     items = (f"{tables.stage_title(group[0].run.stage)}: {_identity(group)}." for group in groups)
     return [heading, Text(why), Items(tuple(items))]
@@ -123,10 +127,10 @@ def _clamps(tree: Tree) -> list[Block]:
     heading = Heading(3, "Clamped shared scales")
     table = tables.clamps(tree)
     if table is None:
-        return [heading, Text("Not recorded: no run has a `run.json` which counts them.")]
+        return [heading, Text("Not recorded: no `run.json` counts them.")]
     meaning = (
-        "Of the blocks quantized in a run, those whose shared scale lay below the range of scale_bits (clamped to its "
-        "lowest value) or above it (overflowed)."
+        "Blocks whose shared scale fell below the range of scale_bits (clamped to its lowest value) or above it "
+        "(overflowed)."
     )
     missing = [run for run in tree.runs if not (run.clamps or run.is_baseline)]
     lacking = [Text(f"Not recorded: {_listed([_name(run) for run in missing])}.")] if missing else []
@@ -138,9 +142,15 @@ def _incomplete(tree: Tree) -> list[Block]:
     table = tables.failures(tree)
     items = [f"`{incomplete.folder}`: {incomplete.why}." for incomplete in tree.incomplete]
     items += [f"{note}." for note in tree.superseded]
-    if not items and table is None:
-        return [heading, Text("None: every run directory holds one readable metrics file.")]
-    return [heading, *([Items(tuple(items))] if items else []), *([table] if table else [])]
+    blocks = [*([Items(tuple(items))] if items else []), *([table] if table else [])]
+    blocks = blocks or [Text("None: every run directory holds one readable metrics file.")]
+    return [heading, *blocks, *([Text(_retried(tree.retried))] if tree.retried else [])]
+
+
+def _retried(number: int) -> str:
+    if number == 1:
+        return "1 failure is left out: its run succeeded when it was started again."
+    return f"{number} failures are left out: their runs succeeded when they were started again."
 
 
 def _environments(tree: Tree) -> list[Block]:
@@ -160,10 +170,6 @@ def _commands(tree: Tree) -> list[Block]:
         commands = (f"# {run.run_id}\n{run.command or '# not recorded'}" for run in runs)
         blocks += [Heading(3, tables.stage_title(stage)), Code("\n\n".join(commands))]
     return blocks
-
-
-def _is_baseline(tree: Tree, stage: str) -> bool:
-    return tree.of_stage(stage)[0].run.is_baseline
 
 
 def _who(tree: Tree, results: Sequence[Result]) -> str:

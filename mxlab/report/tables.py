@@ -2,10 +2,9 @@
 
 import math
 import re
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
-from mxlab.report.compare import compare, work
+from mxlab.report.compare import by_evaluation, compare
 from mxlab.report.document import Cell, Column, Table
 from mxlab.report.options import SWEPT, brief, further_options, option_text
 from mxlab.report.read import Tree
@@ -16,6 +15,8 @@ STAGE = Column("stage", "left")
 RUN_ID = Column("run_id", "left")
 TASK = Column("task", "left")
 N = Column("n")
+NOTES = Column("Notes", "left")
+NO_N = "n not recorded"
 MEASURES = (Column("acc", measured=True), Column("ppl", measured=True), Column("eval_time_s"), Column("examples/sec"))
 
 
@@ -27,7 +28,7 @@ def stage_title(stage: str) -> str:
 def headline(tree: Tree) -> Table:
     """Table 1: the baseline, then the best accuracy and the best speed of each stage.
 
-    Results of unequal work (another n, task, model or dtype) do not compete: a stage has two rows for each.
+    Results of different evaluation settings (n, task, model, ...) do not compete: a stage has two rows for each.
     """
     tasks = _task_column(tree)
     rows = [
@@ -36,17 +37,18 @@ def headline(tree: Tree) -> Table:
         for label, result in _best_of_stage(tree.of_stage(stage))
     ]
     title = "Table 1: Headline results (baseline, and the best of each stage)"
-    return Table("table_1_headline", title, (CONFIG, *tasks, *MEASURES, Column("Notes", "left")), tuple(rows))
+    return Table("table_1_headline", title, (CONFIG, *tasks, *MEASURES, NOTES), tuple(rows))
 
 
 def sweep(tree: Tree, stage: str, number: str) -> Table | None:
     """Every run of a stage whose configuration is known, in the order of the options; None where there is none."""
-    results = [result for result in tree.of_stage(stage) if result.run.options is not None]
+    results = [result for result in tree.swept(stage) if result.run.options is not None]
     if not results:
         return None
     names = (*SWEPT, *further_options(result.run.options or {} for result in results))
     tasks = _task_column(tree)
     sizes = _n_column(results)
+    notes = _notes_column(results)
     rows = [
         (
             *_option_cells(result.run, names),
@@ -54,24 +56,33 @@ def sweep(tree: Tree, stage: str, number: str) -> Table | None:
             *_measures(result),
             *(result.n for _ in sizes),
             result.run.run_id,
+            *(_sweep_remarks(result) for _ in notes),
         )
         for result in results
     ]
     options = (Column(name, "center" if name == "custom_cuda" else "right") for name in names)
     title = f"Table {number}: {_sweep_title(stage)}"
     slug = f"table_{number.replace('.', '_')}_{stage.replace('/', '_')}"
-    return Table(slug, title, (*options, *tasks, *MEASURES, *sizes, RUN_ID), tuple(rows))
+    return Table(slug, title, (*options, *tasks, *MEASURES, *sizes, RUN_ID, *notes), tuple(rows))
 
 
 def unknown(tree: Tree) -> Table | None:
     """The runs of which neither run.json nor the folder's name tells the configuration; None where there is none."""
+    results = [result for result in tree.results if result.run.options is None and not result.run.is_baseline]
     tasks = _task_column(tree)
+    notes = _notes_column(results)
     rows = [
-        (result.run.stage, *(result.task for _ in tasks), *_measures(result), result.n, result.run.run_id)
-        for result in tree.results
-        if result.run.options is None and not result.run.is_baseline
+        (
+            result.run.stage,
+            *(result.task for _ in tasks),
+            *_measures(result),
+            result.n,
+            result.run.run_id,
+            *(_sweep_remarks(result) for _ in notes),
+        )
+        for result in results
     ]
-    columns = (STAGE, *tasks, *MEASURES, N, RUN_ID)
+    columns = (STAGE, *tasks, *MEASURES, N, RUN_ID, *notes)
     title = "Table 3: Runs of unknown configuration"
     return Table("table_3_unknown_configuration", title, columns, tuple(rows)) if rows else None
 
@@ -97,27 +108,32 @@ def failures(tree: Tree) -> Table | None:
 
 def _best_of_stage(results: Sequence[Result]) -> list[tuple[str, Result]]:
     """The rows of a stage in Table 1 with their labels."""
-    if results[0].run.is_baseline:
-        return [(stage_title(result.run.stage), result) for result in results]
-    equal_work: defaultdict[object, list[Result]] = defaultdict(list)
-    for result in results:
-        equal_work[work(result)].append(result)
-    full_first = sorted(equal_work.values(), key=lambda group: group[0].limited)
-    return [row for group in full_first for row in _best(group)]
+    baselines = [(stage_title(result.run.stage), result) for result in results if result.run.is_baseline]
+    groups = by_evaluation(result for result in results if not result.run.is_baseline)
+    return [*baselines, *(row for group in sorted(groups, key=_limited) for row in _best(group))]
 
 
 def _best(group: Sequence[Result]) -> list[tuple[str, Result]]:
-    # A run of unknown configuration wins only where there is no other: its row could not say what won.
-    candidates = [result for result in group if result.run.options is not None] or group
-    quality = "accuracy" if any(result.acc for result in candidates) else "perplexity"
-    limited = ", limited" if group[0].limited else ""
-    stage = stage_title(group[0].run.stage)
-    most_accurate = max(candidates, key=lambda result: (_goodness(result), -result.eval_time_s))
-    fastest = max(candidates, key=lambda result: result.examples_per_s)
-    return [
-        (f"{stage} best ({quality}{limited})", most_accurate),
-        (f"{stage} best (speed{limited})", fastest),
-    ]
+    """The most accurate result and the fastest; no row where none has an accuracy or a perplexity, or a speed."""
+    stage, limited = stage_title(group[0].run.stage), ", limited" if _limited(group) else ""
+    rated = [result for result in group if _goodness(result) > -math.inf]
+    rows: list[tuple[str, Result]] = []
+    if rated:
+        best = max(rated, key=lambda result: (_eligibility(result), _goodness(result), -result.eval_time_s))
+        rows.append((f"{stage} best ({'accuracy' if best.acc else 'perplexity'}{limited})", best))
+    timed = [result for result in group if result.examples_per_s is not None]
+    if timed:
+        fastest = max(timed, key=lambda result: (_eligibility(result), result.examples_per_s or 0))
+        rows.append((f"{stage} best (speed{limited})", fastest))
+    return rows
+
+
+def _eligibility(result: Result) -> tuple[bool, bool]:
+    """What goes before every measure: a broken run wins only where there is no other.
+
+    So does a run of unknown configuration, as its row could not say what won.
+    """
+    return not result.nan_metrics, result.run.options is not None
 
 
 def _goodness(result: Result) -> float:
@@ -126,15 +142,38 @@ def _goodness(result: Result) -> float:
     return -math.inf if math.isnan(goodness) else goodness
 
 
+def _limited(group: Sequence[Result]) -> bool:
+    return any(result.limited for result in group)
+
+
 def _notes(result: Result, tree: Tree) -> str:
     size = f"limited eval (`n={result.n}`)" if result.limited else "Full eval"
     if result.n is None or result.n_original is None:
-        size = "n not recorded"
+        size = NO_N
     if result.run.is_baseline:
         several = len({baseline.run.folder for baseline in tree.baselines}) > 1
-        return f"{size}; run `{result.run.run_id}`" if several else size
-    comparison = compare(result, tree.baselines)
-    return "; ".join(filter(None, (size, brief(result.run.options), comparison and comparison.verdict)))
+        notes = [size, f"run `{result.run.run_id}`" if several else ""]
+    else:
+        comparison = compare(result, tree.baselines)
+        notes = [size, brief(result.run.options), comparison.verdict if comparison else ""]
+    return "; ".join(filter(None, (*notes, *_remarks(result))))
+
+
+def _remarks(result: Result) -> list[str]:
+    """What is wrong with a result."""
+    broken = f"{' and '.join(result.nan_metrics)} not a number" if result.nan_metrics else ""
+    misplaced = "quantized, so no baseline" if result.run.in_baseline_stage and result.run.quantized else ""
+    return list(filter(None, (broken, misplaced)))
+
+
+def _sweep_remarks(result: Result) -> str:
+    """The remarks where no other note says that n is missing."""
+    return "; ".join([*([NO_N] if result.examples_per_s is None else []), *_remarks(result)])
+
+
+def _notes_column(results: Sequence[Result]) -> tuple[Column, ...]:
+    """The column of remarks, where there are any."""
+    return (NOTES,) if any(map(_sweep_remarks, results)) else ()
 
 
 def _measures(result: Result) -> tuple[Cell, ...]:
@@ -146,9 +185,10 @@ def _task_column(tree: Tree) -> tuple[Column, ...]:
 
 
 def _n_column(results: Sequence[Result]) -> tuple[Column, ...]:
-    """The column of n, which is left out where n says the same in every row of a task."""
+    """The column of n, which is left out where every run recorded it and it is the same in every row of a task."""
     tasks = {result.task for result in results}
-    return (N,) if len({(result.task, result.n) for result in results}) > len(tasks) else ()
+    differ = len({(result.task, result.n) for result in results}) > len(tasks)
+    return (N,) if differ or any(result.examples_per_s is None for result in results) else ()
 
 
 def _option_cells(run: Run, names: Sequence[str]) -> list[str | None]:
