@@ -53,7 +53,8 @@ def run(
         _write_before(folder, request, command or shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]))
         with _logged(folder / "output.log"):
             outcome = evaluate(request, folder)
-        _write_after(folder, outcome, {"stage": stage_folder.name, "options": options, "key": key})
+        record = {"stage": stage_folder.name, "options": options, "quantized": bool(request.recipe.rules), "key": key}
+        _write_after(folder, outcome, record)
         return _publish(folder, stage_folder, label(request.recipe))
 
 
