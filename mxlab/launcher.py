@@ -11,8 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,11 +76,11 @@ def _inherited(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _call(command: list[str], environment: dict[str, str]) -> int:
-    try:
-        process = subprocess.Popen(command, env=environment)
-    except OSError as e:
-        raise RunError(f"mxlab run: cannot start {command[0]!r}: {e.strerror}") from None
-    with _passing_on(process):
+    with _Relay() as relay:
+        try:
+            process = relay.start(command, environment)
+        except OSError as e:
+            raise RunError(f"mxlab run: cannot start {command[0]!r}: {e.strerror}") from None
         while True:
             try:
                 code = process.wait()
@@ -91,15 +90,40 @@ def _call(command: list[str], environment: dict[str, str]) -> int:
     return code if code >= 0 else 128 - code
 
 
-@contextmanager
-def _passing_on(process: subprocess.Popen) -> Iterator[None]:
-    """Send the signals that would end this process, and leave the other running, to the other."""
-    former = {s: signal.signal(s, lambda s, _: process.send_signal(s)) for s in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for s, handler in former.items():
-            signal.signal(s, handler)
+class _Relay:
+    """Sends the signals that would end this process, and leave the child running, to the child.
+
+    It listens from before the child is started: what comes too early is kept until there is a child.
+    """
+
+    _SIGNALS = (signal.SIGTERM, signal.SIGHUP)
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen | None = None
+        self._early: list[int] = []
+
+    def start(self, command: list[str], environment: dict[str, str]) -> subprocess.Popen:
+        """Start the child. Raises OSError where that is not possible."""
+        self._process = subprocess.Popen(command, env=environment)
+        for number in self._early:
+            self._process.send_signal(number)
+        return self._process
+
+    def _pass_on(self, number: int, _: Any) -> None:
+        if self._process is None:
+            self._early.append(number)
+        else:
+            self._process.send_signal(number)
+
+    def __enter__(self) -> _Relay:
+        # A signal that is ignored (nohup) stays ignored.
+        listened = [s for s in self._SIGNALS if signal.getsignal(s) is not signal.SIG_IGN]
+        self._former = {s: signal.signal(s, self._pass_on) for s in listened}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
 
 
 def _check_interpreter(command: list[str]) -> None:
