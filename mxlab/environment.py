@@ -16,7 +16,17 @@ import mxlab
 _PACKAGES = ("torch", "transformers", "lm_eval", "datasets", "accelerate", "numpy")
 _ROOT = Path(mxlab.__file__).parent
 # What cannot change a result.
-_IRRELEVANT = ("report", "cli.py", "doctor.py", "patching.py", "launcher.py", "sweep.py", "demo.py", "notebook.py")
+_IRRELEVANT = (
+    "_packed",
+    "report",
+    "cli.py",
+    "doctor.py",
+    "patching.py",
+    "launcher.py",
+    "sweep.py",
+    "demo.py",
+    "notebook.py",
+)
 
 
 def code_version() -> str:

@@ -177,6 +177,10 @@ def _check_inventory(inventory: Path, command: list[str]) -> None:
             "unquantized model"
         )
     replaced = json.loads(inventory.read_text(encoding="utf-8"))
+    if not replaced["linear_layers"] and not replaced["attentions"]:
+        raise RunError(
+            "mxlab run: the options switch everything off, so that nothing was quantized: run it without mxlab"
+        )
     print(
         f"mxlab run: {replaced['linear_layers']} linear layers and the K and V of {replaced['attentions']} attentions "
         "were quantized",
