@@ -278,3 +278,11 @@ def test_a_script_whose_interpreter_is_missing(tmp_path):
     script.chmod(0o755)
     with pytest.raises(RunError, match="cannot be started with /nowhere/python3"):
         launcher.main(["--", str(script)])
+
+
+def test_options_that_quantize_nothing(copies, monkeypatch, tmp_path):
+    usable(copies["patched"], monkeypatch)
+    child = tmp_path / "child.py"
+    child.write_text(CHILD.replace('"linear_layers": 14, "attentions": 2', '"linear_layers": 0, "attentions": 0'))
+    with pytest.raises(RunError, match="nothing was quantized"):
+        main(["--no-quantize_linear", "--", sys.executable, str(child)])
