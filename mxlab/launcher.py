@@ -31,7 +31,7 @@ def main(arguments: Sequence[str]) -> int:
         RunError: the command cannot be started, its interpreter lacks the patch, or it made no patched Llama.
     """
     given, command = parse(arguments)
-    mx = MxSpecs.from_mapping({**_inherited(given), **given}, "mxlab run")
+    mx = _specs(given)
     _check_interpreter(command)
     with tempfile.TemporaryDirectory(prefix="mxlab-") as folder:
         inventory = Path(folder) / "inventory.json"
@@ -64,15 +64,12 @@ def parse(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     return values, command
 
 
-def _inherited(given: dict[str, Any]) -> dict[str, Any]:
-    """MX_SPECS_JSON of our own environment, which the options would silently replace."""
-    if ENVIRONMENT_VARIABLE in os.environ and given:
+def _specs(given: dict[str, Any]) -> MxSpecs:
+    """What the options say; without any, MX_SPECS_JSON of our own environment, which they would silently replace."""
+    inherited = MxSpecs.from_environment() if not given else None
+    if given and ENVIRONMENT_VARIABLE in os.environ:
         raise SpecError(f"mxlab run: {ENVIRONMENT_VARIABLE} is set and MX options are given: use one of the two")
-    text = os.environ.get(ENVIRONMENT_VARIABLE)
-    if text is None:
-        return {}
-    MxSpecs.from_json(text)
-    return json.loads(text)
+    return inherited or MxSpecs.from_mapping(given, "mxlab run")
 
 
 def _call(command: list[str], environment: dict[str, str]) -> int:
