@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -21,6 +21,7 @@ from mxlab.errors import ConversionError
 from mxlab.formats import MXFormat
 from mxlab.nn.attention import KVQuantizer
 from mxlab.nn.linear import LinearQuantizer, MxLinear, is_convertible
+from mxlab.nn.sharing import SharedInput
 from mxlab.numerics import scale_clamps
 from mxlab.recipe import Recipe, Rule
 from mxlab.specs import INVENTORY_VARIABLE
@@ -175,8 +176,9 @@ def prepare(model: nn.Module, recipe: Recipe) -> Conversion:
             "or mxlab.apply, not both"
         )
     found = list(_sites(model, recipe))
+    shared: defaultdict[str, SharedInput] = defaultdict(SharedInput)  # by the name of the parent module
     for site in found:
-        _install(site, recipe)
+        _install(site, recipe, shared[site.name.rpartition(".")[0]])
     return Conversion(model, recipe, tuple(found))
 
 
@@ -247,7 +249,7 @@ def _weight_clamps(linears: list[Site]) -> dict[str, int]:
     return dict(total)
 
 
-def _install(site: Site, recipe: Recipe) -> None:
+def _install(site: Site, recipe: Recipe, shared: SharedInput) -> None:
     if site.kind == "attention":
         assert site.kv is not None
         site.kv.attach(site.module)
@@ -257,7 +259,7 @@ def _install(site: Site, recipe: Recipe) -> None:
         quantizer = LinearQuantizer(
             formats.get("weight"), formats.get("activation"), recipe.elementwise, recipe.numerics
         )
-        MxLinear.convert(site.module, quantizer)
+        MxLinear.convert(site.module, quantizer, shared)
 
 
 def _has_kv_quantizer(module: nn.Module) -> bool:

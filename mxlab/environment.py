@@ -15,6 +15,7 @@ import mxlab
 
 _PACKAGES = ("torch", "transformers", "lm_eval", "datasets", "accelerate", "numpy")
 _ROOT = Path(mxlab.__file__).parent
+_SOURCES = (".py", ".cpp", ".h", ".cu")
 # What cannot change a result.
 _IRRELEVANT = (
     "_packed",
@@ -32,7 +33,7 @@ _IRRELEVANT = (
 def code_version() -> str:
     """mxlab's version and a digest of the source files that can move a number, such as ``0.1.0+1f2e3d4c5b6a``."""
     digest = hashlib.sha256()
-    for path in sorted(_ROOT.rglob("*.py")):
+    for path in sorted(p for p in _ROOT.rglob("*") if p.suffix in _SOURCES):
         if path.relative_to(_ROOT).parts[0] not in _IRRELEVANT:
             digest.update(path.relative_to(_ROOT).as_posix().encode() + path.read_bytes())
     return f"{mxlab.__version__}+{digest.hexdigest()[:12]}"
@@ -41,6 +42,8 @@ def code_version() -> str:
 def describe() -> dict[str, Any]:
     """The environment as plain values, in the order a reader wants them."""
     import torch
+
+    from mxlab.backends import native
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
@@ -53,6 +56,7 @@ def describe() -> dict[str, Any]:
         "cpu": _cpu(),
         "cpu capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
+        "CPU kernels": native.MISSING or native.instruction_set(),
         "cuda available": torch.cuda.is_available(),
         **{f"GPU {i}": name for i, name in enumerate(gpus)},
     }

@@ -223,9 +223,13 @@ class MXFormat:
         share = self.scale_bits / self.block_size if self.block_size else 0
         return self.element_format.bits + share
 
-    def __str__(self) -> str:
+    @functools.cached_property
+    def _text(self) -> str:
         extras = [f"{f.name}={_plain(getattr(self, f.name))}" for f in _EXTRAS if getattr(self, f.name) != f.default]
         return ",".join([f"{self.element}@{self.block_size}", *extras])
+
+    def __str__(self) -> str:
+        return self._text
 
     @classmethod
     def parse(cls, text: str | MXFormat) -> MXFormat:
@@ -240,13 +244,18 @@ class MXFormat:
             return text
         if not isinstance(text, str):
             raise FormatError(f"{text!r} is not a format: write it like 'fp4_e2m1@32'")
-        head, *extras = (part.strip() for part in text.split(","))
-        name, at, block = head.partition("@")
-        block_size = _integer("block_size", block) if at else 32
-        return cls(name, block_size, **_parse_extras(extras, text))
+        return _parse(text)
 
 
 _EXTRAS = tuple(f for f in fields(MXFormat) if f.name not in ("element", "block_size") and f.default is not MISSING)
+
+
+@functools.lru_cache(maxsize=1024)
+def _parse(text: str) -> MXFormat:
+    head, *extras = (part.strip() for part in text.split(","))
+    name, at, block = head.partition("@")
+    block_size = _integer("block_size", block) if at else 32
+    return MXFormat(name, block_size, **_parse_extras(extras, text))
 
 
 def _parse_extras(extras: Sequence[str], text: str) -> dict:

@@ -1,19 +1,20 @@
 """The one door to the numerics: :func:`quantize` and :func:`round_elementwise`.
 
-``exact`` is the OCP specification; ``microxcaling`` is what the published emulator computes. Both run on every device.
+``exact`` is the OCP specification; ``microxcaling`` is what the published emulator computes. Both run on every device,
+through torch custom operators (:mod:`mxlab.backends.operators`), so that torch.compile and torch.export see them.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Sequence
-from types import ModuleType
-from typing import SupportsIndex
+from collections.abc import Iterable, Sequence
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
 
-from mxlab.backends import microxcaling, reference
+from mxlab.backends import operators, reference
+from mxlab.backends.operators import BACKENDS
 from mxlab.errors import FormatError
 from mxlab.formats import (
     NUMERICS,
@@ -27,8 +28,6 @@ from mxlab.formats import (
 )
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-BACKENDS = ("auto", "reference")
-_NUMERICS: dict[str, ModuleType] = {"exact": reference, "microxcaling": microxcaling}
 
 
 def quantize(
@@ -47,11 +46,12 @@ def quantize(
         fmt: the format, or its spelling (``"fp4_e2m1@32"``).
         axis: the axis along which blocks lie; several axes form joint tiles of ``block_size`` a side.
         numerics: ``exact`` or ``microxcaling``.
-        backend: ``reference`` (eager torch), or ``auto`` for the fastest there is.
+        backend: ``native`` (C++, CPU), ``reference`` (eager torch, every device), or ``auto`` for the fastest
+            there is. All give the same bits.
         seed: of ``dither`` rounding; None draws one from torch's global generator. Ignored by the other roundings.
 
     Returns:
-        A new tensor of the same shape and dtype. Its gradient passes straight through.
+        A new tensor laid out as ``torch.empty_like(x)``. Its gradient passes straight through.
 
     Raises:
         FormatError: an unsupported dtype, format, axis, numerics or backend.
@@ -60,9 +60,35 @@ def quantize(
     """
     fmt = MXFormat.parse(fmt)
     axes = _axes(x, axis)
-    module = _module(x, numerics, backend)
+    _check(x, numerics, backend)
+    if x.numel() == 0:
+        return x.clone()
     seed = _seed(fmt.rounding, seed)
-    return _straight_through(x, lambda t: module.quantize(t, fmt, axes, seed))
+    return _straight_through(operators.quantize, x, str(fmt), axes, numerics, backend, seed)
+
+
+def quantize_(
+    x: Tensor,
+    fmt: MXFormat | str,
+    *,
+    axis: int | Sequence[int] = -1,
+    numerics: Numerics = "exact",
+    backend: str = "auto",
+    seed: int | None = None,
+) -> Tensor:
+    """As :func:`quantize`, in place: ``x`` itself is overwritten and returned.
+
+    Raises:
+        FormatError: as :func:`quantize`; or ``x`` requires a gradient, which could not pass through what was overwritten.
+    """
+    fmt = MXFormat.parse(fmt)
+    axes = _axes(x, axis)
+    _check(x, numerics, backend)
+    if x.requires_grad and torch.is_grad_enabled():
+        raise FormatError("x requires a gradient: quantize it in place under torch.no_grad(), or use quantize")
+    if x.numel():
+        operators.quantize_(x, str(fmt), axes, numerics, backend, _seed(fmt.rounding, seed))
+    return x
 
 
 def round_elementwise(
@@ -73,6 +99,7 @@ def round_elementwise(
     rounding: Rounding = "nearest",
     subnormals: bool = True,
     numerics: Numerics = "exact",
+    backend: str = "auto",
     seed: int | None = None,
 ) -> Tensor:
     """Round every element of ``x`` on its own to a ``bfloat``- or ``fp``-bit floating-point number.
@@ -84,21 +111,25 @@ def round_elementwise(
         rounding: as in :class:`~mxlab.formats.MXFormat`.
         subnormals: whether numbers below the smallest normal one are kept, or become zero.
         numerics: ``exact`` or ``microxcaling``.
+        backend: as in :func:`quantize`.
         seed: as in :func:`quantize`.
 
     Returns:
-        A new tensor of the same shape and dtype; what overflows becomes infinite. Its gradient passes straight through.
+        A new tensor laid out as ``torch.empty_like(x)``; what overflows becomes infinite. Its gradient passes
+        straight through.
 
     Raises:
-        FormatError: an unsupported dtype, width, rounding or numerics; ``bfloat`` together with ``fp``.
+        FormatError: an unsupported dtype, width, rounding, numerics or backend; ``bfloat`` together with ``fp``.
     """
     element = elementwise_format(bfloat, fp)
     check_choice("rounding", rounding, ROUNDINGS)
-    module = _module(x, numerics)
-    if element is None:
+    _check(x, numerics, backend)
+    if element is None or x.numel() == 0:
         return x.clone()
     seed = _seed(rounding, seed)
-    return _straight_through(x, lambda t: module.round_elementwise(t, element, rounding, subnormals, seed))
+    return _straight_through(
+        operators.round_elementwise, x, bfloat, fp, rounding, subnormals, numerics, backend, seed
+    )
 
 
 def is_lossless(element: ElementFormat, dtype: torch.dtype) -> bool:
@@ -127,20 +158,18 @@ def scale_clamps(x: Tensor, fmt: MXFormat, axis: int | Sequence[int] = -1) -> di
 
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-        return function(x)
+    def forward(ctx: Any, function: Any, x: Tensor, *settings: Any) -> Tensor:
+        return function(x, *settings)
 
     @staticmethod
-    def backward(ctx, *grad: Tensor) -> tuple[Tensor, None]:
-        return grad[0], None
+    def backward(ctx: Any, *grad: Tensor) -> Any:
+        return None, grad[0], *[None] * (len(ctx.needs_input_grad) - 2)
 
 
-def _straight_through(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-    if x.numel() == 0:
-        return x.clone()
+def _straight_through(function: Any, x: Tensor, *settings: Any) -> Tensor:
     if x.requires_grad and torch.is_grad_enabled():
-        return _StraightThrough.apply(x, function)  # pyright: ignore[reportReturnType]
-    return function(x)
+        return _StraightThrough.apply(function, x, *settings)  # pyright: ignore[reportReturnType]
+    return function(x, *settings)
 
 
 def _axes(x: Tensor, axis: int | Sequence[int]) -> tuple[int, ...]:
@@ -158,15 +187,16 @@ def _axes(x: Tensor, axis: int | Sequence[int]) -> tuple[int, ...]:
     return axes
 
 
-def _module(x: Tensor, numerics: str, backend: str = "auto") -> ModuleType:
+def _check(x: Tensor, numerics: str, backend: str) -> None:
     if x.dtype not in DTYPES:
         raise FormatError(f"cannot quantize {x.dtype}: cast the tensor to one of {', '.join(map(str, DTYPES))}")
     check_choice("numerics", numerics, NUMERICS)
     check_choice("backend", backend, BACKENDS)
-    return _NUMERICS[numerics]
 
 
 def _seed(rounding: str, seed: int | None) -> int:
     if rounding != "dither":
         return 0
-    return int(torch.randint(2**63 - 1, ())) if seed is None else seed
+    if seed is None:
+        return int(torch.randint(2**63 - 1, ()))
+    return (seed + 2**63) % 2**64 - 2**63  # the 64 bits that count, as the operator's signed integer

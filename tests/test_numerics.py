@@ -150,11 +150,15 @@ def test_shape_dtype_and_device_are_kept_and_the_input_is_not_touched(dtype, sha
         assert result.numel() == 0 or result.data_ptr() != x.data_ptr()
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("numerics", NUMERICS)
-def test_the_result_is_contiguous(numerics):
+def test_the_result_is_laid_out_as_the_operator_promises(numerics, backend):
     x = torch.randn(6, 5, 4, generator=torch.Generator().manual_seed(0)).permute(2, 0, 1)
-    for axis in (0, 1, 2, (0, 1), (2, 0)):
-        assert quantize(x, "fp4@4", axis=axis, numerics=numerics).is_contiguous()
+    for y in (x, x[:, ::2], x.expand(2, 4, 6, 5), x.contiguous()):
+        for axis in (0, 1, 2, (0, 1), (2, 0)):
+            for rounding in ("nearest", "dither"):
+                result = quantize(y, f"fp4@4,rounding={rounding}", axis=axis, numerics=numerics, backend=backend)
+                assert result.stride() == torch.empty_like(y).stride()
 
 
 @pytest.mark.parametrize("axis", [0, -1, (0, 1), 1])

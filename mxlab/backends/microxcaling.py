@@ -38,11 +38,10 @@ def quantize(x: Tensor, fmt: MXFormat, axes: tuple[int, ...], seed: int) -> Tens
     """``x`` rounded to ``fmt`` in blocks along ``axes`` (non-negative); same shape and dtype, contiguous.
 
     Raises:
-        FormatError: the largest value of the element format does not fit the dtype (bf16 elements in float16).
+        FormatError: as :func:`check_fits`.
     """
     element = fmt.element_format
-    if element.max > torch.finfo(x.dtype).max:
-        raise FormatError(f"{element} elements reach {element.max:g}, too large for {x.dtype}: use bfloat16 or float32")
+    check_fits(element, x.dtype)
     cut = block_layout(x, fmt, axes)
     blocks = cut.split(x)  # (..., n_blocks, block)
     amax = blocks.abs().amax(-1, keepdim=True)  # (..., n_blocks, 1)
@@ -66,6 +65,16 @@ def round_elementwise(x: Tensor, element: ElementFormat, rounding: Rounding, sub
     rounded = round_to_grid(y, element, rounding, noise)
     rounded = torch.where(rounded.abs() > element.max, rounded.sign() * torch.inf, rounded)
     return torch.where(x.isinf(), x, rounded)
+
+
+def check_fits(element: ElementFormat, dtype: torch.dtype) -> None:
+    """Refuse elements that the dtype cannot hold, which the emulator computes in.
+
+    Raises:
+        FormatError: the largest value of ``element`` is too large for ``dtype`` (bf16 elements in float16).
+    """
+    if element.max > torch.finfo(dtype).max:
+        raise FormatError(f"{element} elements reach {element.max:g}, too large for {dtype}: use bfloat16 or float32")
 
 
 def shared_exponent(amax: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from types import MethodType
 from typing import Any
 
@@ -11,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mxlab.formats import MXFormat, Numerics, Rounding, elementwise_format
-from mxlab.numerics import is_lossless, quantize, round_elementwise
+from mxlab.nn.sharing import SharedInput
+from mxlab.numerics import DTYPES, is_lossless, quantize, round_elementwise
 from mxlab.recipe import Elementwise
 
 
@@ -44,17 +46,30 @@ class LinearQuantizer:
         """The result of the matmul, and of adding the bias, [..., out]."""
         return self._rounded(y, self.elementwise.output_rounding)
 
+    @property
+    def shares_input(self) -> bool:
+        """Whether layers with equal quantizers may share one quantized input: not if each draws its own noise."""
+        fmt = self.activation
+        return "dither" not in (fmt and fmt.rounding, self.elementwise.output_rounding)
+
     def _quantized(self, x: Tensor, fmt: MXFormat | None) -> Tensor:
         return x if fmt is None else quantize(x, fmt, numerics=self.numerics)
 
     def _rounded(self, x: Tensor, rounding: Rounding) -> Tensor:
-        e = self.elementwise
-        element = elementwise_format(e.bfloat, e.fp)
-        if element is None or (self.numerics == "exact" and e.subnormals and is_lossless(element, x.dtype)):
+        if x.dtype in self._untouched:
             return x
+        e = self.elementwise
         return round_elementwise(
             x, bfloat=e.bfloat, fp=e.fp, rounding=rounding, subnormals=e.subnormals, numerics=self.numerics
         )
+
+    @cached_property
+    def _untouched(self) -> tuple[torch.dtype, ...]:
+        """The dtypes that element-wise rounding leaves as they are."""
+        e = self.elementwise
+        element = elementwise_format(e.bfloat, e.fp)
+        exactly = self.numerics == "exact" and e.subnormals
+        return tuple(t for t in DTYPES if element is None or (exactly and is_lossless(element, t)))
 
 
 class MxLinear(nn.Linear):
@@ -71,23 +86,28 @@ class MxLinear(nn.Linear):
     """
 
     mx: LinearQuantizer
+    shared: SharedInput
     _is_master: bool
     _frozen_at: tuple[int, int] | None
     _watched: int | None
 
     @staticmethod
-    def convert(linear: nn.Linear, quantizer: LinearQuantizer) -> MxLinear:
-        """Turn ``linear`` itself into an MxLinear: its parameters, hooks and places in the model stay as they are."""
+    def convert(linear: nn.Linear, quantizer: LinearQuantizer, shared: SharedInput | None = None) -> MxLinear:
+        """Turn ``linear`` itself into an MxLinear: its parameters, hooks and places in the model stay as they are.
+
+        Layers with one ``shared`` quantize an input that is common to them once.
+        """
         linear.__class__ = MxLinear
         assert isinstance(linear, MxLinear)
-        linear.mx, linear._is_master, linear._frozen_at, linear._watched = quantizer, False, None, None
+        linear.mx, linear.shared = quantizer, shared or SharedInput()
+        linear._is_master, linear._frozen_at, linear._watched = False, None, None
         for name in _own_forwards(linear):
             setattr(linear, name, MethodType(MxLinear.forward, linear))
         return linear
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] to [..., out]."""
-        y = self.mx.on_output(F.linear(self.mx.on_activation(x), self._grid_weight()))
+        y = self.mx.on_output(F.linear(self._grid_activation(x), self._grid_weight()))
         if self.bias is not None:
             y = self.mx.on_output(y + self.mx.on_bias(self.bias))
         return y
@@ -117,7 +137,17 @@ class MxLinear(nn.Linear):
     def extra_repr(self) -> str:  # noqa: D102
         return f"{super().extra_repr()}, weight={self.mx.weight}, activation={self.mx.activation}, {self.mx.numerics}"
 
+    def _grid_activation(self, x: Tensor) -> Tensor:
+        # A compiler merges equal calls by itself, and could not trace the weak reference.
+        if torch.compiler.is_compiling() or not self.mx.shares_input:
+            return self.mx.on_activation(x)
+        return self.shared.get(x, self.mx, self.mx.on_activation)
+
     def _grid_weight(self) -> Tensor:
+        if torch.compiler.is_compiling():
+            # Neither the version nor the address of a weight can be traced. The marks are guards of the compiled code.
+            is_plain = self._frozen_at is not None and not self._is_master and not self._is_in_training
+            return self.weight if is_plain else self.mx.on_weight(self.weight)
         if torch.is_grad_enabled() and self.weight.requires_grad:
             self._is_master |= self.training
             self._watch_for_gradients()
@@ -143,6 +173,10 @@ class MxLinear(nn.Linear):
         # The same values elsewhere: quantizing them again would move them under numerics that are not idempotent.
         self._frozen_at = self._fingerprint() if frozen else None
         return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._frozen_at = None
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         if self.mx.numerics == "exact":

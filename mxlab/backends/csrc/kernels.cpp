@@ -1,0 +1,339 @@
+// The CPU kernels. Compiled once per instruction set, with MX_ISA its name: plain loops over the code of mx.h, written so
+// that compilers turn them into vector code.
+#include "kernels.h"
+
+#if defined(_MSC_VER)
+#define MX_INDEPENDENT __pragma(loop(ivdep))
+#elif defined(__clang__)
+#define MX_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define MX_INDEPENDENT _Pragma("GCC ivdep")  // iterations are independent, also where the target is the source
+#endif
+
+namespace mx {
+namespace MX_ISA {
+namespace {
+
+constexpr int BLOCKS = 64;     // blocks whose scales are found together, to find them with vectors
+constexpr int LANES = 256;     // columns that are done together where blocks do not lie along the last axis
+constexpr int64_t UNIT = 8192;  // elements of a unit of work, roughly
+
+int64_t divided_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The layout with block sizes no longer than the axis, and where blocks fill the rows, all rows as one.
+Layout simplified(Layout l) {
+    if (l.block > l.axis) l.block = l.axis;
+    if (l.block == 1) return {1, 1, l.outer * l.axis * l.inner, 1};  // every element a block: do them side by side
+    if (l.inner == 1 && l.axis % l.block == 0) return {1, l.outer * l.axis, 1, l.block};
+    return l;
+}
+
+// How many blocks along the axis make a unit of work, and the units of one row (or of one column of blocks).
+int64_t blocks_per_unit(const Layout& l) {
+    const int64_t elements = l.inner == 1 ? l.block : l.block * (l.inner < LANES ? l.inner : LANES);
+    return elements < UNIT ? UNIT / elements : 1;
+}
+
+int64_t units_along_axis(const Layout& l) { return divided_up(divided_up(l.axis, l.block), blocks_per_unit(l)); }
+
+int64_t quantize_units(const Layout& given) {
+    const Layout l = simplified(given);
+    return l.outer * units_along_axis(l) * divided_up(l.inner, LANES);
+}
+
+// The bits, as float32, of the largest magnitude.
+template <class T>
+MX_INLINE u32 largest(const typename T::Stored* x, int64_t n) {
+    if constexpr (sizeof(typename T::Stored) == 2) {
+        u16 m = 0;
+        for (int64_t i = 0; i < n; ++i) {
+            const u16 a = x[i] & 0x7FFF;
+            m = a > m ? a : m;
+        }
+        return bits_of(T::load(m));
+    } else {
+        int m = 0;
+        for (int64_t i = 0; i < n; ++i) m = larger(m, static_cast<int>(bits_of(x[i]) & MAGNITUDE));
+        return static_cast<u32>(m);
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------- numerics
+// What the loops below need of a numerics: scales, one element, and how a result is stored.
+
+template <class T_, Rounding R>
+struct Exact {
+    using T = T_;
+    const Format& format;
+    // Results that the type holds exactly need no rounding: the element's grid, times a scale of at least this.
+    float smallest_plain_scale;
+
+    Exact(const Format& f, const uint16_t*) : format(f) {
+        const int m = f.element.mantissa_bits, emin = static_cast<int>(bits_of(f.element.min_normal) >> 23) - 127;
+        const bool fits = sizeof(typename T::Stored) == 2 && T::mantissa_bits == 7 && m <= 7;
+        smallest_plain_scale = fits && m - emin - 133 < 127 ? power_of_two(larger(m - emin - 133, -126)) : 0x1p127f;
+    }
+    MX_INLINE exact::Scale scale(u32 amax, const Format& f) { return exact::scale(amax, f); }
+    inline bool is_plain(const exact::Scale& s) const {
+        return T::mantissa_bits == 7 && s.up >= smallest_plain_scale && s.up < 0x1p127f;
+    }
+    template <bool Plain>
+    inline __attribute__((always_inline)) typename T::Stored element(typename T::Stored x, float down, float up,
+                                                                     const Element& el, float noise) const {
+        const float y = exact::quantize<R>(T::load(x), {down, up}, el, noise);
+        if constexpr (Plain && sizeof(x) == 2) return static_cast<u16>(bits_of(y) >> 16);
+        return T::store(y);
+    }
+};
+
+template <class T_, Rounding R>
+struct Emulator {
+    using T = T_;
+    const Format& format;
+
+    Emulator(const Format& f, const uint16_t*) : format(f) {}
+    MX_INLINE exact::Scale scale(u32 amax, const Format& f) { return emulator::scale<T>(amax, f); }
+    inline bool is_plain(const exact::Scale&) const { return false; }
+    template <bool>
+    inline __attribute__((always_inline)) typename T::Stored element(typename T::Stored x, float down, float up,
+                                                                     const Element& el, float noise) const {
+        return T::store(emulator::quantize<T, R>(T::load(x), {down, up}, el, noise));
+    }
+};
+
+// The same for 16-bit types, with what a scaled element is rounded to looked up.
+template <class T_>
+struct Lookup {
+    using T = T_;
+    const Format& format;
+    const uint16_t* table;
+
+    Lookup(const Format& f, const uint16_t* t) : format(f), table(t) {}
+    MX_INLINE exact::Scale scale(u32 amax, const Format& f) { return emulator::scale<T>(amax, f); }
+    inline bool is_plain(const exact::Scale&) const { return false; }
+    template <bool>
+    inline __attribute__((always_inline)) u16 element(u16 x, float down, float up, const Element&, float) const {
+        return T::store(T::load(table[T::store(T::load(x) * down)]) * up);
+    }
+};
+
+// ------------------------------------------------------------------------------------------------------- loops
+
+template <bool Plain, class Op, class Stored>
+inline __attribute__((always_inline)) void row_block(const Op& op, const Stored* x, Stored* out, const float* noise,
+                                                     int64_t n, float down, float up) {
+    const Element el = op.format.element;
+    MX_INDEPENDENT
+    for (int64_t i = 0; i < n; ++i) out[i] = op.template element<Plain>(x[i], down, up, el, noise ? noise[i] : 0.0f);
+}
+
+// `count` whole blocks of `n` elements, one behind the other.
+template <class Op, class Stored>
+inline __attribute__((always_inline)) void row_blocks(const Op& op, const Stored* x, Stored* out, const float* noise,
+                                                      int64_t count, int64_t n) {
+    u32 amax[BLOCKS];
+    float down[BLOCKS], up[BLOCKS];
+    for (int64_t b = 0; b < count; ++b) amax[b] = largest<typename Op::T>(x + b * n, n);
+    const Format format = op.format;
+    for (int64_t b = 0; b < count; ++b) {
+        const exact::Scale s = Op::scale(amax[b], format);
+        down[b] = s.down;
+        up[b] = s.up;
+    }
+    for (int64_t b = 0; b < count; ++b) {
+        const float* const u = noise ? noise + b * n : nullptr;
+        if (op.is_plain({down[b], up[b]}))
+            row_block<true>(op, x + b * n, out + b * n, u, n, down[b], up[b]);
+        else
+            row_block<false>(op, x + b * n, out + b * n, u, n, down[b], up[b]);
+    }
+}
+
+// `n` consecutive elements of a row, cut into blocks of `block`. The usual block sizes are constants to the compiler.
+template <class Op, class Stored>
+void row(const Op& op, const Stored* x, Stored* out, const float* noise, int64_t n, int64_t block) {
+    while (n > 0) {
+        const int64_t count = n < block ? 1 : n / block < BLOCKS ? n / block : BLOCKS;
+        const int64_t length = n < block ? n : block;
+        if (length == 16)
+            row_blocks(op, x, out, noise, count, 16);
+        else if (length == 32)
+            row_blocks(op, x, out, noise, count, 32);
+        else if (length == 64)
+            row_blocks(op, x, out, noise, count, 64);
+        else
+            row_blocks(op, x, out, noise, count, length);
+        x += count * length;
+        out += count * length;
+        if (noise) noise += count * length;
+        n -= count * length;
+    }
+}
+
+// `rows` elements along the axis, in each of `lanes` neighbouring columns: one block per column.
+template <class Op, class Stored>
+void columns(const Op& op, const Stored* x, Stored* out, const float* noise, int64_t rows, int64_t lanes,
+             int64_t stride) {
+    using T = typename Op::T;
+    u32 amax[LANES] = {};
+    float down[LANES], up[LANES];
+    for (int64_t r = 0; r < rows; ++r)
+        for (int64_t i = 0; i < lanes; ++i) {
+            const int a = static_cast<int>(bits_of(T::load(x[r * stride + i])) & MAGNITUDE);
+            amax[i] = static_cast<u32>(larger(a, static_cast<int>(amax[i])));
+        }
+    const Format format = op.format;
+    for (int64_t i = 0; i < lanes; ++i) {
+        const exact::Scale s = Op::scale(amax[i], format);
+        down[i] = s.down;
+        up[i] = s.up;
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+        const Stored* const from = x + r * stride;
+        Stored* const to = out + r * stride;
+        const float* const u = noise ? noise + r * stride : nullptr;
+        MX_INDEPENDENT
+        for (int64_t i = 0; i < lanes; ++i)
+            to[i] = op.template element<false>(from[i], down[i], up[i], format.element, u ? u[i] : 0.0f);
+    }
+}
+
+template <class Op>
+void quantize(const Buffers& buffers, const Layout& given, const Format& format, const uint16_t* table, int64_t first,
+              int64_t last) {
+    using Stored = typename Op::T::Stored;
+    const Op op(format, table);
+    const Layout l = simplified(given);
+    const int64_t per_unit = blocks_per_unit(l), along_axis = units_along_axis(l), across = divided_up(l.inner, LANES);
+    for (int64_t unit = first; unit < last; ++unit) {
+        const int64_t lane = unit % across * LANES, start = unit / across % along_axis * per_unit * l.block;
+        const int64_t offset = (unit / across / along_axis * l.axis + start) * l.inner + lane;
+        const int64_t n = l.axis - start < per_unit * l.block ? l.axis - start : per_unit * l.block;
+        const Stored* const x = static_cast<const Stored*>(buffers.source) + offset;
+        Stored* const out = static_cast<Stored*>(buffers.target) + offset;
+        const float* const noise = buffers.noise ? buffers.noise + offset : nullptr;
+        if (l.inner == 1) {
+            row(op, x, out, noise, n, l.block);
+            continue;
+        }
+        const int64_t lanes = l.inner - lane < LANES ? l.inner - lane : LANES;
+        for (int64_t r = 0; r < n; r += l.block) {
+            const int64_t rows = n - r < l.block ? n - r : l.block, skip = r * l.inner;
+            columns(op, x + skip, out + skip, noise ? noise + skip : nullptr, rows, lanes, l.inner);
+        }
+    }
+}
+
+// ---------------------------------------------------------------------------------- from run time to templates
+
+template <class F>
+void with_dtype(Dtype dtype, F f) {
+    if (dtype == Dtype::float32) return f(F32{});
+    if (dtype == Dtype::bfloat16) return f(BF16{});
+    f(F16{});
+}
+
+template <Rounding R>
+struct Constant {
+    static constexpr Rounding value = R;
+};
+
+template <class F>
+void with_rounding(Rounding rounding, F f) {
+    if (rounding == Rounding::nearest) return f(Constant<Rounding::nearest>{});
+    if (rounding == Rounding::even) return f(Constant<Rounding::even>{});
+    if (rounding == Rounding::floor) return f(Constant<Rounding::floor>{});
+    f(Constant<Rounding::dither>{});
+}
+
+void quantize_exact(const Buffers& b, const Layout& l, const Format& f, Rounding rounding, int64_t first,
+                    int64_t last) {
+    with_dtype(b.dtype, [&](auto t) {
+        with_rounding(rounding, [&](auto r) {
+            quantize<Exact<decltype(t), decltype(r)::value>>(b, l, f, nullptr, first, last);
+        });
+    });
+}
+
+void quantize_emulator(const Buffers& b, const Layout& l, const Format& f, Rounding rounding, const uint16_t* table,
+                       int64_t first, int64_t last) {
+    with_dtype(b.dtype, [&](auto t) {
+        using T = decltype(t);
+        if constexpr (sizeof(typename T::Stored) == 2) {
+            if (table) return quantize<Lookup<T>>(b, l, f, table, first, last);
+        }
+        with_rounding(rounding, [&](auto r) {
+            quantize<Emulator<T, decltype(r)::value>>(b, l, f, nullptr, first, last);
+        });
+    });
+}
+
+void round_alone(const Buffers& b, const Element& given, Numerics numerics, Rounding rounding, bool subnormals,
+                 int64_t first, int64_t last) {
+    const Element el = given;
+    with_dtype(b.dtype, [&](auto t) {
+        with_rounding(rounding, [&](auto r) {
+            using T = decltype(t);
+            constexpr Rounding R = decltype(r)::value;
+            const auto* const x = static_cast<const typename T::Stored*>(b.source);
+            auto* const out = static_cast<typename T::Stored*>(b.target);
+            const float* const noise = b.noise;
+            if (numerics == Numerics::exact) {
+                MX_INDEPENDENT
+                for (int64_t i = first; i < last; ++i)
+                    out[i] = T::store(exact::round_alone<R>(T::load(x[i]), el, subnormals, noise ? noise[i] : 0.0f));
+            } else {
+                MX_INDEPENDENT
+                for (int64_t i = first; i < last; ++i)
+                    out[i] = T::store(
+                        emulator::round_alone<T, R>(T::load(x[i]), el, subnormals, noise ? noise[i] : 0.0f));
+            }
+        });
+    });
+}
+
+void emulator_table(uint16_t* table, Dtype dtype, const Element& el, Rounding rounding) {
+    with_dtype(dtype, [&](auto t) {
+        with_rounding(rounding, [&](auto r) {
+            using T = decltype(t);
+            if constexpr (sizeof(typename T::Stored) == 2)
+                for (int i = 0; i < TABLE_SIZE; ++i)
+                    table[i] = T::store(emulator::round_scaled<T, decltype(r)::value>(T::load(static_cast<u16>(i)), el, 0.0f));
+        });
+    });
+}
+
+void look_up(const Buffers& b, const uint16_t* table, int64_t first, int64_t last) {
+    const auto* const x = static_cast<const u16*>(b.source);
+    auto* const out = static_cast<u16*>(b.target);
+    MX_INDEPENDENT
+    for (int64_t i = first; i < last; ++i) out[i] = table[x[i]];
+}
+
+void uniform_numbers(float* target, uint64_t seed, int64_t first, int64_t last) {
+    for (int64_t i = first; i < last;) {
+        const Words words = philox(static_cast<u64>(i / 4), seed);
+        for (int w = static_cast<int>(i % 4); w < 4 && i < last; ++w, ++i) target[i] = uniform(words.word[w]);
+    }
+}
+
+}  // namespace
+}  // namespace MX_ISA
+
+#define MX_NAME_(isa) isa##_kernels
+#define MX_NAME(isa) MX_NAME_(isa)
+#define MX_TEXT_(isa) #isa
+#define MX_TEXT(isa) MX_TEXT_(isa)
+
+const Kernels MX_NAME(MX_ISA) = {
+    MX_TEXT(MX_ISA),
+    MX_ISA::quantize_units,
+    MX_ISA::quantize_exact,
+    MX_ISA::quantize_emulator,
+    MX_ISA::round_alone,
+    MX_ISA::emulator_table,
+    MX_ISA::look_up,
+    MX_ISA::uniform_numbers,
+};
+
+}  // namespace mx

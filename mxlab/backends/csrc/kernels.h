@@ -1,0 +1,48 @@
+// What module.cpp knows of the kernels, which are compiled once per instruction set.
+#pragma once
+
+#include <cstdint>
+
+#include "mx.h"
+
+namespace mx {
+
+enum class Dtype { float32, bfloat16, float16 };
+enum class Numerics { exact, emulator };
+
+// A contiguous tensor seen as (outer, axis, inner). Blocks of `block` elements lie along the axis; a trailing partial
+// block is a block of its own.
+struct Layout {
+    int64_t outer, axis, inner, block;
+};
+
+// A 16-bit type has only this many values.
+constexpr int TABLE_SIZE = 1 << 16;
+
+// Tensors of one job. `noise` holds one uniform number per element, and is null unless the rounding is dither.
+struct Buffers {
+    const void* source;
+    void* target;  // may be the source
+    const float* noise;
+    Dtype dtype;
+};
+
+struct Kernels {
+    const char* name;
+    // Work comes in units that may be done in any order and by any thread: [first, last) of quantize_units(...).
+    int64_t (*quantize_units)(const Layout&);
+    void (*quantize_exact)(const Buffers&, const Layout&, const Format&, Rounding, int64_t first, int64_t last);
+    void (*quantize_emulator)(const Buffers&, const Layout&, const Format&, Rounding, const uint16_t* table,
+                              int64_t first, int64_t last);
+    // Element-wise: units are elements.
+    void (*round_alone)(const Buffers&, const Element&, Numerics, Rounding, bool subnormals, int64_t first,
+                        int64_t last);
+    // What each value of a 16-bit type, an element already scaled, is rounded to.
+    void (*emulator_table)(uint16_t* table, Dtype, const Element&, Rounding);
+    void (*look_up)(const Buffers&, const uint16_t* table, int64_t first, int64_t last);
+    void (*uniform)(float* target, uint64_t seed, int64_t first, int64_t last);
+};
+
+extern const Kernels portable_kernels, avx2_kernels, avx512_kernels;  // the latter two on x86-64 only
+
+}  // namespace mx

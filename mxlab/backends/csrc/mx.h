@@ -1,0 +1,350 @@
+// What one element and one block go through: the code that the CPU kernels and the CUDA kernels share.
+//
+// Both numerics of mxlab are here (see docs/architecture.md): `exact`, the OCP Microscaling specification v1.0, section
+// 6.3, and `emulator`, what microsoft/microxcaling's torch path computes. mxlab/backends/reference.py and
+// microxcaling.py say the same in torch; the tests hold all of them to the same bits.
+//
+// No header of the standard library is included: NVRTC has none. Nothing here may be compiled with -ffast-math. A
+// compiler may contract a * b + c to one operation only where a * b is exact, which is everywhere in `exact`.
+#pragma once
+
+#if defined(__CUDACC__)
+#define MX_INLINE static __host__ __device__ __forceinline__
+#elif defined(_MSC_VER)
+#define MX_INLINE static __forceinline
+#else
+#define MX_INLINE static inline __attribute__((always_inline))
+#endif
+
+namespace mx {
+
+using u16 = unsigned short;
+using u32 = unsigned int;
+using u64 = unsigned long long;
+
+enum class Rounding { nearest, even, floor, dither };
+
+// Formats, with the constants that mxlab/formats.py derives from its rows.
+struct Element {
+    int mantissa_bits;
+    int emax;
+    float min_normal;  // 2^emin
+    float max;
+    bool is_int;
+};
+
+struct Format {
+    Element element;
+    int scale_emax;  // the shared exponent lies in [-scale_emax, scale_emax]
+    bool flush_fp32_subnorms;
+};
+
+// Each instruction set compiles its own copy of the code; the namespace keeps the linker from mixing them up.
+#ifndef MX_ISA
+#define MX_ISA portable
+#endif
+namespace MX_ISA {
+
+// ---------------------------------------------------------------------------------------------------------- bits
+
+MX_INLINE u32 bits_of(float x) {
+#if defined(__CUDA_ARCH__)
+    return __float_as_uint(x);
+#else
+    return __builtin_bit_cast(u32, x);
+#endif
+}
+
+MX_INLINE float float_of(u32 bits) {
+#if defined(__CUDA_ARCH__)
+    return __uint_as_float(bits);
+#else
+    return __builtin_bit_cast(float, bits);
+#endif
+}
+
+constexpr u32 SIGN = 0x80000000u, MAGNITUDE = 0x7FFFFFFFu, EXPONENT = 0x7F800000u, QUIET_NAN = 0x7FC00000u;
+
+MX_INLINE float magnitude(float x) { return float_of(bits_of(x) & MAGNITUDE); }
+MX_INLINE float with_sign_of(float magnitude, float x) { return float_of(bits_of(magnitude) | (bits_of(x) & SIGN)); }
+MX_INLINE int larger(int a, int b) { return a > b ? a : b; }
+MX_INLINE int smaller(int a, int b) { return a < b ? a : b; }
+
+MX_INLINE float round_down(float x) {
+#if defined(__CUDA_ARCH__)
+    return floorf(x);
+#else
+    return __builtin_floorf(x);
+#endif
+}
+
+MX_INLINE float round_to_even(float x) {
+#if defined(__CUDA_ARCH__)
+    return rintf(x);
+#else
+    return __builtin_rintf(x);
+#endif
+}
+
+// 2^e for -127 <= e <= 127. The biased exponent of 2^-127 is 0: it is the subnormal with the top mantissa bit.
+MX_INLINE float power_of_two(int e) { return float_of(static_cast<u32>(larger((e + 127) * (1 << 23), 1 << 22))); }
+
+// A positive float32 as exponent and the 23 mantissa bits behind the leading one; subnormals are normalised.
+struct Binary {
+    int exponent;
+    u32 fraction;
+};
+
+MX_INLINE Binary binary(u32 magnitude_bits) {
+    const bool normal = magnitude_bits >= 0x00800000u;
+    // The mantissa of a subnormal is an integer below 2^23; as a float it is normalised, exactly.
+    const u32 b = normal ? magnitude_bits : bits_of(static_cast<float>(static_cast<int>(magnitude_bits)));
+    return {static_cast<int>(b >> 23) - (normal ? 127 : 127 + 149), b & 0x007FFFFFu};
+}
+
+// ------------------------------------------------------------------------------------------------------- storage
+
+// float32, bfloat16 and float16 in memory, and as the float32 that all arithmetic is done in. `round` is the value
+// after rounding to the type, half to even, as torch rounds the result of every operation.
+struct F32 {
+    using Stored = float;
+    static constexpr int mantissa_bits = 23;
+    MX_INLINE float load(float x) { return x; }
+    MX_INLINE float store(float x) { return x; }
+    MX_INLINE float round(float x) { return x; }
+};
+
+struct BF16 {
+    using Stored = u16;
+    static constexpr int mantissa_bits = 7;
+    MX_INLINE float load(u16 x) { return float_of(static_cast<u32>(x) << 16); }
+    MX_INLINE u32 rounded_bits(float x) {
+        const u32 b = bits_of(x);
+        const u32 rounded = b + 0x7FFFu + ((b >> 16) & 1u);
+        return (b & MAGNITUDE) > EXPONENT ? QUIET_NAN : rounded;
+    }
+    MX_INLINE u16 store(float x) { return static_cast<u16>(rounded_bits(x) >> 16); }
+    MX_INLINE float round(float x) { return float_of(rounded_bits(x) & 0xFFFF0000u); }
+};
+
+struct F16 {
+    using Stored = u16;
+    static constexpr int mantissa_bits = 10;
+    MX_INLINE float load(u16 x) {
+        const u32 shifted = static_cast<u32>(x & 0x7FFFu) << 13;
+        const float scaled = float_of(shifted) * float_of(0x77800000u);  // 2^112: the difference of the biases
+        const u32 m = shifted >= 0x0F800000u ? shifted | EXPONENT : bits_of(scaled);
+        return float_of(m | (static_cast<u32>(x & 0x8000u) << 16));
+    }
+    MX_INLINE float round(float x) {
+        const float a = magnitude(x);
+        // Adding and taking away 2^23 units of the last place rounds half to even, the unit being 2^-10 of the
+        // binade, or 2^-24 below the smallest normal number.
+        const u32 binade = static_cast<u32>(larger(static_cast<int>(bits_of(a) & EXPONENT), 0x38800000));
+        const float big = float_of(binade + (13u << 23));
+        const float rounded = a < 65520.0f ? (a + big) - big : (a == a ? float_of(EXPONENT) : float_of(QUIET_NAN));
+        return with_sign_of(rounded, x);
+    }
+    MX_INLINE u16 store(float x) {
+        const float r = round(x);
+        const u32 m = bits_of(r) & MAGNITUDE;
+        const u32 half = m >= EXPONENT ? (m > EXPONENT ? 0x7E00u : 0x7C00u)
+                                       : bits_of(float_of(m) * float_of(0x07800000u)) >> 13;  // 2^-112
+        return static_cast<u16>(half | (bits_of(r) >> 16 & 0x8000u));
+    }
+};
+
+// -------------------------------------------------------------------------------------------------------- dither
+
+// Philox4x32-10 (Salmon et al., SC 2011): element i gets word i mod 4 of the counter i / 4 under the key `seed`.
+struct Words {
+    u32 word[4];
+};
+
+MX_INLINE Words philox(u64 counter, u64 seed) {
+    u32 c0 = static_cast<u32>(counter), c1 = static_cast<u32>(counter >> 32), c2 = 0, c3 = 0;
+    u32 k0 = static_cast<u32>(seed), k1 = static_cast<u32>(seed >> 32);
+    for (int i = 0; i < 10; ++i) {
+        const u64 p0 = 0xD2511F53ull * c0, p1 = 0xCD9E8D57ull * c2;
+        c0 = static_cast<u32>(p1 >> 32) ^ c1 ^ k0;
+        c1 = static_cast<u32>(p1);
+        c2 = static_cast<u32>(p0 >> 32) ^ c3 ^ k1;
+        c3 = static_cast<u32>(p0);
+        k0 += 0x9E3779B9u;
+        k1 += 0xBB67AE85u;
+    }
+    return {{c0, c1, c2, c3}};
+}
+
+// A multiple of 2^-24 in [0, 1).
+MX_INLINE float uniform(u32 word) { return static_cast<float>(static_cast<int>(word >> 8)) * 0x1p-24f; }
+
+// --------------------------------------------------------------------------------------------------------- exact
+
+namespace exact {
+
+// What a block is multiplied with on its way to the element format and back.
+struct Scale {
+    float down, up;
+};
+
+// From the bits of the block's largest magnitude (NaN and infinities above all others).
+MX_INLINE Scale scale(u32 amax, const Format& f) {
+    const int e = amax == 0 ? -126 : binary(amax).exponent;
+    const int wanted = e - f.element.emax;
+    const int s = smaller(larger(wanted, -f.scale_emax), f.scale_emax);
+    const bool flushed = f.flush_fp32_subnorms && e <= -127;
+    const bool has_none = wanted > f.scale_emax || amax >= EXPONENT;
+    return {power_of_two(-s), has_none ? float_of(QUIET_NAN) : flushed ? 0.0f : power_of_two(s)};
+}
+
+// 0 <= v < 2^24. Halves away from zero would be truncate(v + 0.5), but for 0.49999997, which that sum rounds up to 1:
+// the constant is the float below 0.5.
+template <Rounding R>
+MX_INLINE float to_integer(float v, float noise) {
+    if constexpr (R == Rounding::nearest) return static_cast<float>(static_cast<int>(v + 0x0.ffffffp-1f));
+    if constexpr (R == Rounding::even) return round_to_even(v);
+    const float whole = static_cast<float>(static_cast<int>(v));
+    if constexpr (R == Rounding::floor) return whole;
+    // floor(v + u), without the rounding of that sum.
+    return whole + (v - whole >= 1.0f - noise ? 1.0f : 0.0f);
+}
+
+// A finite magnitude rounded to the element's grid, not limited to its largest value. The grid is 2^(e - mantissa_bits)
+// apart, e the exponent of a, but at least emin; an integer format is the case emin = emax = 0.
+template <Rounding R>
+MX_INLINE float round_magnitude(float a, const Element& el, float noise) {
+    const int field = larger(static_cast<int>(bits_of(a) & EXPONENT), static_cast<int>(bits_of(el.min_normal)));
+    const float binade = float_of(static_cast<u32>(field));
+    const float twice_inverse = float_of(EXPONENT - static_cast<u32>(field));  // 2 / binade: never subnormal
+    const float v = a * twice_inverse * power_of_two(el.mantissa_bits - 1);
+    return to_integer<R>(v, noise) * power_of_two(-el.mantissa_bits) * binade;
+}
+
+// An element of a block. Its magnitude is limited first: the largest value is on the grid, and NaN becomes a number
+// (the block's scale is NaN then).
+template <Rounding R>
+MX_INLINE float quantize(float x, const Scale& s, const Element& el, float noise) {
+    const float y = magnitude(x * s.down);
+    const float limited = y < el.max ? y : el.max;
+    return round_magnitude<R>(limited, el, noise) * with_sign_of(s.up, x) + 0.0f;  // + 0: a zero result is +0
+}
+
+// An element on its own: what overflows becomes infinite, NaN and infinities stay.
+template <Rounding R>
+MX_INLINE float round_alone(float x, const Element& el, bool subnormals, float noise) {
+    const float a = magnitude(x);
+    const bool finite = bits_of(a) < EXPONENT;
+    float r = round_magnitude<R>(finite ? a : 0.0f, el, noise);
+    r = r > el.max ? float_of(EXPONENT) : r;
+    r = !subnormals && a < el.min_normal ? 0.0f : r;
+    return finite ? with_sign_of(r, x) + 0.0f : x;
+}
+
+}  // namespace exact
+
+// ------------------------------------------------------------------------------------------------------ emulator
+
+namespace emulator {
+
+// How many of the largest mantissas of the binade 2^e have a log2 that rounds up to e + 1 in the type, as what to add
+// to float32 bits so that just those carry into the exponent.
+template <class T>
+MX_INLINE u32 carry(int e) {
+    const int a = e ^ (e >> 31);  // e if e >= 0, else -e - 1: the distance from log2's zero
+    const int octave = static_cast<int>(bits_of(static_cast<float>(a | 1)) >> 23) - 127;
+    constexpr bool brief = T::mantissa_bits == 7;
+    const u32 n = octave <= 0   ? 0u
+                  : octave == 1 ? 1u
+                  : octave == 2 ? 2u
+                  : octave == 3 ? 5u
+                  : octave == 4 ? (brief ? 10u : 11u)
+                  : octave == 5 ? (brief ? 21u : 22u)
+                  : octave == 6 ? (brief ? 40u : 44u)
+                                : (brief ? 74u : 88u);
+    return n << (23 - T::mantissa_bits);
+}
+
+// floor(log2(amax)) with log2 rounded to the type. The emulator adds 2^-126 to an amax of zero to keep log2 finite;
+// float16 has no such number, and its log2 is minus infinity there.
+template <class T>
+MX_INLINE int shared_exponent(u32 amax) {
+    const Binary b = binary(amax);
+    const int e = b.exponent + static_cast<int>((b.fraction + carry<T>(b.exponent)) >> 23);
+    return amax != 0 ? e : T::mantissa_bits == 10 ? -(1 << 20) : -126;
+}
+
+using exact::Scale;
+
+template <class T>
+MX_INLINE Scale scale(u32 amax, const Format& f) {
+    const int e = shared_exponent<T>(amax);
+    const bool flushed = f.flush_fp32_subnorms && e <= -127;
+    const int s = larger(e - f.element.emax, -f.scale_emax);
+    const bool has_none = s > f.scale_emax || amax >= EXPONENT;
+    const float up = has_none ? float_of(QUIET_NAN) : T::round(power_of_two(smaller(s, f.scale_emax)));
+    // 1 / up is exact, and x * (1 / up) is x / up: `up` is a power of two, 0 or infinite. A flushed block is x * 0 / up.
+    return {1.0f / up * (flushed ? 0.0f : 1.0f), up};
+}
+
+template <class T, Rounding R>
+MX_INLINE float to_integer(float v, float noise) {
+    const float m = magnitude(v);
+    float integer;
+    if constexpr (R == Rounding::floor) {
+        integer = round_down(m);
+    } else if constexpr (R == Rounding::dither) {
+        constexpr float steps = static_cast<float>(1 << (T::mantissa_bits + 1));
+        // As many bits as the type's own random numbers have: never rounded up to 1.
+        integer = round_down(T::round(m + static_cast<float>(static_cast<int>(noise * steps)) / steps));
+    } else {
+        integer = round_down(T::round(m + 0.5f));
+        if constexpr (R == Rounding::even) {
+            const float halves = T::round(m - 0.5f) * 0.5f;
+            integer = T::round(integer - (halves == round_down(halves) ? 1.0f : 0.0f));
+        }
+    }
+    return v == 0.0f ? 0.0f : with_sign_of(integer, v);  // integer * sign(v), the sign of -0 being +0
+}
+
+// 2^e of a value of the type, e the emulator's exponent, at least emin.
+template <class T>
+MX_INLINE float binade(float y, const Element& el) {
+    const u32 b = bits_of(y) & MAGNITUDE;
+    const u32 carried = b + carry<T>(static_cast<int>(b >> 23) - 127);
+    const int field = static_cast<int>(b == 0 ? 0x3F800000u : carried & EXPONENT);
+    return T::round(float_of(static_cast<u32>(larger(field, static_cast<int>(bits_of(el.min_normal))))));
+}
+
+template <class T, Rounding R>
+MX_INLINE float round_to_grid(float y, const Element& el, float noise) {
+    const float steps = power_of_two(el.mantissa_bits), step = power_of_two(-el.mantissa_bits);
+    const float unit = el.is_int ? 1.0f : binade<T>(y, el);
+    const float v = T::round(T::round(y / unit) * steps);
+    return T::round(T::round(to_integer<T, R>(v, noise) * step) * unit);
+}
+
+// An element of a block, y = x * down rounded to the type, still to be multiplied by `up`.
+template <class T, Rounding R>
+MX_INLINE float round_scaled(float y, const Element& el, float noise) {
+    const float r = round_to_grid<T, R>(y, el, noise);
+    const float limited = r > el.max ? el.max : r < -el.max ? -el.max : r;
+    return (bits_of(y) & MAGNITUDE) == EXPONENT ? y : limited;
+}
+
+template <class T, Rounding R>
+MX_INLINE float quantize(float x, const Scale& s, const Element& el, float noise) {
+    return T::round(round_scaled<T, R>(T::round(x * s.down), el, noise) * s.up);
+}
+
+template <class T, Rounding R>
+MX_INLINE float round_alone(float x, const Element& el, bool subnormals, float noise) {
+    const float y = subnormals || magnitude(x) >= el.min_normal ? x : x * 0.0f;
+    const float r = round_to_grid<T, R>(y, el, noise);
+    const float rounded = magnitude(r) > T::round(el.max) ? with_sign_of(float_of(EXPONENT), r) : r;
+    return (bits_of(x) & MAGNITUDE) == EXPONENT ? x : rounded;
+}
+
+}  // namespace emulator
+}  // namespace MX_ISA
+}  // namespace mx

@@ -1,0 +1,103 @@
+"""The numerics as torch operators, which choose the backend by the device of the tensor.
+
+torch.compile, torch.export and fake tensors see one opaque operator. The choice among the backends is made when the
+operator runs; all of them give the same bits.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mxlab.backends import microxcaling, native, reference
+from mxlab.errors import FormatError
+from mxlab.formats import MXFormat, Numerics, Rounding, elementwise_format
+
+BACKENDS = ("auto", "reference", "native")
+logger = logging.getLogger("mxlab")
+
+_library = torch.library.Library("mxlab", "DEF")
+_library.define("quantize(Tensor x, str format, int[] axes, str numerics, str backend, int seed) -> Tensor")
+_library.define("quantize_(Tensor(a!) x, str format, int[] axes, str numerics, str backend, int seed) -> ()")
+_library.define(
+    "round_elementwise(Tensor x, int bfloat, int fp, str rounding, bool subnormals, str numerics, str backend, "
+    "int seed) -> Tensor"
+)
+
+
+def _quantize(x: Tensor, fmt: str, axes: list[int], numerics: Numerics, backend: str, seed: int) -> Tensor:
+    if choose(x.device.type, backend) == "native":
+        return native.quantize(x, MXFormat.parse(fmt), tuple(axes), seed, numerics)
+    return _laid_out(x, _eager(numerics).quantize(x, MXFormat.parse(fmt), tuple(axes), seed))
+
+
+def _quantize_in_place(x: Tensor, fmt: str, axes: list[int], numerics: Numerics, backend: str, seed: int) -> None:
+    if choose(x.device.type, backend) == "native":
+        native.quantize_(x, MXFormat.parse(fmt), tuple(axes), seed, numerics)
+        if not x.is_inference():
+            torch.autograd.graph.increment_version(x)  # written behind torch's back
+    else:
+        x.copy_(_eager(numerics).quantize(x, MXFormat.parse(fmt), tuple(axes), seed))
+
+
+def _round_elementwise(
+    x: Tensor, bfloat: int, fp: int, rounding: Rounding, subnormals: bool, numerics: Numerics, backend: str, seed: int
+) -> Tensor:
+    element = _elementwise_format(bfloat, fp)
+    if choose(x.device.type, backend) == "native":
+        return native.round_elementwise(x, element, rounding, subnormals, seed, numerics)
+    return _laid_out(x, _eager(numerics).round_elementwise(x, element, rounding, subnormals, seed))
+
+
+def _like(x: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _laid_out(x: Tensor, result: Tensor) -> Tensor:
+    """``result`` with the strides that :func:`_like` promises."""
+    return result if x.is_contiguous() else torch.empty_like(x).copy_(result)
+
+
+_library.impl("quantize", _quantize, "CompositeExplicitAutograd")
+_library.impl("quantize_", _quantize_in_place, "CompositeExplicitAutograd")
+_library.impl("round_elementwise", _round_elementwise, "CompositeExplicitAutograd")
+_library.impl("quantize", _like, "Meta")
+_library.impl("quantize_", lambda *_: None, "Meta")
+_library.impl("round_elementwise", _like, "Meta")
+
+quantize = torch.ops.mxlab.quantize.default
+quantize_ = torch.ops.mxlab.quantize_.default
+round_elementwise = torch.ops.mxlab.round_elementwise.default
+
+_elementwise_format = functools.cache(elementwise_format)
+
+
+@functools.cache
+def choose(device: str, backend: str) -> str:
+    """The backend that serves a device type: ``native`` or ``reference``.
+
+    Raises:
+        FormatError: the backend asked for cannot serve the device, or is not there.
+    """
+    if backend == "native":
+        if device != "cpu":
+            raise FormatError(f"backend is 'native', which computes on the CPU; the tensor is on {device}: use 'auto'")
+        if native.MISSING:
+            raise FormatError(f"backend is 'native', which is not there ({native.MISSING}): {_REMEDY}")
+    if backend == "auto" and device == "cpu":
+        if not native.MISSING:
+            return "native"
+        logger.warning("the native kernels are not there (%s); quantizing in eager torch, slowly: %s", native.MISSING, _REMEDY)
+        return "reference"
+    return "reference" if backend == "auto" else backend
+
+
+_REMEDY = "install a C++ compiler, then mxlab again"
+
+
+def _eager(numerics: Numerics) -> Any:
+    return reference if numerics == "exact" else microxcaling
