@@ -2,9 +2,7 @@
 // that compilers turn them into vector code.
 #include "kernels.h"
 
-#if defined(_MSC_VER)
-#define MX_INDEPENDENT __pragma(loop(ivdep))
-#elif defined(__clang__)
+#if defined(__clang__)
 #define MX_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
 #else
 #define MX_INDEPENDENT _Pragma("GCC ivdep")  // iterations are independent, also where the target is the source
@@ -68,17 +66,17 @@ struct Exact {
     // Results that the type holds exactly need no rounding: the element's grid, times a scale of at least this.
     float smallest_plain_scale;
 
-    Exact(const Format& f, const uint16_t*) : format(f) {
+    Exact(const Format& f, const u32*) : format(f) {
         const int m = f.element.mantissa_bits, emin = static_cast<int>(bits_of(f.element.min_normal) >> 23) - 127;
         const bool fits = sizeof(typename T::Stored) == 2 && T::mantissa_bits == 7 && m <= 7;
         smallest_plain_scale = fits && m - emin - 133 < 127 ? power_of_two(larger(m - emin - 133, -126)) : 0x1p127f;
     }
     MX_INLINE exact::Scale scale(u32 amax, const Format& f) { return exact::scale(amax, f); }
-    inline bool is_plain(const exact::Scale& s) const {
+    MX_MEMBER bool is_plain(const exact::Scale& s) const {
         return T::mantissa_bits == 7 && s.up >= smallest_plain_scale && s.up < 0x1p127f;
     }
     template <bool Plain>
-    inline __attribute__((always_inline)) typename T::Stored element(typename T::Stored x, float down, float up,
+    MX_MEMBER typename T::Stored element(typename T::Stored x, float down, float up,
                                                                      const Element& el, float noise) const {
         const float y = exact::quantize<R>(T::load(x), {down, up}, el, noise);
         if constexpr (Plain && sizeof(x) == 2) return static_cast<u16>(bits_of(y) >> 16);
@@ -91,11 +89,11 @@ struct Emulator {
     using T = T_;
     const Format& format;
 
-    Emulator(const Format& f, const uint16_t*) : format(f) {}
+    Emulator(const Format& f, const u32*) : format(f) {}
     MX_INLINE exact::Scale scale(u32 amax, const Format& f) { return emulator::scale<T>(amax, f); }
-    inline bool is_plain(const exact::Scale&) const { return false; }
+    MX_MEMBER bool is_plain(const exact::Scale&) const { return false; }
     template <bool>
-    inline __attribute__((always_inline)) typename T::Stored element(typename T::Stored x, float down, float up,
+    MX_MEMBER typename T::Stored element(typename T::Stored x, float down, float up,
                                                                      const Element& el, float noise) const {
         return T::store(emulator::quantize<T, R>(T::load(x), {down, up}, el, noise));
     }
@@ -106,30 +104,88 @@ template <class T_>
 struct Lookup {
     using T = T_;
     const Format& format;
-    const uint16_t* table;
+    const u32* table;  // bits of float32
 
-    Lookup(const Format& f, const uint16_t* t) : format(f), table(t) {}
+    Lookup(const Format& f, const u32* t) : format(f), table(t) {}
     MX_INLINE exact::Scale scale(u32 amax, const Format& f) { return emulator::scale<T>(amax, f); }
-    inline bool is_plain(const exact::Scale&) const { return false; }
-    template <bool>
-    inline __attribute__((always_inline)) u16 element(u16 x, float down, float up, const Element&, float) const {
-        return T::store(T::load(table[T::store(T::load(x) * down)]) * up);
-    }
+    MX_MEMBER bool is_plain(const exact::Scale&) const { return false; }
 };
 
 // ------------------------------------------------------------------------------------------------------- loops
 
-template <bool Plain, class Op, class Stored>
-inline __attribute__((always_inline)) void row_block(const Op& op, const Stored* x, Stored* out, const float* noise,
-                                                     int64_t n, float down, float up) {
+// Each index replaced by the bits of its entry.
+inline __attribute__((noinline)) void look_up_all(const u32* table, u32* indices, int64_t n) {
+    MX_INDEPENDENT
+    for (int64_t i = 0; i < n; ++i) indices[i] = table[indices[i]];
+}
+
+// A scale that all elements of a loop share; a pointer is one for each.
+struct Same {
+    float value;
+    MX_MEMBER float operator[](int64_t) const { return value; }
+};
+
+template <bool Plain, class Op, class Stored, class Scales>
+MX_INLINE void elements(const Op& op, const Stored* x, Stored* out, const float* noise, int64_t n, Scales down,
+                        Scales up) {
     const Element el = op.format.element;
     MX_INDEPENDENT
-    for (int64_t i = 0; i < n; ++i) out[i] = op.template element<Plain>(x[i], down, up, el, noise ? noise[i] : 0.0f);
+    for (int64_t i = 0; i < n; ++i)
+        out[i] = op.template element<Plain>(x[i], down[i], up[i], el, noise ? noise[i] : 0.0f);
+}
+
+// One after the other: compilers gather with vectors where index and value have one width and the loop is long.
+template <bool, class T, class Scales>
+MX_INLINE void elements(const Lookup<T>& op, const u16* x, u16* out, const float*, int64_t n, Scales down, Scales up) {
+    u32 found[LANES];
+    for (int64_t start = 0; start < n; start += LANES) {
+        const int64_t count = n - start < LANES ? n - start : LANES;
+        for (int64_t i = 0; i < count; ++i) found[i] = T::store(T::load(x[start + i]) * down[start + i]);
+        look_up_all(op.table, found, count);
+        for (int64_t i = 0; i < count; ++i) out[start + i] = T::store(float_of(found[i]) * up[start + i]);
+    }
+}
+
+template <class Op, class Stored>
+MX_INLINE void all_elements(const Op& op, const Stored* x, Stored* out, const float* noise, int64_t count, int64_t n,
+                            const float* down, const float* up) {
+    for (int64_t b = 0; b < count; ++b) {
+        const float* const u = noise ? noise + b * n : nullptr;
+        if (op.is_plain({down[b], up[b]}))
+            elements<true>(op, x + b * n, out + b * n, u, n, Same{down[b]}, Same{up[b]});
+        else
+            elements<false>(op, x + b * n, out + b * n, u, n, Same{down[b]}, Same{up[b]});
+    }
+}
+
+// Many short blocks are looked up together.
+template <class T>
+MX_INLINE void all_elements(const Lookup<T>& op, const u16* x, u16* out, const float*, int64_t count, int64_t n,
+                            const float* down, const float* up) {
+    constexpr int64_t TOGETHER = 1024;
+    if (n > TOGETHER) {
+        for (int64_t b = 0; b < count; ++b)
+            elements<false>(op, x + b * n, out + b * n, nullptr, n, Same{down[b]}, Same{up[b]});
+        return;
+    }
+    u32 found[TOGETHER];
+    for (int64_t first = 0; first < count; first += TOGETHER / n) {
+        const int64_t last = count - first < TOGETHER / n ? count : first + TOGETHER / n;
+        const u16* const from = x + first * n;
+        u16* const to = out + first * n;
+        for (int64_t b = 0; b < last - first; ++b)
+            for (int64_t i = 0; i < n; ++i)
+                found[b * n + i] = T::store(T::load(from[b * n + i]) * down[first + b]);
+        look_up_all(op.table, found, (last - first) * n);
+        for (int64_t b = 0; b < last - first; ++b)
+            for (int64_t i = 0; i < n; ++i)
+                to[b * n + i] = T::store(float_of(found[b * n + i]) * up[first + b]);
+    }
 }
 
 // `count` whole blocks of `n` elements, one behind the other.
 template <class Op, class Stored>
-inline __attribute__((always_inline)) void row_blocks(const Op& op, const Stored* x, Stored* out, const float* noise,
+MX_INLINE void row_blocks(const Op& op, const Stored* x, Stored* out, const float* noise,
                                                       int64_t count, int64_t n) {
     u32 amax[BLOCKS];
     float down[BLOCKS], up[BLOCKS];
@@ -140,13 +196,7 @@ inline __attribute__((always_inline)) void row_blocks(const Op& op, const Stored
         down[b] = s.down;
         up[b] = s.up;
     }
-    for (int64_t b = 0; b < count; ++b) {
-        const float* const u = noise ? noise + b * n : nullptr;
-        if (op.is_plain({down[b], up[b]}))
-            row_block<true>(op, x + b * n, out + b * n, u, n, down[b], up[b]);
-        else
-            row_block<false>(op, x + b * n, out + b * n, u, n, down[b], up[b]);
-    }
+    all_elements(op, x, out, noise, count, n, down, up);
 }
 
 // `n` consecutive elements of a row, cut into blocks of `block`. The usual block sizes are constants to the compiler.
@@ -189,17 +239,13 @@ void columns(const Op& op, const Stored* x, Stored* out, const float* noise, int
         up[i] = s.up;
     }
     for (int64_t r = 0; r < rows; ++r) {
-        const Stored* const from = x + r * stride;
-        Stored* const to = out + r * stride;
-        const float* const u = noise ? noise + r * stride : nullptr;
-        MX_INDEPENDENT
-        for (int64_t i = 0; i < lanes; ++i)
-            to[i] = op.template element<false>(from[i], down[i], up[i], format.element, u ? u[i] : 0.0f);
+        const int64_t skip = r * stride;
+        elements<false>(op, x + skip, out + skip, noise ? noise + skip : nullptr, lanes, &down[0], &up[0]);
     }
 }
 
 template <class Op>
-void quantize(const Buffers& buffers, const Layout& given, const Format& format, const uint16_t* table, int64_t first,
+void quantize(const Buffers& buffers, const Layout& given, const Format& format, const u32* table, int64_t first,
               int64_t last) {
     using Stored = typename Op::T::Stored;
     const Op op(format, table);
@@ -255,7 +301,7 @@ void quantize_exact(const Buffers& b, const Layout& l, const Format& f, Rounding
     });
 }
 
-void quantize_emulator(const Buffers& b, const Layout& l, const Format& f, Rounding rounding, const uint16_t* table,
+void quantize_emulator(const Buffers& b, const Layout& l, const Format& f, Rounding rounding, const u32* table,
                        int64_t first, int64_t last) {
     with_dtype(b.dtype, [&](auto t) {
         using T = decltype(t);
@@ -292,13 +338,13 @@ void round_alone(const Buffers& b, const Element& given, Numerics numerics, Roun
     });
 }
 
-void emulator_table(uint16_t* table, Dtype dtype, const Element& el, Rounding rounding) {
+void emulator_table(u32* table, Dtype dtype, const Element& el, Rounding rounding) {
     with_dtype(dtype, [&](auto t) {
         with_rounding(rounding, [&](auto r) {
             using T = decltype(t);
             if constexpr (sizeof(typename T::Stored) == 2)
                 for (int i = 0; i < TABLE_SIZE; ++i)
-                    table[i] = T::store(emulator::round_scaled<T, decltype(r)::value>(T::load(static_cast<u16>(i)), el, 0.0f));
+                    table[i] = bits_of(emulator::round_scaled<T, decltype(r)::value>(T::load(static_cast<u16>(i)), el, 0.0f));
         });
     });
 }

@@ -32,13 +32,13 @@ struct Kernels {
     // Work comes in units that may be done in any order and by any thread: [first, last) of quantize_units(...).
     int64_t (*quantize_units)(const Layout&);
     void (*quantize_exact)(const Buffers&, const Layout&, const Format&, Rounding, int64_t first, int64_t last);
-    void (*quantize_emulator)(const Buffers&, const Layout&, const Format&, Rounding, const uint16_t* table,
+    void (*quantize_emulator)(const Buffers&, const Layout&, const Format&, Rounding, const u32* table,
                               int64_t first, int64_t last);
     // Element-wise: units are elements.
     void (*round_alone)(const Buffers&, const Element&, Numerics, Rounding, bool subnormals, int64_t first,
                         int64_t last);
-    // What each value of a 16-bit type, an element already scaled, is rounded to.
-    void (*emulator_table)(uint16_t* table, Dtype, const Element&, Rounding);
+    // What each value of a 16-bit type, an element already scaled, is rounded to, as the bits of a float32.
+    void (*emulator_table)(u32* table, Dtype, const Element&, Rounding);
     void (*look_up)(const Buffers&, const uint16_t* table, int64_t first, int64_t last);
     void (*uniform)(float* target, uint64_t seed, int64_t first, int64_t last);
 };

@@ -5,6 +5,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <array>
+#include <climits>
 #include <memory>
 #include <mutex>
 #include <stdexcept>
@@ -60,14 +61,15 @@ Buffers buffers(uintptr_t source, uintptr_t target, uintptr_t noise, int dtype) 
 int useful(int threads, int64_t elements) { return elements < WORTH_A_THREAD ? 1 : threads; }
 
 // A table of 65,536 entries for bfloat16 and one for float16, each made when it is first asked for.
+template <class Entry>
 class Tables {
    public:
     template <class Fill>
-    const uint16_t* get(Dtype dtype, Fill fill) {
+    const Entry* get(Dtype dtype, Fill fill) {
         const int i = dtype == Dtype::bfloat16 ? 0 : 1;
         std::call_once(made_[i], [&] {
             const DefaultArithmetic guard;
-            tables_[i] = std::make_unique<uint16_t[]>(TABLE_SIZE);
+            tables_[i] = std::make_unique<Entry[]>(TABLE_SIZE);
             fill(tables_[i].get());
         });
         return tables_[i].get();
@@ -75,7 +77,7 @@ class Tables {
 
    private:
     std::array<std::once_flag, 2> made_;
-    std::array<std::unique_ptr<uint16_t[]>, 2> tables_;
+    std::array<std::unique_ptr<Entry[]>, 2> tables_;
 };
 
 bool has_table(Dtype dtype, Rounding rounding) { return dtype != Dtype::float32 && rounding != Rounding::dither; }
@@ -83,7 +85,7 @@ bool has_table(Dtype dtype, Rounding rounding) { return dtype != Dtype::float32 
 class Quantizer {
    public:
     Quantizer(const Element& element, int scale_emax, bool flush, int rounding, bool emulate)
-        : format_{element, scale_emax, flush}, rounding_(static_cast<Rounding>(rounding)), emulate_(emulate) {}
+        : format_{element, scale_emax, flush ? -126 : INT_MIN}, rounding_(static_cast<Rounding>(rounding)), emulate_(emulate) {}
 
     void run(uintptr_t source, uintptr_t target, uintptr_t noise, int dtype, int64_t outer, int64_t axis, int64_t inner,
              int64_t block, int threads) {
@@ -91,7 +93,7 @@ class Quantizer {
         const Buffers b = buffers(source, target, noise, dtype);
         const Layout layout{outer, axis, inner, block};
         const Kernels& kernels = *active;
-        const uint16_t* const table = emulate_ && has_table(b.dtype, rounding_) ? table_for(b.dtype) : nullptr;
+        const u32* const table = emulate_ && has_table(b.dtype, rounding_) ? table_for(b.dtype) : nullptr;
         parallel_for(useful(threads, outer * axis * inner), kernels.quantize_units(layout), 2,
                      [&](int64_t first, int64_t last) {
                          if (emulate_)
@@ -102,14 +104,14 @@ class Quantizer {
     }
 
    private:
-    const uint16_t* table_for(Dtype dtype) {
-        return tables_.get(dtype, [&](uint16_t* t) { active->emulator_table(t, dtype, format_.element, rounding_); });
+    const u32* table_for(Dtype dtype) {
+        return tables_.get(dtype, [&](u32* t) { active->emulator_table(t, dtype, format_.element, rounding_); });
     }
 
     Format format_;
     Rounding rounding_;
     bool emulate_;
-    Tables tables_;
+    Tables<u32> tables_;
 };
 
 class Rounder {
@@ -145,7 +147,7 @@ class Rounder {
     Rounding rounding_;
     Numerics numerics_;
     bool subnormals_;
-    Tables tables_;
+    Tables<uint16_t> tables_;
 };
 
 void uniform(uintptr_t target, int64_t count, uint64_t seed, int threads) {

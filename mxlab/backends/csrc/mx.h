@@ -4,17 +4,16 @@
 // 6.3, and `emulator`, what microsoft/microxcaling's torch path computes. mxlab/backends/reference.py and
 // microxcaling.py say the same in torch; the tests hold all of them to the same bits.
 //
-// No header of the standard library is included: NVRTC has none. Nothing here may be compiled with -ffast-math. A
-// compiler may contract a * b + c to one operation only where a * b is exact, which is everywhere in `exact`.
+// No header of the standard library is included: NVRTC has none. Nothing here may be compiled with -ffast-math, nor
+// with a * b + c contracted to one operation but where multiply_add says so.
 #pragma once
 
 #if defined(__CUDACC__)
-#define MX_INLINE static __host__ __device__ __forceinline__
-#elif defined(_MSC_VER)
-#define MX_INLINE static __forceinline
+#define MX_MEMBER __host__ __device__ __forceinline__
 #else
-#define MX_INLINE static inline __attribute__((always_inline))
+#define MX_MEMBER inline __attribute__((always_inline))
 #endif
+#define MX_INLINE static MX_MEMBER
 
 namespace mx {
 
@@ -30,13 +29,13 @@ struct Element {
     int emax;
     float min_normal;  // 2^emin
     float max;
-    bool is_int;
+    int is_int;  // 0 or 1; a bool keeps GCC from vectorising
 };
 
 struct Format {
     Element element;
-    int scale_emax;  // the shared exponent lies in [-scale_emax, scale_emax]
-    bool flush_fp32_subnorms;
+    int scale_emax;     // the shared exponent lies in [-scale_emax, scale_emax]
+    int flushed_below;  // blocks whose largest magnitude is below 2^this become zero
 };
 
 // Each instruction set compiles its own copy of the code; the namespace keeps the linker from mixing them up.
@@ -69,6 +68,17 @@ MX_INLINE float magnitude(float x) { return float_of(bits_of(x) & MAGNITUDE); }
 MX_INLINE float with_sign_of(float magnitude, float x) { return float_of(bits_of(magnitude) | (bits_of(x) & SIGN)); }
 MX_INLINE int larger(int a, int b) { return a > b ? a : b; }
 MX_INLINE int smaller(int a, int b) { return a < b ? a : b; }
+
+// a * b + c where a * b is exact, so that fusing them changes nothing.
+MX_INLINE float multiply_add(float a, float b, float c) {
+#if defined(__CUDA_ARCH__)
+    return __fmaf_rn(a, b, c);
+#elif defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+    return __builtin_fmaf(a, b, c);
+#else
+    return a * b + c;
+#endif
+}
 
 MX_INLINE float round_down(float x) {
 #if defined(__CUDA_ARCH__)
@@ -193,16 +203,18 @@ MX_INLINE Scale scale(u32 amax, const Format& f) {
     const int e = amax == 0 ? -126 : binary(amax).exponent;
     const int wanted = e - f.element.emax;
     const int s = smaller(larger(wanted, -f.scale_emax), f.scale_emax);
-    const bool flushed = f.flush_fp32_subnorms && e <= -127;
+    const bool flushed = e < f.flushed_below;
     const bool has_none = wanted > f.scale_emax || amax >= EXPONENT;
     return {power_of_two(-s), has_none ? float_of(QUIET_NAN) : flushed ? 0.0f : power_of_two(s)};
 }
 
-// 0 <= v < 2^24. Halves away from zero would be truncate(v + 0.5), but for 0.49999997, which that sum rounds up to 1:
-// the constant is the float below 0.5.
+// a * steps rounded to an integer, where 0 <= a * steps < 2^24. Halves away from zero would be truncate(v + 0.5), but for
+// 0.49999997, which that sum rounds up to 1: the constant is the float below 0.5.
 template <Rounding R>
-MX_INLINE float to_integer(float v, float noise) {
-    if constexpr (R == Rounding::nearest) return static_cast<float>(static_cast<int>(v + 0x0.ffffffp-1f));
+MX_INLINE float to_integer(float a, float steps, float noise) {
+    if constexpr (R == Rounding::nearest)
+        return static_cast<float>(static_cast<int>(multiply_add(a, steps, 0x0.ffffffp-1f)));
+    const float v = a * steps;
     if constexpr (R == Rounding::even) return round_to_even(v);
     const float whole = static_cast<float>(static_cast<int>(v));
     if constexpr (R == Rounding::floor) return whole;
@@ -217,8 +229,8 @@ MX_INLINE float round_magnitude(float a, const Element& el, float noise) {
     const int field = larger(static_cast<int>(bits_of(a) & EXPONENT), static_cast<int>(bits_of(el.min_normal)));
     const float binade = float_of(static_cast<u32>(field));
     const float twice_inverse = float_of(EXPONENT - static_cast<u32>(field));  // 2 / binade: never subnormal
-    const float v = a * twice_inverse * power_of_two(el.mantissa_bits - 1);
-    return to_integer<R>(v, noise) * power_of_two(-el.mantissa_bits) * binade;
+    const float integer = to_integer<R>(a * twice_inverse, power_of_two(el.mantissa_bits - 1), noise);
+    return integer * power_of_two(-el.mantissa_bits) * binade;
 }
 
 // An element of a block. Its magnitude is limited first: the largest value is on the grid, and NaN becomes a number
@@ -227,7 +239,8 @@ template <Rounding R>
 MX_INLINE float quantize(float x, const Scale& s, const Element& el, float noise) {
     const float y = magnitude(x * s.down);
     const float limited = y < el.max ? y : el.max;
-    return round_magnitude<R>(limited, el, noise) * with_sign_of(s.up, x) + 0.0f;  // + 0: a zero result is +0
+    // + 0: a zero result is +0
+    return multiply_add(round_magnitude<R>(limited, el, noise), with_sign_of(s.up, x), 0.0f);
 }
 
 // An element on its own: what overflows becomes infinite, NaN and infinities stay.
@@ -253,15 +266,9 @@ template <class T>
 MX_INLINE u32 carry(int e) {
     const int a = e ^ (e >> 31);  // e if e >= 0, else -e - 1: the distance from log2's zero
     const int octave = static_cast<int>(bits_of(static_cast<float>(a | 1)) >> 23) - 127;
-    constexpr bool brief = T::mantissa_bits == 7;
-    const u32 n = octave <= 0   ? 0u
-                  : octave == 1 ? 1u
-                  : octave == 2 ? 2u
-                  : octave == 3 ? 5u
-                  : octave == 4 ? (brief ? 10u : 11u)
-                  : octave == 5 ? (brief ? 21u : 22u)
-                  : octave == 6 ? (brief ? 40u : 44u)
-                                : (brief ? 74u : 88u);
+    // 0, 1, 2, 5, 11, 22, 44, 88 for a in 0-1, 2-3, 4-7, ...; and 0, 1, 2, 5, 10, 21, 40, 74 for bfloat16.
+    u32 n = (T::mantissa_bits == 7 ? 84u : 88u) >> (7 - octave);
+    if constexpr (T::mantissa_bits == 7) n = octave == 6 ? 40u : octave == 7 ? 74u : n;
     return n << (23 - T::mantissa_bits);
 }
 
@@ -279,7 +286,7 @@ using exact::Scale;
 template <class T>
 MX_INLINE Scale scale(u32 amax, const Format& f) {
     const int e = shared_exponent<T>(amax);
-    const bool flushed = f.flush_fp32_subnorms && e <= -127;
+    const bool flushed = e < f.flushed_below;
     const int s = larger(e - f.element.emax, -f.scale_emax);
     const bool has_none = s > f.scale_emax || amax >= EXPONENT;
     const float up = has_none ? float_of(QUIET_NAN) : T::round(power_of_two(smaller(s, f.scale_emax)));
@@ -307,19 +314,19 @@ MX_INLINE float to_integer(float v, float noise) {
     return v == 0.0f ? 0.0f : with_sign_of(integer, v);  // integer * sign(v), the sign of -0 being +0
 }
 
-// 2^e of a value of the type, e the emulator's exponent, at least emin.
+// 2^e of a value of the type, e the emulator's exponent, at least emin; 1 for integer formats.
 template <class T>
 MX_INLINE float binade(float y, const Element& el) {
     const u32 b = bits_of(y) & MAGNITUDE;
     const u32 carried = b + carry<T>(static_cast<int>(b >> 23) - 127);
-    const int field = static_cast<int>(b == 0 ? 0x3F800000u : carried & EXPONENT);
+    const int field = static_cast<int>(b == 0 || el.is_int != 0 ? bits_of(1.0f) : carried & EXPONENT);
     return T::round(float_of(static_cast<u32>(larger(field, static_cast<int>(bits_of(el.min_normal))))));
 }
 
 template <class T, Rounding R>
 MX_INLINE float round_to_grid(float y, const Element& el, float noise) {
     const float steps = power_of_two(el.mantissa_bits), step = power_of_two(-el.mantissa_bits);
-    const float unit = el.is_int ? 1.0f : binade<T>(y, el);
+    const float unit = binade<T>(y, el);
     const float v = T::round(T::round(y / unit) * steps);
     return T::round(T::round(to_integer<T, R>(v, noise) * step) * unit);
 }
