@@ -9,12 +9,11 @@ Sources: OCP Microscaling Formats (MX) Specification v1.0, sections 5 and 6; OCP
 from __future__ import annotations
 
 import difflib
-import functools
 import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, dataclass, fields
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 from mxlab.errors import FormatError
 
@@ -112,7 +111,6 @@ ELEMENTS: dict[str, ElementFormat] = {
 ALIASES = {"fp4": "fp4_e2m1", "mxfp4": "fp4_e2m1", "bfloat16": "bf16", "float16": "fp16"}
 
 
-@functools.cache
 def element(name: str) -> ElementFormat:
     """The element format called ``name``.
 
@@ -190,9 +188,12 @@ class MXFormat:
     scale_rule: ScaleRule = "floor"
     rounding: Rounding = "nearest"
     flush_fp32_subnorms: bool = False
+    _element: ClassVar[ElementFormat]  # these two are no fields, but set for each instance
+    _text: ClassVar[str]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "element", element(self.element).name)
+        row = element(self.element)
+        object.__setattr__(self, "element", row.name)
         check_int("block_size", self.block_size, 0, None, "a positive number of elements, or 0 for the whole axis")
         check_int("scale_bits", self.scale_bits, 0, 8, "1 to 8, or 0 for 8")
         object.__setattr__(self, "scale_bits", self.scale_bits or 8)
@@ -201,11 +202,15 @@ class MXFormat:
         check_choice("rounding", self.rounding, ROUNDINGS)
         if not isinstance(self.flush_fp32_subnorms, bool):
             raise FormatError(f"flush_fp32_subnorms is {self.flush_fp32_subnorms!r}: it must be true or false")
+        # Derived once: the name is what the kernels know the format by.
+        object.__setattr__(self, "_element", row)
+        extras = [f"{f.name}={_plain(getattr(self, f.name))}" for f in _EXTRAS if getattr(self, f.name) != f.default]
+        object.__setattr__(self, "_text", ",".join([f"{self.element}@{self.block_size}", *extras]))
 
     @property
     def element_format(self) -> ElementFormat:
         """The row behind :attr:`element`."""
-        return element(self.element)
+        return self._element
 
     @property
     def scale_emax(self) -> int:
@@ -223,11 +228,6 @@ class MXFormat:
         share = self.scale_bits / self.block_size if self.block_size else 0
         return self.element_format.bits + share
 
-    @functools.cached_property
-    def _text(self) -> str:
-        extras = [f"{f.name}={_plain(getattr(self, f.name))}" for f in _EXTRAS if getattr(self, f.name) != f.default]
-        return ",".join([f"{self.element}@{self.block_size}", *extras])
-
     def __str__(self) -> str:
         return self._text
 
@@ -244,13 +244,17 @@ class MXFormat:
             return text
         if not isinstance(text, str):
             raise FormatError(f"{text!r} is not a format: write it like 'fp4_e2m1@32'")
-        return _parse(text)
+        if text not in _PARSED:
+            _PARSED[text] = _parse(text)
+        return _PARSED[text]
 
 
 _EXTRAS = tuple(f for f in fields(MXFormat) if f.name not in ("element", "block_size") and f.default is not MISSING)
 
 
-@functools.lru_cache(maxsize=1024)
+_PARSED: dict[str, MXFormat] = {}  # no lru_cache: torch.compile warns of those it meets
+
+
 def _parse(text: str) -> MXFormat:
     head, *extras = (part.strip() for part in text.split(","))
     name, at, block = head.partition("@")

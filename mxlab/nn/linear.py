@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
 
@@ -29,6 +28,15 @@ class LinearQuantizer:
     activation: MXFormat | None
     elementwise: Elementwise
     numerics: Numerics
+    # The dtypes that element-wise rounding leaves as they are.
+    untouched: tuple[torch.dtype, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        e = self.elementwise
+        element = elementwise_format(e.bfloat, e.fp)
+        exactly = self.numerics == "exact" and e.subnormals
+        untouched = tuple(t for t in DTYPES if element is None or (exactly and is_lossless(element, t)))
+        object.__setattr__(self, "untouched", untouched)
 
     def on_weight(self, weight: Tensor) -> Tensor:
         """The weight [out, in] as the matmul sees it."""
@@ -56,20 +64,12 @@ class LinearQuantizer:
         return x if fmt is None else quantize(x, fmt, numerics=self.numerics)
 
     def _rounded(self, x: Tensor, rounding: Rounding) -> Tensor:
-        if x.dtype in self._untouched:
+        if x.dtype in self.untouched:
             return x
         e = self.elementwise
         return round_elementwise(
             x, bfloat=e.bfloat, fp=e.fp, rounding=rounding, subnormals=e.subnormals, numerics=self.numerics
         )
-
-    @cached_property
-    def _untouched(self) -> tuple[torch.dtype, ...]:
-        """The dtypes that element-wise rounding leaves as they are."""
-        e = self.elementwise
-        element = elementwise_format(e.bfloat, e.fp)
-        exactly = self.numerics == "exact" and e.subnormals
-        return tuple(t for t in DTYPES if element is None or (exactly and is_lossless(element, t)))
 
 
 class MxLinear(nn.Linear):
@@ -138,7 +138,7 @@ class MxLinear(nn.Linear):
         return f"{super().extra_repr()}, weight={self.mx.weight}, activation={self.mx.activation}, {self.mx.numerics}"
 
     def _grid_activation(self, x: Tensor) -> Tensor:
-        # A compiler merges equal calls by itself, and could not trace the weak reference.
+        # Traced code quantizes for each layer: a trace sees neither weak references nor in-place changes of x.
         if torch.compiler.is_compiling() or not self.mx.shares_input:
             return self.mx.on_activation(x)
         return self.shared.get(x, self.mx, self.mx.on_activation)

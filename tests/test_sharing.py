@@ -1,0 +1,164 @@
+"""Work is done once: weights at conversion, an activation for all projections that read it, K and V per token."""
+
+import copy
+import gc
+import pickle
+import weakref
+
+import pytest
+import torch
+from llama import tiny, tokens
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import mxlab
+from mxlab import recipe as recipes
+from mxlab.nn.linear import MxLinear
+from mxlab.nn.sharing import SharedInput
+from mxlab.specs import override
+
+
+class Calls(TorchDispatchMode):
+    """The shapes that mxlab's operators are called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: dict[str, list[tuple[int, ...]]] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "mxlab":
+            self.shapes.setdefault(func.__name__.partition(".")[0], []).append(tuple(args[0].shape))
+        return func(*args, **(kwargs or {}))
+
+
+def converted(recipe: str = "ex2", **options):
+    model = tiny()
+    mxlab.apply(model, override(recipes.load(recipe), options))
+    return model
+
+
+def layers(model) -> int:
+    return model.config.num_hidden_layers
+
+
+def test_a_forward_pass_quantizes_each_activation_once_and_no_weight():
+    model = converted()
+    with Calls() as calls, torch.no_grad():
+        model(tokens(), use_cache=False)
+    # The input of q, k, v; of o; of gate and up; of down; K; V.
+    assert len(calls.shapes["quantize"]) == 6 * layers(model)
+    assert "round_elementwise" not in calls.shapes or model.dtype != torch.bfloat16
+
+
+def test_generation_quantizes_each_token_of_k_and_v_once():
+    model = converted("kv_only")
+    ids = tokens(batch=1, length=5)
+    with Calls() as calls, torch.no_grad():
+        model.generate(ids, max_new_tokens=4, min_new_tokens=4, do_sample=False, use_cache=True)
+    lengths = sorted(shape[2] for shape in calls.shapes["quantize"])
+    assert lengths == sorted([5, 1, 1, 1] * 2 * layers(model))
+
+
+@pytest.mark.parametrize("numerics", ["exact", "microxcaling"])
+def test_sharing_moves_no_bit(numerics, monkeypatch):
+    ids = tokens()
+    model = converted(custom_cuda=numerics == "exact")
+    with torch.no_grad():
+        shared = model(ids).logits
+        monkeypatch.setattr(SharedInput, "get", lambda self, x, kind, function: function(x))
+        assert torch.equal(model(ids).logits, shared)
+
+
+def test_gradients_are_those_of_separate_quantization(monkeypatch):
+    ids = tokens()
+    model = tiny().train()
+    other = copy.deepcopy(model)
+    for m in (model, other):
+        mxlab.apply(m, "ex2")
+    model(ids).logits.square().sum().backward()
+    monkeypatch.setattr(SharedInput, "get", lambda self, x, kind, function: function(x))
+    other(ids).logits.square().sum().backward()
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+
+
+def test_dither_draws_for_each_projection():
+    model = converted(round="dither")
+    with Calls() as calls, torch.no_grad():
+        model(tokens(), use_cache=False)
+    assert len(calls.shapes["quantize"]) == 9 * layers(model)
+
+
+def double(x: torch.Tensor) -> torch.Tensor:
+    return x * 2
+
+
+def test_the_same_tensor_gives_the_same_result_until_it_changes():
+    shared, x = SharedInput(), torch.ones(3)
+    first = shared.get(x, "a", double)
+    assert shared.get(x, "a", double) is first
+    assert shared.get(x, "b", double) is not first
+    first = shared.get(x, "a", double)
+    x.add_(1)
+    assert torch.equal(shared.get(x, "a", double), torch.full((3,), 4.0))
+    assert shared.get(x.clone(), "a", double) is not first
+
+
+def test_a_result_without_a_graph_does_not_serve_training():
+    shared, x = SharedInput(), torch.ones(3, requires_grad=True)
+    with torch.no_grad():
+        shared.get(x, "a", double)
+    assert shared.get(x, "a", double).requires_grad
+
+
+def test_inference_tensors_are_shared_too():
+    with torch.inference_mode():
+        shared, x = SharedInput(), torch.ones(3)
+        assert shared.get(x, "a", double) is shared.get(x, "a", double)
+
+
+def test_nothing_is_kept_when_the_input_is_gone():
+    shared, x = SharedInput(), torch.ones(3)
+    result = weakref.ref(shared.get(x, "a", double))
+    del x
+    gc.collect()
+    assert result() is None
+
+
+def test_an_untouched_input_is_not_kept():
+    shared, x = SharedInput(), torch.ones(3)
+    assert shared.get(x, "a", lambda t: t) is x
+    kept = weakref.ref(x)
+    del x
+    assert kept() is None
+
+
+def test_copies_share_among_themselves_only():
+    model = converted()
+    attention = model.model.layers[0].self_attn
+    twin = copy.deepcopy(attention)
+    assert twin.q_proj.shared is twin.k_proj.shared is not attention.q_proj.shared
+    again = pickle.loads(pickle.dumps(attention.q_proj))
+    assert isinstance(again, MxLinear)
+    assert torch.equal(again.weight, attention.q_proj.weight)
+
+
+def test_a_converted_model_compiles_to_one_graph_and_exports():
+    model = converted()
+    ids = tokens()
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(ids, use_cache=False).logits, expected)
+        program = torch.export.export(model, (ids,), {"use_cache": False})
+        assert torch.equal(program.module()(ids, use_cache=False).logits, expected)
+
+
+def test_compiled_code_sees_weights_that_are_loaded_later():
+    model = converted()
+    ids = tokens()
+    compiled = torch.compile(model, backend="aot_eager")
+    with torch.no_grad():
+        compiled(ids, use_cache=False)
+        model.load_state_dict(tiny(seed=5).state_dict())
+        loaded = compiled(ids, use_cache=False).logits
+        assert torch.equal(loaded, model(ids, use_cache=False).logits)
