@@ -2,6 +2,10 @@
 // that compilers turn them into vector code.
 #include "kernels.h"
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 #if defined(__clang__)
 #define MX_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
 #else
@@ -39,29 +43,53 @@ int64_t quantize_units(const Layout& given) {
     return l.outer * units_along_axis(l) * divided_up(l.inner, LANES);
 }
 
+// The largest of `n` 16-bit magnitudes.
+MX_INLINE u16 largest_16(const u16* x, int64_t n) {
+    int64_t i = 0;
+    u16 m = 0;
+#if defined(__AVX2__)
+    // x86 has one horizontal instruction, the minimum of eight; compilers do not know that it serves for a maximum.
+    if (n >= 8) {
+        __m256i sixteen = _mm256_setzero_si256();
+        for (; i + 16 <= n; i += 16) {
+            const __m256i next = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + i));
+            sixteen = _mm256_max_epu16(sixteen, _mm256_and_si256(next, _mm256_set1_epi16(0x7FFF)));
+        }
+        __m128i eight = _mm_max_epu16(_mm256_castsi256_si128(sixteen), _mm256_extracti128_si256(sixteen, 1));
+        if (i + 8 <= n) {
+            const __m128i next = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x + i));
+            eight = _mm_max_epu16(eight, _mm_and_si128(next, _mm_set1_epi16(0x7FFF)));
+            i += 8;
+        }
+        const __m128i least = _mm_minpos_epu16(_mm_xor_si128(eight, _mm_set1_epi16(-1)));
+        m = static_cast<u16>(~_mm_cvtsi128_si32(least));
+    }
+#endif
+    for (; i < n; ++i) {
+        const u16 a = x[i] & 0x7FFF;
+        m = a > m ? a : m;
+    }
+    return m;
+}
+
 // The bits, as float32, of the largest magnitude.
 template <class T>
 MX_INLINE u32 largest(const typename T::Stored* x, int64_t n) {
-    if constexpr (sizeof(typename T::Stored) == 2) {
-        u16 m = 0;
-        for (int64_t i = 0; i < n; ++i) {
-            const u16 a = x[i] & 0x7FFF;
-            m = a > m ? a : m;
-        }
-        return bits_of(T::load(m));
-    } else {
-        int m = 0;
-        for (int64_t i = 0; i < n; ++i) m = larger(m, static_cast<int>(bits_of(x[i]) & MAGNITUDE));
-        return static_cast<u32>(m);
-    }
+    if constexpr (sizeof(typename T::Stored) == 2) return bits_of(T::load(largest_16(x, n)));
+    int m = 0;
+    for (int64_t i = 0; i < n; ++i) m = larger(m, static_cast<int>(bits_of(T::load(x[i])) & MAGNITUDE));
+    return static_cast<u32>(m);
 }
 
 // ---------------------------------------------------------------------------------------------------- numerics
-// What the loops below need of a numerics: scales, one element, and how a result is stored.
+// What the loops below need of a numerics: scales, one element, how a result is stored, and how long a block is worth a
+// loop of its own.
 
 template <class T_, Rounding R>
 struct Exact {
     using T = T_;
+    static constexpr int64_t SHORTEST = 32;
+    static constexpr bool PAIRS = T::mantissa_bits == 7;
     const Format& format;
     // Results that the type holds exactly need no rounding: the element's grid, times a scale of at least this.
     float smallest_plain_scale;
@@ -69,33 +97,28 @@ struct Exact {
     Exact(const Format& f, const u32*) : format(f) {
         const int m = f.element.mantissa_bits, emin = static_cast<int>(bits_of(f.element.min_normal) >> 23) - 127;
         const bool fits = sizeof(typename T::Stored) == 2 && T::mantissa_bits == 7 && m <= 7;
-        smallest_plain_scale = fits && m - emin - 133 < 127 ? power_of_two(larger(m - emin - 133, -126)) : 0x1p127f;
+        // Units of 2^(s - m + emin) no smaller than the smallest bfloat16, 2^-133.
+        smallest_plain_scale = fits && -133 - emin < 127 ? power_of_two(larger(-133 - emin, -126)) : 0x1p127f;
     }
     MX_INLINE exact::Scale scale(u32 amax, const Format& f) { return exact::scale(amax, f); }
-    MX_MEMBER bool is_plain(const exact::Scale& s) const {
-        return T::mantissa_bits == 7 && s.up >= smallest_plain_scale && s.up < 0x1p127f;
-    }
-    template <bool Plain>
-    MX_MEMBER typename T::Stored element(typename T::Stored x, float down, float up,
-                                                                     const Element& el, float noise) const {
-        const float y = exact::quantize<R>(T::load(x), {down, up}, el, noise);
-        if constexpr (Plain && sizeof(x) == 2) return static_cast<u16>(bits_of(y) >> 16);
-        return T::store(y);
+    MX_MEMBER bool is_plain(float up) const { return up >= smallest_plain_scale && up < 0x1p127f; }
+    MX_MEMBER float element(float x, float down, float up, const Element& el, float noise) const {
+        return exact::quantize<R>(x, {down, up}, el, noise);
     }
 };
 
 template <class T_, Rounding R>
 struct Emulator {
     using T = T_;
+    static constexpr int64_t SHORTEST = 32;
+    static constexpr bool PAIRS = false;
     const Format& format;
 
     Emulator(const Format& f, const u32*) : format(f) {}
     MX_INLINE exact::Scale scale(u32 amax, const Format& f) { return emulator::scale<T>(amax, f); }
-    MX_MEMBER bool is_plain(const exact::Scale&) const { return false; }
-    template <bool>
-    MX_MEMBER typename T::Stored element(typename T::Stored x, float down, float up,
-                                                                     const Element& el, float noise) const {
-        return T::store(emulator::quantize<T, R>(T::load(x), {down, up}, el, noise));
+    MX_MEMBER bool is_plain(float) const { return false; }
+    MX_MEMBER float element(float x, float down, float up, const Element& el, float noise) const {
+        return emulator::quantize<T, R>(x, {down, up}, el, noise);
     }
 };
 
@@ -103,12 +126,14 @@ struct Emulator {
 template <class T_>
 struct Lookup {
     using T = T_;
+    static constexpr int64_t SHORTEST = 256;
+    static constexpr bool PAIRS = false;
     const Format& format;
     const u32* table;  // bits of float32
 
     Lookup(const Format& f, const u32* t) : format(f), table(t) {}
     MX_INLINE exact::Scale scale(u32 amax, const Format& f) { return emulator::scale<T>(amax, f); }
-    MX_MEMBER bool is_plain(const exact::Scale&) const { return false; }
+    MX_MEMBER bool is_plain(float) const { return false; }
 };
 
 // ------------------------------------------------------------------------------------------------------- loops
@@ -119,23 +144,68 @@ inline __attribute__((noinline)) void look_up_all(const u32* table, u32* indices
     for (int64_t i = 0; i < n; ++i) indices[i] = table[indices[i]];
 }
 
+// Not inlined: among other code, compilers no longer see that this loop can be done with vectors.
+template <class Op>
+__attribute__((noinline)) void find_scales(const Format& given, const u32* __restrict amax, float* __restrict down,
+                                           float* __restrict up, int64_t n) {
+    const Format format = given;
+    for (int64_t i = 0; i < n; ++i) {
+        const exact::Scale s = Op::scale(amax[i], format);
+        down[i] = s.down;
+        up[i] = s.up;
+    }
+}
+
+// Each value `copies` times.
+MX_INLINE void repeat_each(const float* value, float* out, int64_t n, int64_t copies) {
+    for (int64_t b = 0; b < n; ++b)
+        for (int64_t i = 0; i < copies; ++i) out[b * copies + i] = value[b];
+}
+
+__attribute__((noinline)) void repeat(const float* __restrict value, float* __restrict out, int64_t n, int64_t copies) {
+    if (copies == 4) return repeat_each(value, out, n, 4);
+    if (copies == 8) return repeat_each(value, out, n, 8);
+    if (copies == 16) return repeat_each(value, out, n, 16);
+    repeat_each(value, out, n, copies);
+}
+
 // A scale that all elements of a loop share; a pointer is one for each.
 struct Same {
     float value;
     MX_MEMBER float operator[](int64_t) const { return value; }
 };
 
-template <bool Plain, class Op, class Stored, class Scales>
+template <class Op, class Stored, class Scales>
 MX_INLINE void elements(const Op& op, const Stored* x, Stored* out, const float* noise, int64_t n, Scales down,
                         Scales up) {
+    using T = typename Op::T;
     const Element el = op.format.element;
     MX_INDEPENDENT
     for (int64_t i = 0; i < n; ++i)
-        out[i] = op.template element<Plain>(x[i], down[i], up[i], el, noise ? noise[i] : 0.0f);
+        out[i] = T::store(op.element(T::load(x[i]), down[i], up[i], el, noise ? noise[i] : 0.0f));
+}
+
+// The same for bfloat16, two in a word: what is the upper half of a float32 needs no widening and no narrowing. The two
+// share a scale. Plain results are upper halves as they are.
+template <bool Plain, class Op, class Scales>
+MX_INLINE void pairs(const Op& op, const u16* x, u16* out, const float* noise, int64_t n, Scales down, Scales up) {
+    const Element el = op.format.element;
+    MX_INDEPENDENT
+    for (int64_t i = 0; i < n; ++i) {
+        u32 word;
+        __builtin_memcpy(&word, x + 2 * i, sizeof word);
+        const float low = op.element(float_of(word << 16), down[i], up[i], el, noise ? noise[2 * i] : 0.0f);
+        const float high = op.element(float_of(word & 0xFFFF0000u), down[i], up[i], el, noise ? noise[2 * i + 1] : 0.0f);
+        if constexpr (Plain)
+            word = bits_of(low) >> 16 | bits_of(high);
+        else
+            word = BF16::rounded_bits(low) >> 16 | (BF16::rounded_bits(high) & 0xFFFF0000u);
+        __builtin_memcpy(out + 2 * i, &word, sizeof word);
+    }
 }
 
 // One after the other: compilers gather with vectors where index and value have one width and the loop is long.
-template <bool, class T, class Scales>
+template <class T, class Scales>
 MX_INLINE void elements(const Lookup<T>& op, const u16* x, u16* out, const float*, int64_t n, Scales down, Scales up) {
     u32 found[LANES];
     for (int64_t start = 0; start < n; start += LANES) {
@@ -146,40 +216,52 @@ MX_INLINE void elements(const Lookup<T>& op, const u16* x, u16* out, const float
     }
 }
 
+// Each block with its scale.
 template <class Op, class Stored>
-MX_INLINE void all_elements(const Op& op, const Stored* x, Stored* out, const float* noise, int64_t count, int64_t n,
-                            const float* down, const float* up) {
-    for (int64_t b = 0; b < count; ++b) {
-        const float* const u = noise ? noise + b * n : nullptr;
-        if (op.is_plain({down[b], up[b]}))
-            elements<true>(op, x + b * n, out + b * n, u, n, Same{down[b]}, Same{up[b]});
-        else
-            elements<false>(op, x + b * n, out + b * n, u, n, Same{down[b]}, Same{up[b]});
+MX_INLINE void long_blocks(const Op& op, const Stored* x, Stored* out, const float* noise, int64_t count, int64_t n,
+                           const float* down, const float* up) {
+    for (int64_t b = 0; b < count; ++b, x += n, out += n, noise += noise ? n : 0) {
+        const Same d{down[b]}, u{up[b]};
+        if constexpr (Op::PAIRS) {
+            if (n % 2 == 0) {
+                if (op.is_plain(up[b]))
+                    pairs<true>(op, x, out, noise, n / 2, d, u);
+                else
+                    pairs<false>(op, x, out, noise, n / 2, d, u);
+                continue;
+            }
+        }
+        elements(op, x, out, noise, n, d, u);
     }
 }
 
-// Many short blocks are looked up together.
-template <class T>
-MX_INLINE void all_elements(const Lookup<T>& op, const u16* x, u16* out, const float*, int64_t count, int64_t n,
+// Blocks shorter than loops like them are done together, each element (or pair) with its own copy of the scale.
+template <class Op, class Stored>
+MX_INLINE void short_blocks(const Op& op, const Stored* x, Stored* out, const float* noise, int64_t count, int64_t n,
                             const float* down, const float* up) {
     constexpr int64_t TOGETHER = 1024;
-    if (n > TOGETHER) {
-        for (int64_t b = 0; b < count; ++b)
-            elements<false>(op, x + b * n, out + b * n, nullptr, n, Same{down[b]}, Same{up[b]});
-        return;
-    }
-    u32 found[TOGETHER];
-    for (int64_t first = 0; first < count; first += TOGETHER / n) {
-        const int64_t last = count - first < TOGETHER / n ? count : first + TOGETHER / n;
-        const u16* const from = x + first * n;
-        u16* const to = out + first * n;
-        for (int64_t b = 0; b < last - first; ++b)
-            for (int64_t i = 0; i < n; ++i)
-                found[b * n + i] = T::store(T::load(from[b * n + i]) * down[first + b]);
-        look_up_all(op.table, found, (last - first) * n);
-        for (int64_t b = 0; b < last - first; ++b)
-            for (int64_t i = 0; i < n; ++i)
-                to[b * n + i] = T::store(float_of(found[b * n + i]) * up[first + b]);
+    float downs[TOGETHER], ups[TOGETHER];
+    const bool paired = Op::PAIRS && n % 2 == 0;
+    const int64_t copies = paired ? n / 2 : n, step = TOGETHER / copies;
+    for (int64_t first = 0; first < count; first += step) {
+        const int64_t blocks = count - first < step ? count - first : step;
+        int plain = 1;
+        for (int64_t b = 0; b < blocks; ++b) plain &= op.is_plain(up[first + b]);
+        repeat(down + first, downs, blocks, copies);
+        repeat(up + first, ups, blocks, copies);
+        const Stored* const from = x + first * n;
+        Stored* const to = out + first * n;
+        const float* const u = noise ? noise + first * n : nullptr;
+        if constexpr (Op::PAIRS) {
+            if (paired) {
+                if (plain)
+                    pairs<true>(op, from, to, u, blocks * copies, &downs[0], &ups[0]);
+                else
+                    pairs<false>(op, from, to, u, blocks * copies, &downs[0], &ups[0]);
+                continue;
+            }
+        }
+        elements(op, from, to, u, blocks * n, &downs[0], &ups[0]);
     }
 }
 
@@ -190,13 +272,11 @@ MX_INLINE void row_blocks(const Op& op, const Stored* x, Stored* out, const floa
     u32 amax[BLOCKS];
     float down[BLOCKS], up[BLOCKS];
     for (int64_t b = 0; b < count; ++b) amax[b] = largest<typename Op::T>(x + b * n, n);
-    const Format format = op.format;
-    for (int64_t b = 0; b < count; ++b) {
-        const exact::Scale s = Op::scale(amax[b], format);
-        down[b] = s.down;
-        up[b] = s.up;
-    }
-    all_elements(op, x, out, noise, count, n, down, up);
+    find_scales<Op>(op.format, amax, down, up, count);
+    if (n < Op::SHORTEST)
+        short_blocks(op, x, out, noise, count, n, down, up);
+    else
+        long_blocks(op, x, out, noise, count, n, down, up);
 }
 
 // `n` consecutive elements of a row, cut into blocks of `block`. The usual block sizes are constants to the compiler.
@@ -205,7 +285,9 @@ void row(const Op& op, const Stored* x, Stored* out, const float* noise, int64_t
     while (n > 0) {
         const int64_t count = n < block ? 1 : n / block < BLOCKS ? n / block : BLOCKS;
         const int64_t length = n < block ? n : block;
-        if (length == 16)
+        if (length == 8)
+            row_blocks(op, x, out, noise, count, 8);
+        else if (length == 16)
             row_blocks(op, x, out, noise, count, 16);
         else if (length == 32)
             row_blocks(op, x, out, noise, count, 32);
@@ -232,15 +314,10 @@ void columns(const Op& op, const Stored* x, Stored* out, const float* noise, int
             const int a = static_cast<int>(bits_of(T::load(x[r * stride + i])) & MAGNITUDE);
             amax[i] = static_cast<u32>(larger(a, static_cast<int>(amax[i])));
         }
-    const Format format = op.format;
-    for (int64_t i = 0; i < lanes; ++i) {
-        const exact::Scale s = Op::scale(amax[i], format);
-        down[i] = s.down;
-        up[i] = s.up;
-    }
+    find_scales<Op>(op.format, amax, down, up, lanes);
     for (int64_t r = 0; r < rows; ++r) {
         const int64_t skip = r * stride;
-        elements<false>(op, x + skip, out + skip, noise ? noise + skip : nullptr, lanes, &down[0], &up[0]);
+        elements(op, x + skip, out + skip, noise ? noise + skip : nullptr, lanes, &down[0], &up[0]);
     }
 }
 

@@ -69,7 +69,7 @@ MX_INLINE float with_sign_of(float magnitude, float x) { return float_of(bits_of
 MX_INLINE int larger(int a, int b) { return a > b ? a : b; }
 MX_INLINE int smaller(int a, int b) { return a < b ? a : b; }
 
-// a * b + c where a * b is exact, so that fusing them changes nothing.
+// a * b + c where a * b is exact or c is zero, so that fusing them changes nothing.
 MX_INLINE float multiply_add(float a, float b, float c) {
 #if defined(__CUDA_ARCH__)
     return __fmaf_rn(a, b, c);
@@ -193,7 +193,8 @@ MX_INLINE float uniform(u32 word) { return static_cast<float>(static_cast<int>(w
 
 namespace exact {
 
-// What a block is multiplied with on its way to the element format and back.
+// What a block is multiplied with on its way to the element format, 2^-s, and back. Elements come back as integers, in
+// units of 2^-mantissa_bits of their binade, so that `up` is 2^(s - mantissa_bits).
 struct Scale {
     float down, up;
 };
@@ -203,9 +204,9 @@ MX_INLINE Scale scale(u32 amax, const Format& f) {
     const int e = amax == 0 ? -126 : binary(amax).exponent;
     const int wanted = e - f.element.emax;
     const int s = smaller(larger(wanted, -f.scale_emax), f.scale_emax);
-    const bool flushed = e < f.flushed_below;
+    const float kept = e < f.flushed_below ? 0.0f : power_of_two(-f.element.mantissa_bits);
     const bool has_none = wanted > f.scale_emax || amax >= EXPONENT;
-    return {power_of_two(-s), has_none ? float_of(QUIET_NAN) : flushed ? 0.0f : power_of_two(s)};
+    return {power_of_two(-s), (has_none ? float_of(QUIET_NAN) : power_of_two(s)) * kept};  // exact, also if subnormal
 }
 
 // a * steps rounded to an integer, where 0 <= a * steps < 2^24. Halves away from zero would be truncate(v + 0.5), but for
@@ -222,25 +223,28 @@ MX_INLINE float to_integer(float a, float steps, float noise) {
     return whole + (v - whole >= 1.0f - noise ? 1.0f : 0.0f);
 }
 
-// A finite magnitude rounded to the element's grid, not limited to its largest value. The grid is 2^(e - mantissa_bits)
-// apart, e the exponent of a, but at least emin; an integer format is the case emin = emax = 0.
+// A finite magnitude rounded to the element's grid, not limited to its largest value: `integer` units of
+// 2^-mantissa_bits of `binade`. An integer format is the case emin = emax = 0.
+struct Rounded {
+    float integer, binade;
+};
+
 template <Rounding R>
-MX_INLINE float round_magnitude(float a, const Element& el, float noise) {
+MX_INLINE Rounded round_magnitude(float a, const Element& el, float noise) {
     const int field = larger(static_cast<int>(bits_of(a) & EXPONENT), static_cast<int>(bits_of(el.min_normal)));
-    const float binade = float_of(static_cast<u32>(field));
     const float twice_inverse = float_of(EXPONENT - static_cast<u32>(field));  // 2 / binade: never subnormal
     const float integer = to_integer<R>(a * twice_inverse, power_of_two(el.mantissa_bits - 1), noise);
-    return integer * power_of_two(-el.mantissa_bits) * binade;
+    return {integer, float_of(static_cast<u32>(field))};
 }
 
 // An element of a block. Its magnitude is limited first: the largest value is on the grid, and NaN becomes a number
-// (the block's scale is NaN then).
+// (the block's scale is NaN then). Only the last product can round.
 template <Rounding R>
 MX_INLINE float quantize(float x, const Scale& s, const Element& el, float noise) {
-    const float y = magnitude(x * s.down);
-    const float limited = y < el.max ? y : el.max;
-    // + 0: a zero result is +0
-    return multiply_add(round_magnitude<R>(limited, el, noise), with_sign_of(s.up, x), 0.0f);
+    const int y = static_cast<int>(bits_of(x * s.down) & MAGNITUDE);
+    const float limited = float_of(static_cast<u32>(smaller(y, static_cast<int>(bits_of(el.max)))));
+    const Rounded r = round_magnitude<R>(limited, el, noise);
+    return multiply_add(r.integer * with_sign_of(s.up, x), r.binade, 0.0f);  // + 0: a zero result is +0
 }
 
 // An element on its own: what overflows becomes infinite, NaN and infinities stay.
@@ -248,7 +252,8 @@ template <Rounding R>
 MX_INLINE float round_alone(float x, const Element& el, bool subnormals, float noise) {
     const float a = magnitude(x);
     const bool finite = bits_of(a) < EXPONENT;
-    float r = round_magnitude<R>(finite ? a : 0.0f, el, noise);
+    const Rounded rounded = round_magnitude<R>(finite ? a : 0.0f, el, noise);
+    float r = rounded.integer * power_of_two(-el.mantissa_bits) * rounded.binade;
     r = r > el.max ? float_of(EXPONENT) : r;
     r = !subnormals && a < el.min_normal ? 0.0f : r;
     return finite ? with_sign_of(r, x) + 0.0f : x;
