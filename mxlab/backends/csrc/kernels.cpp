@@ -12,6 +12,13 @@
 #define MX_INDEPENDENT _Pragma("GCC ivdep")  // iterations are independent, also where the target is the source
 #endif
 
+// Two loads a cycle are faster than what compilers make of a table and vectors.
+#if defined(__clang__)
+#define MX_SCALAR __attribute__((noinline))
+#else
+#define MX_SCALAR __attribute__((noinline, optimize("no-tree-vectorize")))
+#endif
+
 namespace mx {
 namespace MX_ISA {
 namespace {
@@ -85,23 +92,29 @@ MX_INLINE u32 largest(const typename T::Stored* x, int64_t n) {
 // What the loops below need of a numerics: scales, one element, how a result is stored, and how long a block is worth a
 // loop of its own.
 
+// The smallest power of two whose products with multiples of 2^lowest, of mantissas no longer than bfloat16's, are
+// bfloat16 numbers as they are; products with a larger one need no rounding. Infinity where there is none.
+template <class T>
+float smallest_plain(int mantissa_bits, int lowest) {
+    const int e = -133 - lowest;  // 2^-133 is the smallest bfloat16
+    const bool exists = T::mantissa_bits == 7 && mantissa_bits <= 7 && e <= 127;
+    return exists ? power_of_two(larger(e, -126)) : float_of(EXPONENT);
+}
+
+MX_INLINE int exponent_of(float power) { return static_cast<int>(bits_of(power) >> 23) - 127; }
+
 template <class T_, Rounding R>
 struct Exact {
     using T = T_;
     static constexpr int64_t SHORTEST = 32;
     static constexpr bool PAIRS = T::mantissa_bits == 7;
     const Format& format;
-    // Results that the type holds exactly need no rounding: the element's grid, times a scale of at least this.
-    float smallest_plain_scale;
+    float plain_from;
 
-    Exact(const Format& f, const u32*) : format(f) {
-        const int m = f.element.mantissa_bits, emin = static_cast<int>(bits_of(f.element.min_normal) >> 23) - 127;
-        const bool fits = sizeof(typename T::Stored) == 2 && T::mantissa_bits == 7 && m <= 7;
-        // Units of 2^(s - m + emin) no smaller than the smallest bfloat16, 2^-133.
-        smallest_plain_scale = fits && -133 - emin < 127 ? power_of_two(larger(-133 - emin, -126)) : 0x1p127f;
-    }
+    Exact(const Format& f, const u32*)
+        : format(f), plain_from(smallest_plain<T>(f.element.mantissa_bits, exponent_of(f.element.min_normal))) {}
     MX_INLINE exact::Scale scale(u32 amax, const Format& f) { return exact::scale(amax, f); }
-    MX_MEMBER bool is_plain(float up) const { return up >= smallest_plain_scale && up < 0x1p127f; }
+    MX_MEMBER bool is_plain(float up) const { return up >= plain_from; }
     MX_MEMBER float element(float x, float down, float up, const Element& el, float noise) const {
         return exact::quantize<R>(x, {down, up}, el, noise);
     }
@@ -127,20 +140,23 @@ template <class T_>
 struct Lookup {
     using T = T_;
     static constexpr int64_t SHORTEST = 256;
-    static constexpr bool PAIRS = false;
+    static constexpr bool PAIRS = T::mantissa_bits == 7;
     const Format& format;
     const u32* table;  // bits of float32
+    float plain_from;
 
-    Lookup(const Format& f, const u32* t) : format(f), table(t) {}
+    Lookup(const Format& f, const u32* t) : format(f), table(t) {
+        const int m = f.element.mantissa_bits;
+        plain_from = smallest_plain<T>(m, exponent_of(f.element.min_normal) - m);
+    }
     MX_INLINE exact::Scale scale(u32 amax, const Format& f) { return emulator::scale<T>(amax, f); }
-    MX_MEMBER bool is_plain(float) const { return false; }
+    MX_MEMBER bool is_plain(float up) const { return up >= plain_from; }
 };
 
 // ------------------------------------------------------------------------------------------------------- loops
 
 // Each index replaced by the bits of its entry.
-inline __attribute__((noinline)) void look_up_all(const u32* table, u32* indices, int64_t n) {
-    MX_INDEPENDENT
+MX_SCALAR void look_up_all(const u32* table, u32* indices, int64_t n) {
     for (int64_t i = 0; i < n; ++i) indices[i] = table[indices[i]];
 }
 
@@ -175,6 +191,52 @@ struct Same {
     MX_MEMBER float operator[](int64_t) const { return value; }
 };
 
+// Two bfloat16 in a word are the upper halves of two float32: no widening, no narrowing. They share a scale. Plain results
+// are upper halves as they are.
+MX_INLINE u32 word_at(const u16* x, int64_t i) {
+    u32 word;
+    __builtin_memcpy(&word, x + 2 * i, sizeof word);
+    return word;
+}
+
+template <bool Plain>
+MX_INLINE void store_word(u16* out, int64_t i, float low, float high) {
+    const u32 word = Plain ? bits_of(low) >> 16 | (bits_of(high) & 0xFFFF0000u)
+                           : BF16::rounded_bits(low) >> 16 | (BF16::rounded_bits(high) & 0xFFFF0000u);
+    __builtin_memcpy(out + 2 * i, &word, sizeof word);
+}
+
+template <bool Plain, class Op, class Scales>
+MX_INLINE void pairs(const Op& op, const u16* x, u16* out, const float* noise, int64_t n, Scales down, Scales up) {
+    const Element el = op.format.element;
+    MX_INDEPENDENT
+    for (int64_t i = 0; i < n; ++i) {
+        const u32 word = word_at(x, i);
+        const float low = op.element(float_of(word << 16), down[i], up[i], el, noise ? noise[2 * i] : 0.0f);
+        const float high = op.element(float_of(word & 0xFFFF0000u), down[i], up[i], el, noise ? noise[2 * i + 1] : 0.0f);
+        store_word<Plain>(out, i, low, high);
+    }
+}
+
+template <bool Plain, class Scales>
+MX_INLINE void pairs(const Lookup<BF16>& op, const u16* x, u16* out, const float*, int64_t n, Scales down, Scales up) {
+    u32 low[LANES], high[LANES];
+    for (int64_t start = 0; start < n; start += LANES) {
+        const int64_t count = n - start < LANES ? n - start : LANES;
+        for (int64_t i = 0; i < count; ++i) {
+            const u32 word = word_at(x, start + i);
+            low[i] = BF16::rounded_bits(float_of(word << 16) * down[start + i]) >> 16;
+            high[i] = BF16::rounded_bits(float_of(word & 0xFFFF0000u) * down[start + i]) >> 16;
+        }
+        look_up_all(op.table, low, count);
+        look_up_all(op.table, high, count);
+        MX_INDEPENDENT
+        for (int64_t i = 0; i < count; ++i)
+            store_word<Plain>(out, start + i, float_of(low[i]) * up[start + i], float_of(high[i]) * up[start + i]);
+    }
+}
+
+// The same for every type, one by one.
 template <class Op, class Stored, class Scales>
 MX_INLINE void elements(const Op& op, const Stored* x, Stored* out, const float* noise, int64_t n, Scales down,
                         Scales up) {
@@ -185,26 +247,6 @@ MX_INLINE void elements(const Op& op, const Stored* x, Stored* out, const float*
         out[i] = T::store(op.element(T::load(x[i]), down[i], up[i], el, noise ? noise[i] : 0.0f));
 }
 
-// The same for bfloat16, two in a word: what is the upper half of a float32 needs no widening and no narrowing. The two
-// share a scale. Plain results are upper halves as they are.
-template <bool Plain, class Op, class Scales>
-MX_INLINE void pairs(const Op& op, const u16* x, u16* out, const float* noise, int64_t n, Scales down, Scales up) {
-    const Element el = op.format.element;
-    MX_INDEPENDENT
-    for (int64_t i = 0; i < n; ++i) {
-        u32 word;
-        __builtin_memcpy(&word, x + 2 * i, sizeof word);
-        const float low = op.element(float_of(word << 16), down[i], up[i], el, noise ? noise[2 * i] : 0.0f);
-        const float high = op.element(float_of(word & 0xFFFF0000u), down[i], up[i], el, noise ? noise[2 * i + 1] : 0.0f);
-        if constexpr (Plain)
-            word = bits_of(low) >> 16 | bits_of(high);
-        else
-            word = BF16::rounded_bits(low) >> 16 | (BF16::rounded_bits(high) & 0xFFFF0000u);
-        __builtin_memcpy(out + 2 * i, &word, sizeof word);
-    }
-}
-
-// One after the other: compilers gather with vectors where index and value have one width and the loop is long.
 template <class T, class Scales>
 MX_INLINE void elements(const Lookup<T>& op, const u16* x, u16* out, const float*, int64_t n, Scales down, Scales up) {
     u32 found[LANES];
@@ -426,10 +468,9 @@ void emulator_table(u32* table, Dtype dtype, const Element& el, Rounding roundin
     });
 }
 
-void look_up(const Buffers& b, const uint16_t* table, int64_t first, int64_t last) {
+MX_SCALAR void look_up(const Buffers& b, const uint16_t* table, int64_t first, int64_t last) {
     const auto* const x = static_cast<const u16*>(b.source);
     auto* const out = static_cast<u16*>(b.target);
-    MX_INDEPENDENT
     for (int64_t i = first; i < last; ++i) out[i] = table[x[i]];
 }
 
