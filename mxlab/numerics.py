@@ -79,7 +79,7 @@ def quantize_(
     """As :func:`quantize`, in place: ``x`` itself is overwritten and returned.
 
     Raises:
-        FormatError: as :func:`quantize`; or ``x`` requires a gradient, which could not pass through what was overwritten.
+        FormatError: as :func:`quantize`; or ``x`` requires a gradient, which cannot pass through what is overwritten.
     """
     fmt = MXFormat.parse(fmt)
     axes = _axes(x, axis)
@@ -127,9 +127,7 @@ def round_elementwise(
     if element is None or x.numel() == 0:
         return x.clone()
     seed = _seed(rounding, seed)
-    return _straight_through(
-        operators.round_elementwise, x, bfloat, fp, rounding, subnormals, numerics, backend, seed
-    )
+    return _straight_through(operators.round_elementwise, x, bfloat, fp, rounding, subnormals, numerics, backend, seed)
 
 
 def is_lossless(element: ElementFormat, dtype: torch.dtype) -> bool:

@@ -91,7 +91,9 @@ def choose(device: str, backend: str) -> str:
     if backend == "auto" and device == "cpu":
         if not native.MISSING:
             return "native"
-        logger.warning("the native kernels are not there (%s); quantizing in eager torch, slowly: %s", native.MISSING, _REMEDY)
+        logger.warning(
+            "the native kernels are not there (%s); quantizing in eager torch, slowly: %s", native.MISSING, _REMEDY
+        )
         return "reference"
     return "reference" if backend == "auto" else backend
 

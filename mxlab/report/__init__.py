@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mxlab.errors import ReportError
+from mxlab.report.comparisons import draw_comparisons
 from mxlab.report.document import Table, write_csv
 from mxlab.report.figures import draw_figures
 from mxlab.report.markdown import render_markdown
@@ -37,6 +38,7 @@ def write_report(results_dir: Path, out_dir: Path) -> ReportPaths:
     tree = read_tree(results_dir)
     _make_folders(out_dir)
     images = draw_figures(tree, out_dir / "figs")
+    images |= draw_comparisons(tree, out_dir / "figs", sum(map(len, images.values())) + 1)
     blocks = report(tree, images)
     tables = {out_dir / "tables" / f"{block.slug}.csv": block for block in blocks if isinstance(block, Table)}
     for path, table in tables.items():
