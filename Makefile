@@ -2,6 +2,7 @@
 # make test   every test, on both supported versions of transformers
 # make lint   style, types and the direction of imports
 # make figs   docs tables and figures again, from results/
+# make bench  every benchmark, ten minutes on two cores; its tables and figures: docs/bench.md, figs/bench_*.png
 # Each sets up what it needs on a machine with Python 3.11; a second time is quick.
 
 PYTHON := .venv/bin/python
@@ -10,7 +11,7 @@ OLD_TRANSFORMERS := 4.57.6
 OLD := .venv-$(OLD_TRANSFORMERS)
 PATCH_TESTS := tests/test_overlay.py tests/test_patching.py tests/test_convert.py
 
-.PHONY: demo test lint figs setup setup-dev clean
+.PHONY: demo test lint figs bench setup setup-dev clean
 
 demo: setup
 	.venv/bin/mxlab demo --out demo
@@ -28,6 +29,14 @@ lint: setup-dev
 figs: setup
 	.venv/bin/mxlab report results/smollm2-135m --out results/smollm2-135m/report
 	cp results/smollm2-135m/report/figs/*.png figs/
+
+# DATA is a folder with lambada_openai.jsonl; without one, the embedded passages are read.
+DATA ?= $(wildcard ../shared/data)
+
+bench: setup
+	.venv/bin/mxlab bench all --out bench/results $(if $(DATA),--data-dir $(DATA))
+	.venv/bin/mxlab bench plot --results bench/results --out figs
+	.venv/bin/mxlab bench tables --results bench/results --out docs/bench.md
 
 setup:
 	env -u VIRTUAL_ENV ./install.sh

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from mxlab import recipe as recipes
+from mxlab.bench import command as bench
 from mxlab.errors import MxlabError, SpecError
 from mxlab.recipe import Recipe
 from mxlab.specs import ENVIRONMENT_VARIABLE, MxSpecs, override, parse_assignment
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from mxlab.sweep import Summary
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app.add_typer(bench.app, name="bench")
 console = Console()
 stderr = Console(stderr=True)
 

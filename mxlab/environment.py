@@ -19,6 +19,7 @@ _SOURCES = (".py", ".cpp", ".h", ".cu")
 # What cannot change a result.
 _IRRELEVANT = (
     "_packed",
+    "bench",
     "report",
     "cli.py",
     "doctor.py",

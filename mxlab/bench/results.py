@@ -1,0 +1,134 @@
+"""Rows of results, and the JSON files that hold them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mxlab.bench import targets
+from mxlab.bench.stats import Spread, ratios, spread
+from mxlab.bench.targets import Target
+from mxlab.errors import SourceError
+
+Document = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One twin in one case: its seconds, its other figures, and where it has a reference, the ratio to that.
+
+    The ratio is that of each sample to the reference's of the same round; its median is what counts.
+    """
+
+    case: dict[str, Any]
+    twin: str
+    samples: Sequence[float]
+    reference: str | None = None
+    reference_samples: Sequence[float] = ()
+    figures: dict[str, float] = field(default_factory=dict)
+    target: Target | None = None
+
+    @property
+    def seconds(self) -> Spread:
+        """The seconds of the samples."""
+        return spread(self.samples)
+
+    @property
+    def ratio(self) -> Spread | None:
+        """The pairwise ratios, or None for what is itself a reference."""
+        return spread(ratios(self.samples, self.reference_samples)) if self.reference else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, samples included."""
+        ratio = self.ratio
+        return {
+            "case": self.case,
+            "twin": self.twin,
+            "seconds": _plain(self.seconds),
+            "samples": [_rounded(s) for s in self.samples],
+            "reference": self.reference,
+            "ratio": ratio and _plain(ratio),
+            "figures": {name: _rounded(value) for name, value in self.figures.items()},
+            "target": self.target and {**asdict(self.target), **self._reached(self.target)},
+        }
+
+    def _reached(self, target: Target) -> dict[str, Any]:
+        value = self._value(target.figure)
+        return {"value": _rounded(value), "met": target.met(value)}
+
+    def _value(self, figure: str) -> float:
+        if figure == targets.RATIO and self.ratio:
+            return self.ratio.median
+        return self.seconds.median if figure == targets.SECONDS else self.figures[figure]
+
+
+@dataclass
+class Outcome:
+    """What a benchmark measured, and what it could not: a message for each optional thing that failed."""
+
+    rows: list[Row] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+
+    def add(self, other: Outcome) -> None:
+        """Append the rows of ``other``, and its failures where they are new."""
+        self.rows += other.rows
+        self.failures += [text for text in other.failures if text not in self.failures]
+
+
+def write(document: Document, folder: Path, name: str) -> tuple[Path, bool]:
+    """Write ``folder/name.json``; returns the path, and whether it replaced such a file.
+
+    Raises:
+        SourceError: the folder cannot be written to.
+    """
+    path = folder / f"{name}.json"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        replaced = path.exists()
+        path.write_text(_text(document), encoding="utf-8")
+    except OSError as e:
+        raise SourceError(f"cannot write the results to {path}: {e.strerror}; choose another folder (--out)") from None
+    return path, replaced
+
+
+def read(folder: Path) -> dict[str, Document]:
+    """The documents in ``folder`` by file name, without those that no benchmark of this package wrote.
+
+    Raises:
+        SourceError: there are none, or one cannot be read.
+    """
+    found = {path.stem: document for path, document in _json_files(folder) if _is_document(document)}
+    if not found:
+        raise SourceError(f"no benchmark results in {folder}: make some with `mxlab bench --out {folder}`")
+    return found
+
+
+def _json_files(folder: Path) -> Iterator[tuple[Path, Any]]:
+    for path in sorted(folder.glob("*.json")):
+        try:
+            yield path, json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as e:
+            raise SourceError(f"cannot read {path}: {e}; remove it, or measure again") from None
+
+
+def _is_document(value: Any) -> bool:
+    return isinstance(value, Mapping) and {"benchmark", "rows", "machine"} <= value.keys()
+
+
+def _text(document: Document) -> str:
+    """JSON with a line for each row, so that a file with hundreds of samples can be looked through."""
+    rows = ",\n".join(f"  {json.dumps(row, ensure_ascii=False)}" for row in document["rows"])
+    head = json.dumps({**document, "rows": []}, indent=1, ensure_ascii=False)
+    return head.replace('"rows": []', f'"rows": [\n{rows}\n ]' if rows else '"rows": []') + "\n"
+
+
+def _plain(value: Spread) -> dict[str, float]:
+    return {name: _rounded(number) for name, number in asdict(value).items()}
+
+
+def _rounded(value: float) -> float:
+    """Six digits: more than any timing has."""
+    return value if isinstance(value, int) else float(f"{value:.6g}")

@@ -1,0 +1,144 @@
+"""What all benchmarks can be told, and how values from the command line are checked."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+
+from mxlab import data, models
+from mxlab.bench.shapes import RANDOM
+from mxlab.bench.timing import Effort
+from mxlab.errors import SpecError
+from mxlab.formats import NUMERICS, MXFormat, check_choice, check_int
+
+LAMBADA = "lambada_openai"
+ATTENTIONS = ("eager", "sdpa")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How often, with how many threads, on which device (``cpu``, ``cuda``, ``cuda:1``).
+
+    ``BY_DEVICE`` holds defaults that differ from the fields' own on a type of device.
+    """
+
+    BY_DEVICE: ClassVar[dict[str, dict[str, Any]]] = {}
+
+    repeats: int = 7
+    warmup: int = 1
+    threads: int = 2
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        check_int("repeats", self.repeats, 1, None, "a whole number, 1 or more")
+        check_int("warmup", self.warmup, 0, None, "a whole number, 0 or more")
+        check_int("threads", self.threads, 1, None, "a whole number, 1 or more")
+
+    @classmethod
+    def of(cls, device: str = "auto", **given: Any) -> Self:
+        """The settings for a device; what is None or empty is as the device has it.
+
+        Raises:
+            SpecError: a device this machine lacks.
+            MxlabError: a value out of range.
+        """
+        place = models.choose_device(device)
+        named = {name: value for name, value in given.items() if value not in (None, [], ())}
+        plain = {name: tuple(value) if isinstance(value, list) else value for name, value in named.items()}
+        return cls(device=str(place), **{**cls.BY_DEVICE.get(place.type, {}), **plain})
+
+    @property
+    def place(self) -> torch.device:
+        """The device."""
+        return torch.device(self.device)
+
+    @property
+    def effort(self) -> Effort:
+        """How often everything is measured."""
+        return Effort(self.repeats, self.warmup)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values: what a result was measured with."""
+        return {f.name: value for f in fields(self) if f.compare and (value := asdict(self)[f.name]) is not None}
+
+    def standard(self) -> dict[str, Any]:
+        """What :meth:`to_dict` gives for the settings that the targets were set for, on this device."""
+        return type(self).of(self.device).to_dict()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextSettings(Settings):
+    """Settings of a benchmark that reads text: rows of LAMBADA in ``data_dir``, or else the embedded passages."""
+
+    model: str = models.EMBEDDED
+    data_dir: Path | None = field(default=None, compare=False)  # where it lies does not matter
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        data.digests((self.task,), self.data_dir)  # raises where the file is missing
+
+    @property
+    def task(self) -> str:
+        """The name of the rows."""
+        return data.PASSAGES if self.data_dir is None else LAMBADA
+
+    def to_dict(self) -> dict[str, Any]:
+        """See :meth:`Settings.to_dict`."""
+        return {**super().to_dict(), "rows": self._rows(self.task)}
+
+    def standard(self) -> dict[str, Any]:
+        """See :meth:`Settings.standard`."""
+        return {**super().standard(), "rows": self._rows(LAMBADA)}
+
+    def _rows(self, text: str) -> str:
+        return "random tokens" if self.model in RANDOM else text
+
+
+def parse_shape(text: str) -> tuple[int, ...]:
+    """``2048x576`` as (2048, 576).
+
+    Raises:
+        SpecError: not such a text.
+    """
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", text):
+        raise SpecError(f"shape is {text!r}: write the lengths of its axes, 1 or more, like 2048x576")
+    return tuple(map(int, text.split("x")))
+
+
+def shape_text(shape: tuple[int, ...]) -> str:
+    """``2048x576``."""
+    return "x".join(map(str, shape))
+
+
+def check_choices(name: str, values: tuple[str, ...], allowed: tuple[str, ...]) -> None:
+    """Raise FormatError unless all ``values`` are among ``allowed``."""
+    for value in values:
+        check_choice(name, value, allowed)
+
+
+def check_numerics(values: tuple[str, ...]) -> None:
+    """Raise FormatError unless all ``values`` are numerics."""
+    check_choices("numerics", values, NUMERICS)
+
+
+def check_dtypes(values: tuple[str, ...]) -> None:
+    """Raise FormatError unless all ``values`` are dtypes that mxlab quantizes."""
+    check_choices("dtype", values, models.DTYPES)
+
+
+def expand_formats(formats: tuple[str, ...], blocks: tuple[int, ...]) -> list[MXFormat]:
+    """Each format with each block size; one that is spelled with a block size (``int8@16``) has that.
+
+    Raises:
+        FormatError: not a format.
+    """
+    spelled = [
+        [text] if "@" in text else [f"{head}@{block}{comma}{rest}" for block in blocks]
+        for text in formats
+        for head, comma, rest in [text.partition(",")]
+    ]
+    return [MXFormat.parse(text) for group in spelled for text in group]
