@@ -38,7 +38,7 @@ def quantize(x: Tensor, fmt: MXFormat, axes: tuple[int, ...], seed: int, numeric
     if len(axes) > 1:
         return _quantize_tiles(x, fmt, axes, seed, numerics)
     x, out = _dense(x), torch.empty_like(x)
-    _run(x, out, _noise(x, fmt.rounding, seed), fmt, axes[0], numerics)
+    _run(x, out, _noise(x, fmt.rounding, seed), fmt, min(axes), numerics)
     return out
 
 
@@ -94,21 +94,21 @@ def _quantize_tiles(x: Tensor, fmt: MXFormat, axes: tuple[int, ...], seed: int, 
 def _run(
     x: Tensor, out: Tensor, noise: Tensor | None, fmt: MXFormat, axis: int, numerics: Numerics, block: int | None = None
 ) -> None:
-    if x.is_contiguous():
-        shape = x.shape
-    else:
+    shape = x.shape
+    if not x.is_contiguous():
         order = _memory_order(x)
-        shape, axis = [x.shape[i] for i in order], order.index(axis)
+        shape, axis = [shape[i] for i in order], order.index(axis)
+    length, inner = shape[axis], math.prod(shape[axis + 1 :])
     if block is None:
-        block = 1 if fmt.scale_rule == "none" else min(fmt.block_size or shape[axis], shape[axis])
+        block = 1 if fmt.scale_rule == "none" else min(fmt.block_size or length, length)
     _quantizer(str(fmt), numerics).run(
         x.data_ptr(),
         out.data_ptr(),
         _address(noise),
         _DTYPES[x.dtype],
-        math.prod(shape[:axis]),
-        shape[axis],
-        math.prod(shape[axis + 1 :]),
+        x.numel() // (length * inner),
+        length,
+        inner,
         block,
         torch.get_num_threads(),
     )

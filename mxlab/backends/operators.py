@@ -48,6 +48,7 @@ def _round_elementwise(
     x: Tensor, bfloat: int, fp: int, rounding: Rounding, subnormals: bool, numerics: Numerics, backend: str, seed: int
 ) -> Tensor:
     element = _elementwise_format(bfloat, fp)
+    assert element is not None  # mxlab.numerics does not come here to round nothing
     if choose(x.device.type, backend) == "native":
         return native.round_elementwise(x, element, rounding, subnormals, seed, numerics)
     return _laid_out(x, _eager(numerics).round_elementwise(x, element, rounding, subnormals, seed))

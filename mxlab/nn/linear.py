@@ -30,9 +30,12 @@ class LinearQuantizer:
     numerics: Numerics
     # The dtypes that element-wise rounding leaves as they are.
     untouched: tuple[torch.dtype, ...] = field(init=False)
+    # Equal where the same input becomes the same quantized input; short, as it is compared at every call.
+    input_kind: str = field(init=False)
 
     def __post_init__(self) -> None:
         e = self.elementwise
+        object.__setattr__(self, "input_kind", f"{self.activation} {self.numerics} {e}")
         element = elementwise_format(e.bfloat, e.fp)
         exactly = self.numerics == "exact" and e.subnormals
         untouched = tuple(t for t in DTYPES if element is None or (exactly and is_lossless(element, t)))
@@ -114,7 +117,7 @@ class MxLinear(nn.Linear):
 
     def freeze(self) -> None:
         """Put the weight on the grid, in place, unless it is there, is on the meta device, offloaded, or trained."""
-        if self.is_frozen or self._is_master or self._is_in_training or self.weight.is_meta or self._is_offloaded:
+        if self._is_master or self.is_frozen or self._is_in_training or self.weight.is_meta or self._is_offloaded:
             return
         with torch.no_grad():
             self.weight.copy_(self.mx.on_weight(self.weight))
@@ -141,7 +144,7 @@ class MxLinear(nn.Linear):
         # Traced code quantizes for each layer: a trace sees neither weak references nor in-place changes of x.
         if torch.compiler.is_compiling() or not self.mx.shares_input:
             return self.mx.on_activation(x)
-        return self.shared.get(x, self.mx, self.mx.on_activation)
+        return self.shared.get(x, self.mx.input_kind, self.mx.on_activation)
 
     def _grid_weight(self) -> Tensor:
         if torch.compiler.is_compiling():
@@ -151,8 +154,11 @@ class MxLinear(nn.Linear):
         if torch.is_grad_enabled() and self.weight.requires_grad:
             self._is_master |= self.training
             self._watch_for_gradients()
-        self.freeze()
-        return self.weight if self.is_frozen else self.mx.on_weight(self.weight)
+        if not self.is_frozen:
+            self.freeze()
+            if not self.is_frozen:
+                return self.mx.on_weight(self.weight)
+        return self.weight
 
     def _watch_for_gradients(self) -> None:
         """Notice a training step in evaluation mode, before the next call would undo it."""
@@ -165,7 +171,8 @@ class MxLinear(nn.Linear):
 
     def _fingerprint(self) -> tuple[int, int]:
         # In-place changes raise the version; loading, casting and moving replace the storage.
-        return self.weight.data_ptr(), 0 if self.weight.is_inference() else self.weight._version
+        weight = self.weight
+        return weight.data_ptr(), 0 if weight.is_inference() else weight._version
 
     def _apply(self, fn: Any, recurse: bool = True) -> MxLinear:
         frozen = self.is_frozen
