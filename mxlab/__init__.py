@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mxlab.convert import Conversion, apply
     from mxlab.formats import ElementFormat, MXFormat
-    from mxlab.numerics import quantize, round_elementwise
+    from mxlab.numerics import quantize, quantize_, round_elementwise
     from mxlab.recipe import Recipe, Rule
     from mxlab.specs import MxSpecs
 
@@ -24,6 +24,7 @@ _HOME = {
     "Rule": "mxlab.recipe",
     "apply": "mxlab.convert",
     "quantize": "mxlab.numerics",
+    "quantize_": "mxlab.numerics",
     "round_elementwise": "mxlab.numerics",
 }
 
@@ -36,6 +37,7 @@ __all__ = [
     "Rule",
     "apply",
     "quantize",
+    "quantize_",
     "round_elementwise",
 ]
 

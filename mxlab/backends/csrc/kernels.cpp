@@ -475,9 +475,16 @@ MX_SCALAR void look_up(const Buffers& b, const uint16_t* table, int64_t first, i
 }
 
 void uniform_numbers(float* target, uint64_t seed, int64_t first, int64_t last) {
-    for (int64_t i = first; i < last;) {
-        const Words words = philox(static_cast<u64>(i / 4), seed);
-        for (int w = static_cast<int>(i % 4); w < 4 && i < last; ++w, ++i) target[i] = uniform(words.word[w]);
+    constexpr int64_t COUNTERS = 16;
+    float numbers[4 * COUNTERS];
+    for (int64_t start = first / 4; start * 4 < last; start += COUNTERS) {
+        for (int64_t i = 0; i < COUNTERS; ++i) {
+            const Words w = philox(static_cast<u64>(start + i), seed);
+            for (int k = 0; k < 4; ++k) numbers[4 * i + k] = uniform(w.word[k]);
+        }
+        const int64_t skip = start * 4 < first ? first - start * 4 : 0;
+        const int64_t end = last - start * 4 < 4 * COUNTERS ? last - start * 4 : 4 * COUNTERS;
+        for (int64_t i = skip; i < end; ++i) target[start * 4 + i] = numbers[i];
     }
 }
 
