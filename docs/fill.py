@@ -2,8 +2,9 @@
 
 python docs/fill.py docs/results.md [--check]
 
-A table stands between ``<!-- table FILE: COLUMN ... -->`` and ``<!-- end -->``; FILE is relative to the repository. A column
-with a standard error prints it behind its value. With --check nothing is written, and a page out of date is an error.
+A table stands between ``<!-- table FILE: COLUMN ... -->`` and ``<!-- end -->``; FILE is relative to the repository.
+A column with a standard error prints it behind its value. With --check nothing is written, and a page out of date is
+an error.
 """
 
 import csv
