@@ -81,7 +81,7 @@ class OnCpu(Compiled):
 
 
 def vector_sizes(rounding: str) -> tuple[int, ...]:
-    return {"nearest": (1, 8, 16, 32, 64, 128), "dither": (1, 8, 32)}.get(rounding, (1, 32))
+    return {"nearest": (1, 8, 16, 32, 64, 128, 256), "dither": (1, 8, 32, 256)}.get(rounding, (1, 32))
 
 
 def kernel_names() -> list[str]:
@@ -105,7 +105,9 @@ def on_cpu(tmp_path_factory) -> OnCpu:
         f"{{ return on_cpu::launch({cuda.expression(name)}, threads, arguments, count); }}\n"
         for i, name in enumerate(names)
     )
-    (folder / "driver.cpp").write_text('#include "cuda_on_cpu.h"\n#include "kernels.cu"\n' + DIVERGING + "".join(functions))
+    (folder / "driver.cpp").write_text(
+        '#include "cuda_on_cpu.h"\n#include "kernels.cu"\n' + DIVERGING + "".join(functions)
+    )
     flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-ffp-contract=off", "-fno-strict-aliasing", "-w"]
     paths = ["-I", str(Path(__file__).parent), "-I", str(cuda.SOURCES)]
     subprocess.run([compiler, *flags, *paths, "driver.cpp", "-o", "driver.so"], cwd=folder, check=True)
@@ -146,7 +148,9 @@ FORMATS = [*ELEMENTS, "int3", "int5", "int6", "int7", "fp8_e1m6", "fp8_e6m1", "f
 
 
 @pytest.mark.parametrize("numerics", NUMERICS)
-@pytest.mark.parametrize(("dtype", "name"), [(t, n) for t in DTYPES for n in FORMATS if element(n).max <= torch.finfo(t).max])
+@pytest.mark.parametrize(
+    ("dtype", "name"), [(t, n) for t in DTYPES for n in FORMATS if element(n).max <= torch.finfo(t).max]
+)
 def test_formats(on_cpu, numerics, dtype, name):
     fields = product([8, 4, 1], [False, True], ["floor", "none"])
     for scale_bits, flush, rule in fields:
@@ -155,19 +159,22 @@ def test_formats(on_cpu, numerics, dtype, name):
 
 
 @pytest.mark.parametrize("rounding", ROUNDINGS)
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", [n for n in FORMATS if cuda._is_simple(element(n), torch.bfloat16)])
 def test_every_bfloat16_beside_a_largest_one(on_cpu, name, rounding):
     """What mx.h claims of the simple emulator."""
     values = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16)
-    for largest, scale_bits in product((1.0, 1.9921875), (8, 3)):
+    for largest, scale_bits, dtype in (
+        (1.0, 8, values.dtype),
+        (1.9921875, 3, values.dtype),
+        (1.9921875, 8, torch.float32),
+    ):
         below = values[values.abs() <= largest]
         rows = len(below) // 31 + 1
         x = torch.zeros(rows * 31, dtype=torch.bfloat16)
         x[: len(below)] = below
-        x = torch.cat([torch.full((rows, 1), largest, dtype=torch.bfloat16), x.view(rows, 31)], 1)
+        x = torch.cat([torch.full((rows, 1), largest), x.view(rows, 31)], 1).to(dtype)
         fmt = MXFormat(name, 32, rounding=rounding, scale_bits=scale_bits)
-        for y in (x, x.float()):
-            check(on_cpu.quantize(y, fmt, (1,), 3, "microxcaling"), microxcaling.quantize(y, fmt, (1,), 3))
+        check(on_cpu.quantize(x, fmt, (1,), 3, "microxcaling"), microxcaling.quantize(x, fmt, (1,), 3))
 
 
 @pytest.mark.parametrize("numerics", NUMERICS)
@@ -177,7 +184,13 @@ def test_layouts(on_cpu, numerics, dtype):
         fmt = MXFormat("int8", 32, rounding=rounding)
         memory = numbers((6 * 8 * 64 + 1,), dtype)
         unaligned = memory[1:].view(6, 8, 64)
-        for x in (unaligned, unaligned.permute(2, 0, 1), unaligned[:, ::2], unaligned[..., 1:], unaligned.transpose(0, 2)):
+        for x in (
+            unaligned,
+            unaligned.permute(2, 0, 1),
+            unaligned[:, ::2],
+            unaligned[..., 1:],
+            unaligned.transpose(0, 2),
+        ):
             for axes in ((0,), (1,), (2,), (0, 2)):
                 check(
                     on_cpu.quantize(x, fmt, axes, 5, numerics), EAGER[numerics].quantize(x.contiguous(), fmt, axes, 5)
@@ -265,7 +278,15 @@ def test_nvcc_compiles(architecture, tmp_path):
         pytest.skip("no nvcc")
     uses = "".join(f"auto* kernel_{i} = {cuda.expression(name)};\n" for i, name in enumerate(COMPILED))
     (tmp_path / "all.cu").write_text(f'#include "kernels.cu"\n{uses}')
-    flags = ["-std=c++17", "--fmad=false", "-Werror=all-warnings", "-cubin", f"-arch={architecture}", "-I", cuda.SOURCES]
+    flags = [
+        "-std=c++17",
+        "--fmad=false",
+        "-Werror=all-warnings",
+        "-cubin",
+        f"-arch={architecture}",
+        "-I",
+        cuda.SOURCES,
+    ]
     subprocess.run([compiler, *flags, "all.cu", "-o", "all.cubin"], cwd=tmp_path, check=True)
 
 
@@ -273,7 +294,7 @@ def test_nvcc_compiles(architecture, tmp_path):
 
 
 def test_cuda_is_for_cuda_tensors():
-    with pytest.raises(FormatError, match="'cuda'.*the tensor is on cpu"):
+    with pytest.raises(FormatError, match=r"'cuda'.*the tensor is on cpu"):
         quantize(torch.ones(4), "fp4", backend="cuda")
 
 
@@ -322,7 +343,14 @@ def gpu() -> torch.device:
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 def test_bits_on_a_gpu(gpu, numerics, dtype, rounding):
     for block_size, scale_bits in product((1, 5, 16, 32, 64, 100, 0), (8, 4)):
-        for shape, axis in [((60, 384), 1), ((7, 100), 1), ((100, 70), 0), ((3, 70, 50), 1), ((3, 9000), 1), ((64, 64), (0, 1))]:
+        for shape, axis in [
+            ((60, 384), 1),
+            ((7, 100), 1),
+            ((100, 70), 0),
+            ((3, 70, 50), 1),
+            ((3, 9000), 1),
+            ((64, 64), (0, 1)),
+        ]:
             x = numbers(shape, dtype)
             fmt = MXFormat("fp6_e2m3", block_size, rounding=rounding, scale_bits=scale_bits)
             ways = {"axis": axis, "numerics": numerics, "seed": 3}
@@ -356,7 +384,12 @@ def test_round_elementwise_on_a_gpu(gpu, numerics, dtype, rounding):
 
 def test_layouts_on_a_gpu(gpu):
     x = numbers((6, 8, 65), torch.bfloat16)
-    for view in (lambda t: t.permute(2, 0, 1), lambda t: t[:, ::2], lambda t: t[..., 1:], lambda t: t.expand(2, 6, 8, 65)):
+    for view in (
+        lambda t: t.permute(2, 0, 1),
+        lambda t: t[:, ::2],
+        lambda t: t[..., 1:],
+        lambda t: t.expand(2, 6, 8, 65),
+    ):
         for axis, rounding in product((0, 1, -1), ("nearest", "dither")):
             fmt = f"fp4@32,rounding={rounding}"
             result = quantize(view(x.to(gpu)), fmt, axis=axis, seed=1, backend="cuda")
@@ -403,5 +436,7 @@ def test_more_than_2_to_the_31_elements(gpu):
         x[-96:] = end.to(gpu)
         quantize_(x, f"fp4@{block}", backend="cuda")
         tail = count % block  # the last blocks start here
-        expected = quantize(torch.cat([torch.zeros((block - 96 + tail) % block), end.float()]).bfloat16(), f"fp4@{block}")
+        expected = quantize(
+            torch.cat([torch.zeros((block - 96 + tail) % block), end.float()]).bfloat16(), f"fp4@{block}"
+        )
         check(x[-96:].cpu(), expected[-96:])

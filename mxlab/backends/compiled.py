@@ -20,7 +20,7 @@ from mxlab.formats import ElementFormat, MXFormat, Numerics, Rounding
 
 
 class Layout(NamedTuple):
-    """A contiguous tensor as (outer, axis, inner), in blocks of ``block`` elements, at most the axis, along the axis."""
+    """A contiguous tensor as (outer, axis, inner), blocks of ``block`` elements, no longer than the axis, along it."""
 
     outer: int
     axis: int
@@ -38,7 +38,7 @@ class Compiled(ABC):
             FormatError: as :func:`mxlab.backends.microxcaling.quantize`.
         """
         _check(fmt, x, numerics)
-        if len(axes) > 1:
+        if len(axes) != 1:
             return self._quantize_tiles(x, fmt, axes, seed, numerics)
         x, out = _dense(x), torch.empty_like(x)
         self._run(x, out, self._noise(x, fmt.rounding, seed), fmt, numerics, _layout(x, fmt, axes[0]))

@@ -1,14 +1,15 @@
 """Both numerics in CUDA C++ (``csrc/kernels.cu``), compiled at run time by NVRTC for the GPU at hand.
 
 Through cuda-core, not CuPy: it is NVIDIA's own, follows CUDA 12 and 13, weighs a few megabytes beside the NVRTC that
-torch brings along, and leaves memory and streams to torch. It is the optional extra ``cuda``; without it :func:`missing`
-says so. A kernel is compiled, in a fraction of a second, when its dtype, numerics, rounding and block size are first met;
-formats are arguments. Kernels run on torch's current stream, so that CUDA graphs capture them.
+torch brings along, and leaves memory and streams to torch. It is the optional extra ``cuda``; without it
+:func:`missing` says so. A kernel is compiled, in a fraction of a second, when its dtype, numerics, rounding and block
+size are first met; formats are arguments. Kernels run on torch's current stream, so that CUDA graphs capture them.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 import struct
 import threading
 from pathlib import Path
@@ -212,11 +213,15 @@ def remedy() -> str:
     return f'pip install "mxlab[cuda{version}]"'
 
 
+@functools.cache
+def _core() -> Any:
+    return importlib.import_module("cuda.core")  # optional, and 0.3 s
+
+
 def compile_kernel(name: str, architecture: str) -> Any:
     """The cuda-core object code of one kernel for an architecture such as ``sm_90``; needs NVRTC, but no GPU."""
-    from cuda.core import Program, ProgramOptions
-
-    options = ProgramOptions(
+    core = _core()
+    options = core.ProgramOptions(
         name="kernels.cu",
         arch=architecture,
         std="c++17",
@@ -225,7 +230,7 @@ def compile_kernel(name: str, architecture: str) -> Any:
         prec_div=True,
         include_path=str(SOURCES),
     )
-    return Program(_source(), "c++", options).compile("cubin", name_expressions=(expression(name),))
+    return core.Program(_source(), "c++", options).compile("cubin", name_expressions=(expression(name),))
 
 
 def expression(name: str) -> str:
@@ -255,9 +260,7 @@ def _kernel(name: str, device: int) -> Any:
 
 @functools.cache
 def _stream(handle: int, device: int) -> Any:
-    from cuda.core import Stream
-
-    return Stream.from_handle(handle)
+    return _core().Stream.from_handle(handle)
 
 
 def _launch(device: torch.device, launch: Launch) -> None:
@@ -265,9 +268,8 @@ def _launch(device: torch.device, launch: Launch) -> None:
     if index != torch.cuda.current_device():
         with torch.cuda.device(device):
             return _launch(device, launch)
-    from cuda.core import LaunchConfig
-    from cuda.core import launch as start
-
+    core = _core()
     kernel = _kernel(launch.kernel, index)
     stream = _stream(torch.cuda.current_stream(device).cuda_stream, index)
-    start(stream, LaunchConfig(grid=-(-launch.threads // THREADS), block=THREADS), kernel, *launch.arguments)
+    config = core.LaunchConfig(grid=-(-launch.threads // THREADS), block=THREADS)
+    core.launch(stream, config, kernel, *launch.arguments)

@@ -93,7 +93,9 @@ def choose(device: str, backend: str) -> str:
         serves, module = _DEVICES[backend], _COMPILED[backend]
         if device != serves:
             where = serves.upper()
-            raise FormatError(f"backend is {backend!r}, which computes on {where} tensors; the tensor is on {device}: use 'auto'")
+            raise FormatError(
+                f"backend is {backend!r}, which computes on {where} tensors; the tensor is on {device}: use 'auto'"
+            )
         if reason := module.missing():
             raise FormatError(f"backend is {backend!r}, which is not there ({reason}): {module.remedy()}")
         return backend
