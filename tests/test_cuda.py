@@ -2,6 +2,8 @@
 
 import ctypes
 import functools
+import itertools
+import json
 import logging
 import math
 import shutil
@@ -9,7 +11,9 @@ import subprocess
 from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pytest
+import test_golden
 import torch
 from torch import Tensor
 
@@ -380,6 +384,21 @@ def test_round_elementwise_on_a_gpu(gpu, numerics, dtype, rounding):
         ways = {**widths, "rounding": rounding, "numerics": numerics, "seed": 3}
         expected = round_elementwise(x[start:], **ways, backend="reference")
         check(round_elementwise(x.to(gpu)[start:], **ways, backend="cuda").cpu(), expected)
+
+
+def test_golden_vectors_on_a_gpu(gpu):
+    cases = json.loads((test_golden.SELECTION / "manifest.json").read_text())["cases"]
+    arrays = dict(np.load(test_golden.SELECTION / "arrays.npz"))
+
+    def load(case: dict, key: str) -> Tensor | None:
+        if key not in case:
+            return None
+        flat = arrays[case["dtype"]][case[key] : case[key] + math.prod(case["shape"])]
+        return test_golden.tensor(flat.reshape(case["shape"]), case["dtype"])
+
+    for case, x, expected, numerics in itertools.chain(*test_golden.grouped(cases, load).values()):
+        if expected is not None:
+            check(test_golden.run(case, x.to(gpu), numerics).cpu(), expected)
 
 
 def test_layouts_on_a_gpu(gpu):

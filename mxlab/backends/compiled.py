@@ -120,7 +120,7 @@ def _layout(x: Tensor, fmt: MXFormat, axis: int) -> Layout:
         shape, axis = [shape[i] for i in order], order.index(axis)
     length, inner = shape[axis], math.prod(shape[axis + 1 :])
     block = 1 if fmt.scale_rule == "none" else min(fmt.block_size or length, length)
-    return Layout(x.numel() // (length * inner), length, inner, block)
+    return Layout(x.numel() // max(length * inner, 1), length, inner, block)
 
 
 def _memory_order(x: Tensor) -> list[int]:

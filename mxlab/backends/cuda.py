@@ -264,6 +264,8 @@ def _stream(handle: int, device: int) -> Any:
 
 
 def _launch(device: torch.device, launch: Launch) -> None:
+    if launch.threads == 0:
+        return None
     index = device.index
     if index != torch.cuda.current_device():
         with torch.cuda.device(device):
