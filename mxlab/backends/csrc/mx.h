@@ -230,7 +230,7 @@ struct Words {
 MX_INLINE Words philox(u64 counter, u64 seed) {
     u32 c0 = static_cast<u32>(counter), c1 = static_cast<u32>(counter >> 32), c2 = 0, c3 = 0;
     u32 k0 = static_cast<u32>(seed), k1 = static_cast<u32>(seed >> 32);
-#if defined(__GNUC__)
+#if defined(__GNUC__) && !defined(__CUDACC__)
 #pragma GCC unroll 10  // flat, so that a loop over counters can be done with vectors
 #endif
     for (int i = 0; i < 10; ++i) {
