@@ -23,6 +23,7 @@ def checks(data_dir: Path | None = None) -> Iterator[tuple[str, bool, str]]:
     yield "MX_SPECS_JSON", *_specs()
     yield "backend", True, "reference (eager torch), exact and microxcaling numerics, on every device"
     yield "device", True, _device()
+    yield from _gpu_kernels()
     yield "hub", *_hub()
     yield (
         "token",
@@ -61,6 +62,19 @@ def _device() -> str:
     if torch.cuda.is_available():
         return ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
     return f"CPU, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+
+
+def _gpu_kernels() -> Iterator[tuple[str, bool, str]]:
+    import torch
+
+    from mxlab.backends import cuda
+
+    if not torch.cuda.is_available():
+        return
+    if reason := cuda.missing():
+        yield "GPU kernels", False, f"are not there ({reason}): quantizing in eager torch, slowly; {cuda.remedy()}"
+    else:
+        yield "GPU kernels", True, "compiled by NVRTC when they are first used"
 
 
 def _hub() -> tuple[bool, str]:

@@ -44,7 +44,7 @@ def describe() -> dict[str, Any]:
     """The environment as plain values, in the order a reader wants them."""
     import torch
 
-    from mxlab.backends import native
+    from mxlab.backends import cuda, native
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
@@ -59,6 +59,7 @@ def describe() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "CPU kernels": native.MISSING or native.instruction_set(),
         "cuda available": torch.cuda.is_available(),
+        **({"GPU kernels": cuda.missing() or "NVRTC"} if gpus else {}),
         **{f"GPU {i}": name for i, name in enumerate(gpus)},
     }
 

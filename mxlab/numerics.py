@@ -46,8 +46,8 @@ def quantize(
         fmt: the format, or its spelling (``"fp4_e2m1@32"``).
         axis: the axis along which blocks lie; several axes form joint tiles of ``block_size`` a side.
         numerics: ``exact`` or ``microxcaling``.
-        backend: ``native`` (C++, CPU), ``reference`` (eager torch, every device), or ``auto`` for the fastest
-            there is. All give the same bits.
+        backend: ``native`` (C++, CPU), ``cuda`` (CUDA C++, NVIDIA GPUs), ``reference`` (eager torch, every device),
+            or ``auto`` for the fastest there is. All give the same bits.
         seed: of ``dither`` rounding; None draws one from torch's global generator. Ignored by the other roundings.
 
     Returns:

@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mxlab.backends import microxcaling, native, reference
+from mxlab.backends import cuda, microxcaling, native, reference
 from mxlab.errors import FormatError
 from mxlab.formats import MXFormat, Numerics, Rounding, elementwise_format
 
-BACKENDS = ("auto", "reference", "native")
+BACKENDS = ("auto", "reference", "native", "cuda")
+_DEVICES = {"native": "cpu", "cuda": "cuda"}  # what a compiled backend computes on
+_COMPILED: dict[str, Any] = {"native": native, "cuda": cuda}
 logger = logging.getLogger("mxlab")
 
 _library = torch.library.Library("mxlab", "DEF")
@@ -30,14 +32,16 @@ _library.define(
 
 
 def _quantize(x: Tensor, fmt: str, axes: list[int], numerics: Numerics, backend: str, seed: int) -> Tensor:
-    if choose(x.device.type, backend) == "native":
-        return native.quantize(x, MXFormat.parse(fmt), tuple(axes), seed, numerics)
+    compiled = _COMPILED.get(choose(x.device.type, backend))
+    if compiled:
+        return compiled.quantize(x, MXFormat.parse(fmt), tuple(axes), seed, numerics)
     return _laid_out(x, _eager(numerics).quantize(x, MXFormat.parse(fmt), tuple(axes), seed))
 
 
 def _quantize_in_place(x: Tensor, fmt: str, axes: list[int], numerics: Numerics, backend: str, seed: int) -> None:
-    if choose(x.device.type, backend) == "native":
-        native.quantize_(x, MXFormat.parse(fmt), tuple(axes), seed, numerics)
+    compiled = _COMPILED.get(choose(x.device.type, backend))
+    if compiled:
+        compiled.quantize_(x, MXFormat.parse(fmt), tuple(axes), seed, numerics)
         if not x.is_inference():
             torch.autograd.graph.increment_version(x)  # written behind torch's back
     else:
@@ -49,8 +53,9 @@ def _round_elementwise(
 ) -> Tensor:
     element = _elementwise_format(bfloat, fp)
     assert element is not None  # mxlab.numerics does not come here to round nothing
-    if choose(x.device.type, backend) == "native":
-        return native.round_elementwise(x, element, rounding, subnormals, seed, numerics)
+    compiled = _COMPILED.get(choose(x.device.type, backend))
+    if compiled:
+        return compiled.round_elementwise(x, element, rounding, subnormals, seed, numerics)
     return _laid_out(x, _eager(numerics).round_elementwise(x, element, rounding, subnormals, seed))
 
 
@@ -79,27 +84,31 @@ _elementwise_format = functools.cache(elementwise_format)
 
 @functools.cache
 def choose(device: str, backend: str) -> str:
-    """The backend that serves a device type: ``native`` or ``reference``.
+    """The backend that serves a device type: ``native``, ``cuda`` or ``reference``.
 
     Raises:
         FormatError: the backend asked for cannot serve the device, or is not there.
     """
-    if backend == "native":
-        if device != "cpu":
-            raise FormatError(f"backend is 'native', which computes on the CPU; the tensor is on {device}: use 'auto'")
-        if native.MISSING:
-            raise FormatError(f"backend is 'native', which is not there ({native.MISSING}): {_REMEDY}")
-    if backend == "auto" and device == "cpu":
-        if not native.MISSING:
-            return "native"
-        logger.warning(
-            "the native kernels are not there (%s); quantizing in eager torch, slowly: %s", native.MISSING, _REMEDY
-        )
+    if backend in _COMPILED:
+        serves, module = _DEVICES[backend], _COMPILED[backend]
+        if device != serves:
+            where = serves.upper()
+            raise FormatError(
+                f"backend is {backend!r}, which computes on {where} tensors; the tensor is on {device}: use 'auto'"
+            )
+        if reason := module.missing():
+            raise FormatError(f"backend is {backend!r}, which is not there ({reason}): {module.remedy()}")
+        return backend
+    fastest = next((name for name, serves in _DEVICES.items() if serves == device), None)
+    if backend == "reference" or fastest is None:
         return "reference"
-    return "reference" if backend == "auto" else backend
-
-
-_REMEDY = "install a C++ compiler, then mxlab again"
+    if reason := _COMPILED[fastest].missing():
+        logger.warning(
+            "the %s kernels are not there (%s); quantizing in eager torch, slowly: %s",
+            fastest, reason, _COMPILED[fastest].remedy(),
+        )  # fmt: skip
+        return "reference"
+    return fastest
 
 
 def _eager(numerics: Numerics) -> Any:

@@ -15,6 +15,14 @@
 #endif
 #define MX_INLINE static MX_MEMBER
 
+// Where one instruction of the GPU does what takes several here: the architecture, or 0. Bits may differ for NaN only.
+// tests/cuda_on_cpu.h takes the rest of the CUDA code to the CPU, and defines MX_NO_PTX.
+#if defined(__CUDA_ARCH__) && !defined(MX_NO_PTX)
+#define MX_PTX __CUDA_ARCH__
+#else
+#define MX_PTX 0
+#endif
+
 namespace mx {
 
 using u16 = unsigned short;
@@ -96,6 +104,27 @@ MX_INLINE float round_to_even(float x) {
 #endif
 }
 
+// Toward zero, where 0 <= x < 2^24.
+MX_INLINE float truncated(float x) {
+#if defined(__CUDA_ARCH__)
+    return truncf(x);
+#else
+    return static_cast<float>(static_cast<int>(x));
+#endif
+}
+
+// x / unit, where unit is 0, infinite or a power of two from 2^-126 on. GPUs have no instruction for a division, but the
+// inverse is exact: 2^(254 - b) for the biased exponent b, the subnormal 2^-127 for b = 254, and 0 for infinity.
+MX_INLINE float divided(float x, float unit) {
+#if defined(__CUDA_ARCH__)
+    const int b = static_cast<int>(bits_of(unit));
+    const int inverse = larger(0x7F000000 - b, (0x7F800000 - b) >> 1);
+    return x * float_of(b == 0 ? EXPONENT : static_cast<u32>(inverse));
+#else
+    return x / unit;
+#endif
+}
+
 // 2^e for -127 <= e <= 127. The biased exponent of 2^-127 is 0: it is the subnormal with the top mantissa bit.
 MX_INLINE float power_of_two(int e) { return float_of(static_cast<u32>(larger((e + 127) * (1 << 23), 1 << 22))); }
 
@@ -133,13 +162,39 @@ struct BF16 {
         const u32 rounded = b + 0x7FFFu + ((b >> 16) & 1u);
         return (b & MAGNITUDE) > EXPONENT ? QUIET_NAN : rounded;
     }
+#if MX_PTX >= 800
+    MX_INLINE u16 store(float x) {
+        u16 r;
+        asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(r) : "f"(x));
+        return r;
+    }
+    MX_INLINE float round(float x) {
+        u32 r;  // x in the upper half, 0 in the lower: as a float, x rounded
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(x), "f"(0.0f));
+        return float_of(r);
+    }
+#else
     MX_INLINE u16 store(float x) { return static_cast<u16>(rounded_bits(x) >> 16); }
     MX_INLINE float round(float x) { return float_of(rounded_bits(x) & 0xFFFF0000u); }
+#endif
 };
 
 struct F16 {
     using Stored = u16;
     static constexpr int mantissa_bits = 10;
+#if MX_PTX
+    MX_INLINE float load(u16 x) {
+        float r;
+        asm("cvt.f32.f16 %0, %1;" : "=f"(r) : "h"(x));
+        return r;
+    }
+    MX_INLINE u16 store(float x) {
+        u16 r;
+        asm("cvt.rn.f16.f32 %0, %1;" : "=h"(r) : "f"(x));
+        return r;
+    }
+    MX_INLINE float round(float x) { return load(store(x)); }
+#else
     MX_INLINE float load(u16 x) {
         const u32 shifted = static_cast<u32>(x & 0x7FFFu) << 13;
         const float scaled = float_of(shifted) * float_of(0x77800000u);  // 2^112: the difference of the biases
@@ -162,6 +217,7 @@ struct F16 {
                                        : bits_of(float_of(m) * float_of(0x07800000u)) >> 13;  // 2^-112
         return static_cast<u16>(half | (bits_of(r) >> 16 & 0x8000u));
     }
+#endif
 };
 
 // -------------------------------------------------------------------------------------------------------- dither
@@ -174,7 +230,7 @@ struct Words {
 MX_INLINE Words philox(u64 counter, u64 seed) {
     u32 c0 = static_cast<u32>(counter), c1 = static_cast<u32>(counter >> 32), c2 = 0, c3 = 0;
     u32 k0 = static_cast<u32>(seed), k1 = static_cast<u32>(seed >> 32);
-#if defined(__GNUC__)
+#if defined(__GNUC__) && !defined(__CUDACC__)
 #pragma GCC unroll 10  // flat, so that a loop over counters can be done with vectors
 #endif
     for (int i = 0; i < 10; ++i) {
@@ -217,10 +273,10 @@ MX_INLINE Scale scale(u32 amax, const Format& f) {
 template <Rounding R>
 MX_INLINE float to_integer(float a, float steps, float noise) {
     if constexpr (R == Rounding::nearest)
-        return static_cast<float>(static_cast<int>(multiply_add(a, steps, 0x0.ffffffp-1f)));
+        return truncated(multiply_add(a, steps, 0x0.ffffffp-1f));
     const float v = a * steps;
     if constexpr (R == Rounding::even) return round_to_even(v);
-    const float whole = static_cast<float>(static_cast<int>(v));
+    const float whole = truncated(v);
     if constexpr (R == Rounding::floor) return whole;
     // floor(v + u), without the rounding of that sum.
     return whole + (v - whole >= 1.0f - noise ? 1.0f : 0.0f);
@@ -302,23 +358,24 @@ MX_INLINE Scale scale(u32 amax, const Format& f) {
     return {1.0f / up * (flushed ? 0.0f : 1.0f), up};
 }
 
+// A magnitude rounded to an integer.
 template <class T, Rounding R>
-MX_INLINE float to_integer(float v, float noise) {
-    const float m = magnitude(v);
-    float integer;
-    if constexpr (R == Rounding::floor) {
-        integer = round_down(m);
-    } else if constexpr (R == Rounding::dither) {
+MX_INLINE float whole(float m, float noise) {
+    if constexpr (R == Rounding::floor) return round_down(m);
+    if constexpr (R == Rounding::dither) {
         constexpr float steps = static_cast<float>(1 << (T::mantissa_bits + 1));
         // As many bits as the type's own random numbers have: never rounded up to 1.
-        integer = round_down(T::round(m + static_cast<float>(static_cast<int>(noise * steps)) / steps));
-    } else {
-        integer = round_down(T::round(m + 0.5f));
-        if constexpr (R == Rounding::even) {
-            const float halves = T::round(m - 0.5f) * 0.5f;
-            integer = T::round(integer - (halves == round_down(halves) ? 1.0f : 0.0f));
-        }
+        return round_down(T::round(m + static_cast<float>(static_cast<int>(noise * steps)) / steps));
     }
+    const float nearest = round_down(T::round(m + 0.5f));
+    if constexpr (R == Rounding::nearest) return nearest;
+    const float halves = T::round(m - 0.5f) * 0.5f;
+    return T::round(nearest - (halves == round_down(halves) ? 1.0f : 0.0f));
+}
+
+template <class T, Rounding R>
+MX_INLINE float to_integer(float v, float noise) {
+    const float integer = whole<T, R>(magnitude(v), noise);
     return v == 0.0f ? 0.0f : with_sign_of(integer, v);  // integer * sign(v), the sign of -0 being +0
 }
 
@@ -335,7 +392,7 @@ template <class T, Rounding R>
 MX_INLINE float round_to_grid(float y, const Element& el, float noise) {
     const float steps = power_of_two(el.mantissa_bits), step = power_of_two(-el.mantissa_bits);
     const float unit = binade<T>(y, el);
-    const float v = T::round(T::round(y / unit) * steps);
+    const float v = T::round(T::round(divided(y, unit)) * steps);
     return T::round(T::round(to_integer<T, R>(v, noise) * step) * unit);
 }
 
@@ -350,6 +407,30 @@ MX_INLINE float round_scaled(float y, const Element& el, float noise) {
 template <class T, Rounding R>
 MX_INLINE float quantize(float x, const Scale& s, const Element& el, float noise) {
     return T::round(round_scaled<T, R>(T::round(x * s.down), el, noise) * s.up);
+}
+
+// As round_scaled, in fewer steps, for elements of up to 8 significant bits with emin in [-64, 0] and emax <= 32, for
+// float32 and bfloat16, and for the y that quantize passes, |y| < 2^(emax + 1). Nothing but the rounding to an integer
+// rounds then: what y is divided by exceeds 1 only where the quotient is at least 1/2.
+template <class T, Rounding R>
+MX_INLINE float round_scaled_simply(float y, const Element& el, float noise) {
+    const u32 b = bits_of(y) & MAGNITUDE;
+    const int e = static_cast<int>(b >> 23) - 127, a = e ^ (e >> 31);
+    const int octave = static_cast<int>(bits_of(static_cast<float>(a | 1)) >> 23) - 127;
+    // carry<T>(e), but for the highest octaves: below emin the exponent does not matter.
+    const u32 n = (T::mantissa_bits == 7 ? 84u : 88u) >> (7 - octave);
+    const int carried = static_cast<int>((b + (n << (23 - T::mantissa_bits))) & EXPONENT);
+    const int lowest = static_cast<int>(bits_of(el.min_normal)), highest = el.is_int != 0 ? lowest : 0x7F000000;
+    const int unit = smaller(larger(carried, lowest), highest), steps = el.mantissa_bits << 23;
+    const float v = float_of(b) * float_of(static_cast<u32>(0x7F000000 + steps - unit));
+    const float r = whole<T, R>(v, noise) * float_of(static_cast<u32>(unit - steps));
+    return with_sign_of(r < el.max ? r : el.max, y + 0.0f);  // -0 + 0 is +0
+}
+
+// As quantize, under the same conditions; still to be rounded to the type.
+template <class T, Rounding R>
+MX_INLINE float quantize_simply(float x, const Scale& s, const Element& el, float noise) {
+    return round_scaled_simply<T, R>(T::round(x * s.down), el, noise) * s.up;
 }
 
 template <class T, Rounding R>
