@@ -21,7 +21,7 @@ def checks(data_dir: Path | None = None) -> Iterator[tuple[str, bool, str]]:
     yield from _versions()
     yield "patch", *_patch()
     yield "MX_SPECS_JSON", *_specs()
-    yield "backend", True, "reference (eager torch), exact and microxcaling numerics, on every device"
+    yield "kernels", *_cpu_kernels()
     yield "device", True, _device()
     yield from _gpu_kernels()
     yield "hub", *_hub()
@@ -64,6 +64,14 @@ def _device() -> str:
     return f"CPU, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
 
 
+def _cpu_kernels() -> tuple[bool, str]:
+    from mxlab.backends import native
+
+    if reason := native.missing():
+        return False, f"are not there ({reason}): quantizing in eager torch, slowly; {native.remedy()}"
+    return True, f"native, for {native.instruction_set()}"
+
+
 def _gpu_kernels() -> Iterator[tuple[str, bool, str]]:
     import torch
 
@@ -72,9 +80,9 @@ def _gpu_kernels() -> Iterator[tuple[str, bool, str]]:
     if not torch.cuda.is_available():
         return
     if reason := cuda.missing():
-        yield "GPU kernels", False, f"are not there ({reason}): quantizing in eager torch, slowly; {cuda.remedy()}"
+        yield "GPU", False, f"are not there ({reason}): quantizing in eager torch, slowly; {cuda.remedy()}"
     else:
-        yield "GPU kernels", True, "compiled by NVRTC when they are first used"
+        yield "GPU", True, "compiled by NVRTC when they are first used"
 
 
 def _hub() -> tuple[bool, str]:

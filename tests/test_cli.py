@@ -260,7 +260,7 @@ def test_doctor(data, mxlab, tmp_path, monkeypatch):
     code, out, _ = mxlab("doctor", *([] if data == "none" else ["--data-dir", tmp_path]))
     assert code == 0
     rows = {line.split()[1]: line for line in out.splitlines()}
-    assert {"patch", "backend", "hub", "torch", "transformers", "token"} <= rows.keys()
+    assert {"patch", "kernels", "hub", "torch", "transformers", "token"} <= rows.keys()
     assert "switched off by HF_HUB_OFFLINE" in rows["hub"]
     assert "smollm2 is installed" in out
     assert "transformers" in rows["patch"]
@@ -272,6 +272,14 @@ def test_doctor(data, mxlab, tmp_path, monkeypatch):
     assert said[data] in rows["data"]
     assert rows["data"].startswith("--" if data == "missing" else "ok")
     assert rows["MX_SPECS_JSON"].startswith("--" if data == "missing" else "ok")
+
+
+def test_doctor_says_that_the_kernels_are_missing(mxlab, monkeypatch):
+    monkeypatch.setattr("mxlab.backends.native.MISSING", "No module named _native")
+    _, out, _ = mxlab("doctor")
+    row = next(line for line in out.splitlines() if " kernels " in line)
+    assert row.startswith("--")
+    assert "compiler" in " ".join(out.split())
 
 
 def test_the_program_itself(tmp_path):
