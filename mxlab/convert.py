@@ -176,9 +176,11 @@ def prepare(model: nn.Module, recipe: Recipe) -> Conversion:
             "or mxlab.apply, not both"
         )
     found = list(_sites(model, recipe))
-    shared: defaultdict[str, SharedInput] = defaultdict(SharedInput)  # by the name of the parent module
+    shared: defaultdict[str, SharedInput] = defaultdict(SharedInput)  # by the name of the layers' parent
     for site in found:
         _install(site, recipe, shared[site.name.rpartition(".")[0]])
+    for parent, inputs in shared.items():
+        inputs.attach(model.get_submodule(parent))
     return Conversion(model, recipe, tuple(found))
 
 

@@ -14,10 +14,8 @@ import torch
 from torch import Tensor
 
 from mxlab.backends import operators, reference
-from mxlab.backends.operators import BACKENDS
 from mxlab.errors import FormatError
 from mxlab.formats import (
-    NUMERICS,
     ROUNDINGS,
     ElementFormat,
     MXFormat,
@@ -27,7 +25,7 @@ from mxlab.formats import (
     elementwise_format,
 )
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = operators.DTYPES
 
 
 def quantize(
@@ -59,8 +57,8 @@ def quantize(
     Source: OCP Microscaling Formats (MX) v1.0, section 6.3.
     """
     fmt = MXFormat.parse(fmt)
-    axes = _axes(x, axis)
     _check(x, numerics, backend)
+    axes = _axes(x, axis)
     if x.numel() == 0:
         return x.clone()
     seed = _seed(fmt.rounding, seed)
@@ -82,8 +80,8 @@ def quantize_(
         FormatError: as :func:`quantize`; or ``x`` requires a gradient, which cannot pass through what is overwritten.
     """
     fmt = MXFormat.parse(fmt)
-    axes = _axes(x, axis)
     _check(x, numerics, backend)
+    axes = _axes(x, axis)
     if x.requires_grad and torch.is_grad_enabled():
         raise FormatError("x requires a gradient: quantize it in place under torch.no_grad(), or use quantize")
     if x.numel():
@@ -123,6 +121,8 @@ def round_elementwise(
     """
     element = elementwise_format(bfloat, fp)
     check_choice("rounding", rounding, ROUNDINGS)
+    if not isinstance(subnormals, bool):
+        raise FormatError(f"subnormals is {subnormals!r}: it must be true or false")
     _check(x, numerics, backend)
     if element is None or x.numel() == 0:
         return x.clone()
@@ -172,7 +172,9 @@ def _straight_through(function: Any, x: Tensor, *settings: Any) -> Tensor:
 
 def _axes(x: Tensor, axis: int | Sequence[int]) -> tuple[int, ...]:
     """The axes as ascending non-negative numbers; a tile does not depend on the order they are named in."""
-    if axis == -1 and x.ndim:  # the usual case, at once: a token's quantization takes microseconds
+    if (
+        isinstance(axis, int) and axis == -1 and x.ndim
+    ):  # the usual case, at once: a token's quantization takes microseconds
         return (x.ndim - 1,)
     named = tuple(axis) if isinstance(axis, Iterable) else (axis,)
     if x.ndim == 0:
@@ -188,10 +190,11 @@ def _axes(x: Tensor, axis: int | Sequence[int]) -> tuple[int, ...]:
 
 
 def _check(x: Tensor, numerics: str, backend: str) -> None:
-    if x.dtype not in DTYPES:
-        raise FormatError(f"cannot quantize {x.dtype}: cast the tensor to one of {', '.join(map(str, DTYPES))}")
-    check_choice("numerics", numerics, NUMERICS)
-    check_choice("backend", backend, BACKENDS)
+    if not isinstance(x, Tensor):
+        raise FormatError(f"x is a {type(x).__name__}: make it a tensor first, with torch.as_tensor")
+    if x.layout != torch.strided:
+        raise FormatError(f"the layout of x is {x.layout}: quantize x.to_dense()")
+    operators.check(x, numerics, backend)
 
 
 def _seed(rounding: str, seed: int | None) -> int:
@@ -199,4 +202,8 @@ def _seed(rounding: str, seed: int | None) -> int:
         return 0
     if seed is None:
         return int(torch.randint(2**63 - 1, ()))
+    try:
+        seed = operator.index(seed)
+    except TypeError:
+        raise FormatError(f"seed is {seed!r}: it must be a whole number, or None") from None
     return (seed + 2**63) % 2**64 - 2**63  # the 64 bits that count, as the operator's signed integer

@@ -302,6 +302,39 @@ def test_the_operators_keep_torchs_rules(numerics):
     torch.library.opcheck(operators.quantize_, (x.clone(), "fp4_e2m1@32", [1], numerics, "auto", 0), test_utils=tests)
 
 
+def test_the_operators_check_what_they_are_given():
+    q, r, x = torch.ops.mxlab.quantize, torch.ops.mxlab.round_elementwise, torch.randn(4, 64)
+    for backend in ("auto", "reference"):
+        same(q(x, "fp4_e2m1@32", [-1], "exact", backend, 0), quantize(x, "fp4_e2m1@32"))
+        for empty, axis in ((torch.empty(4, 0), 1), (torch.empty(0, 4), 0)):
+            assert q(empty, "fp4_e2m1@32", [axis], "exact", backend, 0).shape == empty.shape
+            torch.ops.mxlab.quantize_(empty, "fp4_e2m1@32", [axis], "exact", backend, 0)
+        same(r(x, 0, 0, "nearest", True, "exact", backend, 0), x)
+        with pytest.raises(FormatError, match="numerics"):
+            q(x, "fp4_e2m1@32", [1], "mx", backend, 0)
+        with pytest.raises(FormatError, match="cannot quantize"):
+            q(x.double(), "fp4_e2m1@32", [1], "exact", backend, 0)
+        with pytest.raises(FormatError, match="rounding"):
+            r(x, 16, 0, "nearset", True, "exact", backend, 0)
+    with pytest.raises(FormatError, match="did you mean 'native'"):
+        q(x, "fp4_e2m1@32", [1], "exact", "natve", 0)
+
+
+@pytest.mark.parametrize(
+    ("x", "options", "message"),
+    [
+        ([1.0, 2.0], {}, "x is a list"),
+        (None, {}, "x is a NoneType"),
+        (torch.eye(3).to_sparse(), {}, "to_dense"),
+        (torch.randn(4, 32), {"fmt": "fp4@32,rounding=dither", "seed": "1"}, "seed is '1'"),
+        (torch.randn(4, 32), {"fmt": "fp4@32,rounding=dither", "seed": 1.5}, "seed is 1.5"),
+    ],
+)
+def test_bad_input_is_named(x, options, message):
+    with pytest.raises(FormatError, match=message):
+        quantize(x, **{"fmt": "fp4@32", **options})
+
+
 def test_meta_tensors():
     x = torch.randn(4, 64, device="meta")
     assert quantize(x, "fp4@32").device.type == "meta"

@@ -1,7 +1,6 @@
 """Work is done once: weights at conversion, an activation for all projections that read it, K and V per token."""
 
 import copy
-import gc
 import pickle
 import weakref
 
@@ -92,8 +91,16 @@ def double(x: torch.Tensor) -> torch.Tensor:
     return x * 2
 
 
-def test_the_same_tensor_gives_the_same_result_until_it_changes():
-    shared, x = SharedInput(), torch.ones(3)
+@pytest.fixture
+def shared():
+    """A SharedInput as it is during a call of its parent."""
+    shared = SharedInput()
+    shared._begin()
+    return shared
+
+
+def test_the_same_tensor_gives_the_same_result_until_it_changes(shared):
+    x = torch.ones(3)
     first = shared.get(x, "a", double)
     assert shared.get(x, "a", double) is first
     assert shared.get(x, "b", double) is not first
@@ -101,35 +108,52 @@ def test_the_same_tensor_gives_the_same_result_until_it_changes():
     x.add_(1)
     assert torch.equal(shared.get(x, "a", double), torch.full((3,), 4.0))
     assert shared.get(x.clone(), "a", double) is not first
+    x.data = torch.full((3,), 5.0)
+    assert torch.equal(shared.get(x, "a", double), torch.full((3,), 10.0))
 
 
-def test_a_result_without_a_graph_does_not_serve_training():
-    shared, x = SharedInput(), torch.ones(3, requires_grad=True)
+def test_a_result_without_a_graph_does_not_serve_training(shared):
+    x = torch.ones(3)
+    shared.get(x, "a", double)
+    x.requires_grad_()
     with torch.no_grad():
         shared.get(x, "a", double)
     assert shared.get(x, "a", double).requires_grad
 
 
-def test_inference_tensors_are_shared_too():
+def test_inference_tensors_are_shared_too(shared):
     with torch.inference_mode():
-        shared, x = SharedInput(), torch.ones(3)
+        x = torch.ones(3)
         assert shared.get(x, "a", double) is shared.get(x, "a", double)
 
 
-def test_nothing_is_kept_when_the_input_is_gone():
-    shared, x = SharedInput(), torch.ones(3)
-    result = weakref.ref(shared.get(x, "a", double))
-    del x
-    gc.collect()
-    assert result() is None
+def test_nothing_outlives_the_call_of_the_parent(shared):
+    x = torch.ones(3)
+    first = weakref.ref(shared.get(x, "a", double))
+    shared._end()
+    assert first() is None
+    assert shared.get(x, "a", double) is not shared.get(x, "a", double)
 
 
-def test_an_untouched_input_is_not_kept():
-    shared, x = SharedInput(), torch.ones(3)
-    assert shared.get(x, "a", lambda t: t) is x
-    kept = weakref.ref(x)
-    del x
-    assert kept() is None
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_buffer_that_is_written_again_is_quantized_again(mode):
+    attention = converted().model.layers[0].self_attn
+    layer = attention.q_proj
+    with mode():
+        buffer = torch.empty(4, layer.in_features, dtype=layer.weight.dtype)
+        for seed in range(3):
+            values = torch.randn(buffer.shape, generator=torch.Generator().manual_seed(seed)).to(buffer.dtype)
+            buffer.copy_(values)
+            assert torch.equal(layer(buffer), layer(values))
+
+
+def test_a_parent_that_fails_leaves_nothing_behind():
+    model = converted()
+    mlp = model.model.layers[0].mlp
+    with pytest.raises(RuntimeError):
+        mlp(torch.ones(2, 3))
+    assert mlp.gate_proj.shared._last is None
+    assert not mlp.gate_proj.shared._is_open
 
 
 def test_copies_share_among_themselves_only():
@@ -162,3 +186,17 @@ def test_compiled_code_sees_weights_that_are_loaded_later():
         model.load_state_dict(tiny(seed=5).state_dict())
         loaded = compiled(ids, use_cache=False).logits
         assert torch.equal(loaded, model(ids, use_cache=False).logits)
+
+
+@pytest.mark.filterwarnings("ignore:.*autograd.function.Function:DeprecationWarning")  # torch's own tracing
+def test_training_compiled_code_keeps_the_master():
+    model, ids = converted().train(), tokens()
+    compiled = torch.compile(model, backend="aot_eager")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    compiled(ids, use_cache=False).logits.square().mean().backward()
+    optimizer.step()
+    trained = {name: p.detach().clone() for name, p in model.named_parameters()}
+    model.eval()
+    with torch.no_grad():
+        assert torch.equal(compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
+    assert all(torch.equal(p, trained[name]) for name, p in model.named_parameters())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import operator
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ except ImportError as e:
     MISSING: str | None = str(e)
 else:
     MISSING = None
+    for _runtime in sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*")):
+        _native.adopt_openmp(str(_runtime))
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 

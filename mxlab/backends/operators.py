@@ -15,8 +15,17 @@ from torch import Tensor
 
 from mxlab.backends import cuda, microxcaling, native, reference
 from mxlab.errors import FormatError
-from mxlab.formats import MXFormat, Numerics, Rounding, elementwise_format
+from mxlab.formats import (
+    NUMERICS,
+    ROUNDINGS,
+    MXFormat,
+    Numerics,
+    Rounding,
+    check_choice,
+    elementwise_format,
+)
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BACKENDS = ("auto", "reference", "native", "cuda")
 _DEVICES = {"native": "cpu", "cuda": "cuda"}  # what a compiled backend computes on
 _COMPILED: dict[str, Any] = {"native": native, "cuda": cuda}
@@ -31,30 +40,50 @@ _library.define(
 )
 
 
+def check(x: Tensor, numerics: str, backend: str) -> None:
+    """Refuse what no backend computes.
+
+    Raises:
+        FormatError: an unsupported dtype, numerics or backend.
+    """
+    if x.dtype not in DTYPES:
+        raise FormatError(f"cannot quantize {x.dtype}: cast the tensor to one of {', '.join(map(str, DTYPES))}")
+    check_choice("numerics", numerics, NUMERICS)
+    check_choice("backend", backend, BACKENDS)
+
+
 def _quantize(x: Tensor, fmt: str, axes: list[int], numerics: Numerics, backend: str, seed: int) -> Tensor:
-    compiled = _COMPILED.get(choose(x.device.type, backend))
-    if compiled:
-        return compiled.quantize(x, MXFormat.parse(fmt), tuple(axes), seed, numerics)
-    return _laid_out(x, _eager(numerics).quantize(x, MXFormat.parse(fmt), tuple(axes), seed))
+    check(x, numerics, backend)
+    if x.numel() == 0:
+        return torch.empty_like(x)
+    parsed, places = MXFormat.parse(fmt), tuple(axis % x.ndim for axis in axes)
+    if compiled := _COMPILED.get(choose(x.device.type, backend)):
+        return compiled.quantize(x, parsed, places, seed, numerics)
+    return _laid_out(x, _eager(numerics).quantize(x, parsed, places, seed))
 
 
 def _quantize_in_place(x: Tensor, fmt: str, axes: list[int], numerics: Numerics, backend: str, seed: int) -> None:
-    compiled = _COMPILED.get(choose(x.device.type, backend))
-    if compiled:
-        compiled.quantize_(x, MXFormat.parse(fmt), tuple(axes), seed, numerics)
+    check(x, numerics, backend)
+    if x.numel() == 0:
+        return
+    parsed, places = MXFormat.parse(fmt), tuple(axis % x.ndim for axis in axes)
+    if compiled := _COMPILED.get(choose(x.device.type, backend)):
+        compiled.quantize_(x, parsed, places, seed, numerics)
         if not x.is_inference():
             torch.autograd.graph.increment_version(x)  # written behind torch's back
     else:
-        x.copy_(_eager(numerics).quantize(x, MXFormat.parse(fmt), tuple(axes), seed))
+        x.copy_(_eager(numerics).quantize(x, parsed, places, seed))
 
 
 def _round_elementwise(
     x: Tensor, bfloat: int, fp: int, rounding: Rounding, subnormals: bool, numerics: Numerics, backend: str, seed: int
 ) -> Tensor:
+    check(x, numerics, backend)
+    check_choice("rounding", rounding, ROUNDINGS)
     element = _elementwise_format(bfloat, fp)
-    assert element is not None  # mxlab.numerics does not come here to round nothing
-    compiled = _COMPILED.get(choose(x.device.type, backend))
-    if compiled:
+    if element is None or x.numel() == 0:
+        return x.clone()
+    if compiled := _COMPILED.get(choose(x.device.type, backend)):
         return compiled.round_elementwise(x, element, rounding, subnormals, seed, numerics)
     return _laid_out(x, _eager(numerics).round_elementwise(x, element, rounding, subnormals, seed))
 

@@ -85,7 +85,8 @@ class MxLinear(nn.Linear):
     still what was loaded. A weight that accelerate offloaded is quantized on the fly, too.
 
     Torch does not count writes through ``weight.data``: such a change is seen when the state is read, but not by the
-    forward pass. Write to the weight itself, under ``torch.no_grad()``.
+    forward pass. Write to the weight itself, under ``torch.no_grad()``. Compiled code sees weights that are loaded, and
+    training, but no other writes: call the layer once outside it, and compile again.
     """
 
     mx: LinearQuantizer
@@ -141,7 +142,6 @@ class MxLinear(nn.Linear):
         return f"{super().extra_repr()}, weight={self.mx.weight}, activation={self.mx.activation}, {self.mx.numerics}"
 
     def _grid_activation(self, x: Tensor) -> Tensor:
-        # Traced code quantizes for each layer: a trace sees neither weak references nor in-place changes of x.
         if torch.compiler.is_compiling() or not self.mx.shares_input:
             return self.mx.on_activation(x)
         return self.shared.get(x, self.mx.input_kind, self.mx.on_activation)
@@ -149,6 +149,8 @@ class MxLinear(nn.Linear):
     def _grid_weight(self) -> Tensor:
         if torch.compiler.is_compiling():
             # Neither the version nor the address of a weight can be traced. The marks are guards of the compiled code.
+            if self._is_in_training and torch.is_grad_enabled():
+                self._is_master = True
             is_plain = self._frozen_at is not None and not self._is_master and not self._is_in_training
             return self.weight if is_plain else self.mx.on_weight(self.weight)
         if torch.is_grad_enabled() and self.weight.requires_grad:

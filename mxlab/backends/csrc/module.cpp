@@ -90,6 +90,7 @@ class Quantizer {
     void run(uintptr_t source, uintptr_t target, uintptr_t noise, int dtype, int64_t outer, int64_t axis, int64_t inner,
              int64_t block, int threads) {
         const nb::gil_scoped_release release;
+        if (outer < 1 || axis < 1 || inner < 1 || block < 1) return;
         const Buffers b = buffers(source, target, noise, dtype);
         const Layout layout{outer, axis, inner, block};
         const Kernels& kernels = *active;
@@ -179,6 +180,8 @@ NB_MODULE(_native, m) {
              nb::arg("subnormals"), nb::arg("emulate"))
         .def("run", &Rounder::run);
     m.def("uniform", &uniform);
+    m.def("adopt_openmp", [](const std::string& path) { return adopt_openmp(path.c_str()); }, nb::arg("path"),
+          "Use the threads of the GNU OpenMP runtime at a path, if it is loaded. Whether it is.");
     m.def("instruction_sets", &instruction_sets, "What this processor can run, the fastest last.");
     m.def("instruction_set", [] { return std::string(active->name); }, "What the kernels use now.");
     m.def("use", &use, nb::arg("name"), "Use another instruction set, to compare them.");

@@ -1,4 +1,7 @@
-// A thread pool of our own: torch's is its OpenMP runtime, and a second OpenMP runtime beside it oversubscribes the cores.
+// Threads: those of the OpenMP runtime that torch has loaded, where that is GNU's, or else a small pool of our own.
+//
+// Torch's threads are awake: between two operators they wait in a loop for a while, and a thread of anybody else's would
+// have to share a core with one. A second OpenMP runtime would be as bad.
 #pragma once
 
 #include <cfenv>
@@ -23,8 +26,12 @@ class DefaultArithmetic {
     std::fenv_t saved_;
 };
 
-// Calls work(first, last) on ranges that cover [0, units), on the calling thread and up to `threads` - 1 others, and
-// returns when all is done, under DefaultArithmetic. The ranges have `grain` units at least. Any number of threads may call it at once.
+// Calls work(first, last) on ranges of `grain` units (the last may be shorter) that cover [0, units), on the calling thread
+// and up to `threads` - 1 others, under DefaultArithmetic, and returns when all is done. `work` must not throw. Any number
+// of threads may call it at once.
 void parallel_for(int threads, int64_t units, int64_t grain, const std::function<void(int64_t, int64_t)>& work);
+
+// Uses the threads of the GNU OpenMP runtime at `path` from now on, if it is loaded already; false where it is not.
+bool adopt_openmp(const char* path);
 
 }  // namespace mx
