@@ -36,6 +36,7 @@ def quantize(
     numerics: Numerics = "exact",
     backend: str = "auto",
     seed: int | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Round ``x`` to a microscaling format.
 
@@ -47,18 +48,26 @@ def quantize(
         backend: ``native`` (C++, CPU), ``cuda`` (CUDA C++, NVIDIA GPUs), ``reference`` (eager torch, every device),
             or ``auto`` for the fastest there is. All give the same bits.
         seed: of ``dither`` rounding; None draws one from torch's global generator. Ignored by the other roundings.
+        out: where to write the result, a tensor of the shape, dtype and device of ``x``.
 
     Returns:
-        A new tensor laid out as ``torch.empty_like(x)``. Its gradient passes straight through.
+        A new tensor laid out as ``torch.empty_like(x)``, whose gradient passes straight through; or ``out``, which
+        carries no gradient.
 
     Raises:
-        FormatError: an unsupported dtype, format, axis, numerics or backend.
+        FormatError: an unsupported dtype, format, axis, numerics or backend; an ``out`` that does not fit, or with an
+            ``x`` that requires a gradient.
 
     Source: OCP Microscaling Formats (MX) v1.0, section 6.3.
     """
     fmt = MXFormat.parse(fmt)
     _check(x, numerics, backend)
     axes = _axes(x, axis)
+    if out is not None:
+        if x.requires_grad and torch.is_grad_enabled():
+            raise FormatError("x requires a gradient, which cannot pass through out: leave out away, or use no_grad")
+        operators.quantize_out(x, out, str(fmt), axes, numerics, backend, _seed(fmt.rounding, seed))
+        return out
     if x.numel() == 0:
         return x.clone()
     seed = _seed(fmt.rounding, seed)

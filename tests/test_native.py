@@ -147,6 +147,21 @@ def test_any_layout(view, rounding, numerics):
                     same(written, expected)
 
 
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_into_another_tensor(backend):
+    x = hard(torch.bfloat16)
+    for y in (x, x.T, x[::2]):
+        for axis in (0, -1, (0, 1)):
+            out = torch.empty(y.shape, dtype=y.dtype)
+            assert quantize(y, "fp6_e2m3@32", axis=axis, backend=backend, out=out) is out
+            same(out, quantize(y, "fp6_e2m3@32", axis=axis))
+    assert quantize(x[:0], "fp4@32", out=x[:0].clone()).shape == (0, 192)
+    with pytest.raises(FormatError, match="out is"):
+        quantize(x, "fp4@32", out=torch.empty(3, dtype=x.dtype), backend=backend)
+    with pytest.raises(FormatError, match="no_grad"):
+        quantize(x.float().requires_grad_(), "fp4@32", out=torch.empty(x.shape))
+
+
 def test_in_place_writes_through_a_strided_view():
     whole = hard(torch.float32)
     expected = whole.clone()

@@ -17,7 +17,7 @@ from mxlab.specs import override
 
 
 class Calls(TorchDispatchMode):
-    """The shapes that mxlab's operators are called with."""
+    """The shapes that mxlab's operators are called with, whether they write to new memory or not."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -25,7 +25,8 @@ class Calls(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "mxlab":
-            self.shapes.setdefault(func.__name__.partition(".")[0], []).append(tuple(args[0].shape))
+            name = func.__name__.partition(".")[0].removesuffix("_out")
+            self.shapes.setdefault(name, []).append(tuple(args[0].shape))
         return func(*args, **(kwargs or {}))
 
 
@@ -63,7 +64,7 @@ def test_sharing_moves_no_bit(numerics, monkeypatch):
     model = converted(custom_cuda=numerics == "exact")
     with torch.no_grad():
         shared = model(ids).logits
-        monkeypatch.setattr(SharedInput, "get", lambda self, x, kind, function: function(x))
+        monkeypatch.setattr(SharedInput, "get", lambda self, x, kind, function: function(x, None))
         assert torch.equal(model(ids).logits, shared)
 
 
@@ -74,7 +75,7 @@ def test_gradients_are_those_of_separate_quantization(monkeypatch):
     for m in (model, other):
         mxlab.apply(m, "ex2")
     model(ids).logits.square().sum().backward()
-    monkeypatch.setattr(SharedInput, "get", lambda self, x, kind, function: function(x))
+    monkeypatch.setattr(SharedInput, "get", lambda self, x, kind, function: function(x, None))
     other(ids).logits.square().sum().backward()
     for p, q in zip(model.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad)
@@ -87,8 +88,8 @@ def test_dither_draws_for_each_projection():
     assert len(calls.shapes["quantize"]) == 9 * layers(model)
 
 
-def double(x: torch.Tensor) -> torch.Tensor:
-    return x * 2
+def double(x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    return torch.mul(x, 2, out=out)
 
 
 @pytest.fixture
@@ -104,7 +105,7 @@ def test_the_same_tensor_gives_the_same_result_until_it_changes(shared):
     first = shared.get(x, "a", double)
     assert shared.get(x, "a", double) is first
     assert shared.get(x, "b", double) is not first
-    first = shared.get(x, "a", double)
+    shared.get(x, "a", double)
     x.add_(1)
     assert torch.equal(shared.get(x, "a", double), torch.full((3,), 4.0))
     assert shared.get(x.clone(), "a", double) is not first
@@ -118,13 +119,29 @@ def test_a_result_without_a_graph_does_not_serve_training(shared):
     x.requires_grad_()
     with torch.no_grad():
         shared.get(x, "a", double)
-    assert shared.get(x, "a", double).requires_grad
+    assert shared.get(x, "a", lambda t, out: t * 2).requires_grad
 
 
 def test_inference_tensors_are_shared_too(shared):
     with torch.inference_mode():
         x = torch.ones(3)
         assert shared.get(x, "a", double) is shared.get(x, "a", double)
+
+
+def test_a_workspace_that_another_has_borrowed_is_not_read(shared):
+    other, x, y = SharedInput(), torch.ones(3), torch.full((3,), 7.0)
+    other._begin()
+    with torch.no_grad():
+        shared.get(x, "a", double)
+        other.get(y, "a", double)
+        assert torch.equal(shared.get(x, "a", double), torch.full((3,), 2.0))
+
+
+def test_training_gets_memory_of_its_own(shared):
+    x, y = torch.ones(3), torch.full((3,), 7.0)
+    first = shared.get(x, "a", double)
+    shared.get(y, "a", double)
+    assert torch.equal(first, torch.full((3,), 2.0))
 
 
 def test_nothing_outlives_the_call_of_the_parent(shared):

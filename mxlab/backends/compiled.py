@@ -44,6 +44,11 @@ class Compiled(ABC):
         self._run(x, out, self._noise(x, fmt.rounding, seed), fmt, numerics, _layout(x, fmt, axes[0]))
         return out
 
+    def quantize_out(self, x: Tensor, out: Tensor, fmt: MXFormat, axis: int, seed: int, numerics: Numerics) -> None:
+        """As :meth:`quantize` along one axis, into ``out``; both contiguous."""
+        _check(fmt, x, numerics)
+        self._run(x, out, self._noise(x, fmt.rounding, seed), fmt, numerics, _layout(x, fmt, axis))
+
     def quantize_(self, x: Tensor, fmt: MXFormat, axes: tuple[int, ...], seed: int, numerics: Numerics) -> None:
         """As :meth:`quantize`, in place."""
         if len(axes) == 1 and _is_dense(x):

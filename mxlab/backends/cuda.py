@@ -69,7 +69,8 @@ class _Cuda(Compiled):
 
 
 _backend = _Cuda()
-quantize, quantize_, round_elementwise = _backend.quantize, _backend.quantize_, _backend.round_elementwise
+quantize, quantize_out, quantize_ = _backend.quantize, _backend.quantize_out, _backend.quantize_
+round_elementwise = _backend.round_elementwise
 
 
 # What is launched

@@ -54,7 +54,8 @@ class _Native(Compiled):
 
 
 _backend = _Native()
-quantize, quantize_, round_elementwise = _backend.quantize, _backend.quantize_, _backend.round_elementwise
+quantize, quantize_out, quantize_ = _backend.quantize, _backend.quantize_out, _backend.quantize_
+round_elementwise = _backend.round_elementwise
 
 
 def missing() -> str | None:

@@ -33,6 +33,9 @@ logger = logging.getLogger("mxlab")
 
 _library = torch.library.Library("mxlab", "DEF")
 _library.define("quantize(Tensor x, str format, int[] axes, str numerics, str backend, int seed) -> Tensor")
+_library.define(
+    "quantize_out(Tensor x, Tensor(a!) out, str format, int[] axes, str numerics, str backend, int seed) -> ()"
+)
 _library.define("quantize_(Tensor(a!) x, str format, int[] axes, str numerics, str backend, int seed) -> ()")
 _library.define(
     "round_elementwise(Tensor x, int bfloat, int fp, str rounding, bool subnormals, str numerics, str backend, "
@@ -75,6 +78,24 @@ def _quantize_in_place(x: Tensor, fmt: str, axes: list[int], numerics: Numerics,
         x.copy_(_eager(numerics).quantize(x, parsed, places, seed))
 
 
+def _quantize_out(
+    x: Tensor, out: Tensor, fmt: str, axes: list[int], numerics: Numerics, backend: str, seed: int
+) -> None:
+    check(x, numerics, backend)
+    if out.shape != x.shape or out.dtype != x.dtype or out.device != x.device:
+        raise FormatError(
+            f"out is {out.dtype} of shape {tuple(out.shape)} on {out.device}: it must be as x is, "
+            f"{x.dtype} of shape {tuple(x.shape)} on {x.device}"
+        )
+    compiled = _COMPILED.get(choose(x.device.type, backend))
+    if compiled and len(axes) == 1 and x.numel() and x.is_contiguous() and out.is_contiguous():
+        compiled.quantize_out(x, out, MXFormat.parse(fmt), axes[0] % x.ndim, seed, numerics)
+        if not out.is_inference():
+            torch.autograd.graph.increment_version(out)
+    else:
+        out.copy_(_quantize(x, fmt, axes, numerics, backend, seed))
+
+
 def _round_elementwise(
     x: Tensor, bfloat: int, fp: int, rounding: Rounding, subnormals: bool, numerics: Numerics, backend: str, seed: int
 ) -> Tensor:
@@ -98,13 +119,16 @@ def _laid_out(x: Tensor, result: Tensor) -> Tensor:
 
 
 _library.impl("quantize", _quantize, "CompositeExplicitAutograd")
+_library.impl("quantize_out", _quantize_out, "CompositeExplicitAutograd")
 _library.impl("quantize_", _quantize_in_place, "CompositeExplicitAutograd")
 _library.impl("round_elementwise", _round_elementwise, "CompositeExplicitAutograd")
 _library.impl("quantize", _like, "Meta")
+_library.impl("quantize_out", lambda *_: None, "Meta")
 _library.impl("quantize_", lambda *_: None, "Meta")
 _library.impl("round_elementwise", _like, "Meta")
 
 quantize = torch.ops.mxlab.quantize.default
+quantize_out = torch.ops.mxlab.quantize_out.default
 quantize_ = torch.ops.mxlab.quantize_.default
 round_elementwise = torch.ops.mxlab.round_elementwise.default
 

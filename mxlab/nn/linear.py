@@ -45,9 +45,9 @@ class LinearQuantizer:
         """The weight [out, in] as the matmul sees it."""
         return self._quantized(self._rounded(weight, self.elementwise.weight_rounding), self.weight)
 
-    def on_activation(self, x: Tensor) -> Tensor:
-        """The input [..., in] as the matmul sees it."""
-        return self._quantized(self._rounded(x, self.elementwise.output_rounding), self.activation)
+    def on_activation(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """The input [..., in] as the matmul sees it; in ``out``, where one is given and there is something to write."""
+        return self._quantized(self._rounded(x, self.elementwise.output_rounding), self.activation, out)
 
     def on_bias(self, bias: Tensor) -> Tensor:
         """The bias [out] as it is added."""
@@ -63,8 +63,8 @@ class LinearQuantizer:
         fmt = self.activation
         return "dither" not in (fmt and fmt.rounding, self.elementwise.output_rounding)
 
-    def _quantized(self, x: Tensor, fmt: MXFormat | None) -> Tensor:
-        return x if fmt is None else quantize(x, fmt, numerics=self.numerics)
+    def _quantized(self, x: Tensor, fmt: MXFormat | None, out: Tensor | None = None) -> Tensor:
+        return x if fmt is None else quantize(x, fmt, numerics=self.numerics, out=out)
 
     def _rounded(self, x: Tensor, rounding: Rounding) -> Tensor:
         if x.dtype in self.untouched:

@@ -2,11 +2,41 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+_LARGEST = 2**26  # bytes of a workspace
+
+
+class _Workspace(threading.local):
+    """Memory for one quantized activation, lent to one SharedInput after the other.
+
+    A matmul reads it at once and nobody else sees it. New memory for every layer would cost page faults, which can take
+    longer than quantizing. Torch's allocator for GPUs keeps its memory; there none is lent.
+    """
+
+    def __init__(self) -> None:
+        self.borrower: SharedInput | None = None
+        self._memory: dict[Hashable, Tensor] = {}
+
+    def lend(self, borrower: SharedInput, x: Tensor) -> Tensor | None:
+        """Contiguous memory for a tensor like ``x``, until it is lent again; None where it must be the caller's own."""
+        size = x.numel() * x.element_size()
+        if torch.is_grad_enabled() or x.device.type != "cpu" or not x.is_contiguous() or size > _LARGEST:
+            return None
+        kind = x.dtype, torch.is_inference_mode_enabled()
+        memory = self._memory.get(kind)
+        if memory is None or memory.numel() < x.numel():
+            memory = self._memory[kind] = torch.empty(x.numel(), dtype=x.dtype)
+        self.borrower = borrower
+        return memory[: x.numel()].view(x.shape)
+
+
+_workspace = _Workspace()
 
 
 class SharedInput:
@@ -18,23 +48,28 @@ class SharedInput:
 
     def __init__(self) -> None:
         self._is_open = False
-        self._last: tuple[Tensor, Hashable, Tensor] | None = None
+        self._last: tuple[Tensor, Hashable, Tensor, Tensor | None] | None = None
 
     def attach(self, parent: nn.Module) -> None:
         """Remember inputs during the calls of ``parent``."""
         parent.register_forward_pre_hook(self._begin)
         parent.register_forward_hook(self._end, always_call=True)
 
-    def get(self, x: Tensor, kind: Hashable, function: Callable[[Tensor], Tensor]) -> Tensor:
-        """``function(x)``; not computed again for the same unchanged tensor and an equal ``kind``."""
+    def get(self, x: Tensor, kind: Hashable, function: Callable[[Tensor, Tensor | None], Tensor]) -> Tensor:
+        """``function(x, out)``, ``out`` being memory for the result or None.
+
+        It is not computed again for the same unchanged tensor and an equal ``kind``. The result is good until the next
+        call of any SharedInput of this thread.
+        """
         if not self._is_open:
-            return function(x)
+            return function(x, None)
         key = (kind, torch.is_grad_enabled(), x.requires_grad, x.data_ptr(), 0 if x.is_inference() else x._version)
         last = self._last
-        if last is not None and last[0] is x and last[1] == key:
+        if last is not None and last[0] is x and last[1] == key and (last[3] is None or _workspace.borrower is self):
             return last[2]
-        result = function(x)
-        self._last = (x, key, result)
+        out = _workspace.lend(self, x)
+        result = function(x, out)
+        self._last = (x, key, result, out)
         return result
 
     def _begin(self, *_: Any) -> None:
