@@ -27,6 +27,7 @@ lint: setup-dev
 	.venv/bin/lint-imports
 
 figs: setup
+	rm -rf results/smollm2-135m/report
 	.venv/bin/mxlab report results/smollm2-135m --out results/smollm2-135m/report
 	cp results/smollm2-135m/report/figs/*.png figs/
 	$(PYTHON) docs/fill.py docs/results.md
