@@ -129,19 +129,20 @@ def test_inference_tensors_are_shared_too(shared):
 
 
 def test_a_workspace_that_another_has_borrowed_is_not_read(shared):
-    other, x, y = SharedInput(), torch.ones(3), torch.full((3,), 7.0)
+    other, x, y = SharedInput(), torch.ones(2**16), torch.full((2**16,), 7.0)
     other._begin()
     with torch.no_grad():
-        shared.get(x, "a", double)
-        other.get(y, "a", double)
-        assert torch.equal(shared.get(x, "a", double), torch.full((3,), 2.0))
+        first = shared.get(x, "a", double)
+        assert shared.get(x, "a", double) is first
+        assert other.get(y, "a", double).data_ptr() == first.data_ptr()
+        assert torch.equal(shared.get(x, "a", double), torch.full((2**16,), 2.0))
 
 
 def test_training_gets_memory_of_its_own(shared):
-    x, y = torch.ones(3), torch.full((3,), 7.0)
+    x, y = torch.ones(2**16), torch.full((2**16,), 7.0)
     first = shared.get(x, "a", double)
     shared.get(y, "a", double)
-    assert torch.equal(first, torch.full((3,), 2.0))
+    assert torch.equal(first, torch.full((2**16,), 2.0))
 
 
 def test_nothing_outlives_the_call_of_the_parent(shared):

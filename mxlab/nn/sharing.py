@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_LARGEST = 2**26  # bytes of a workspace
+# Bytes of a workspace. Small memory is recycled at once: for a token it would only be work.
+_SMALLEST, _LARGEST = 2**16, 2**26
 
 
 class _Workspace(threading.local):
@@ -26,7 +27,12 @@ class _Workspace(threading.local):
     def lend(self, borrower: SharedInput, x: Tensor) -> Tensor | None:
         """Contiguous memory for a tensor like ``x``, until it is lent again; None where it must be the caller's own."""
         size = x.numel() * x.element_size()
-        if torch.is_grad_enabled() or x.device.type != "cpu" or not x.is_contiguous() or size > _LARGEST:
+        if (
+            torch.is_grad_enabled()
+            or x.device.type != "cpu"
+            or not x.is_contiguous()
+            or not _SMALLEST <= size <= _LARGEST
+        ):
             return None
         kind = x.dtype, torch.is_inference_mode_enabled()
         memory = self._memory.get(kind)
