@@ -598,3 +598,17 @@ def test_errors_are_told_in_a_line(mxlab, tmp_path):
         assert code == 2
         assert message in " ".join(err.split())
         assert "Traceback" not in err
+
+
+def test_what_cannot_be_written_or_read_is_named(tmp_path):
+    from mxlab.bench.results import make_folder, read
+
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(SourceError, match="--out"):
+        make_folder(file)
+    with pytest.raises(SourceError, match="no folder"):
+        read(tmp_path / "nowhere")
+    (tmp_path / "forward.json").write_text('{"benchmark": "forward", "rows": [], "machine": {}}')
+    with pytest.raises(SourceError, match=r"forward.json lacks measured on"):
+        read(tmp_path)

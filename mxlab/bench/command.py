@@ -16,6 +16,8 @@ from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperGroup
 
+from mxlab.errors import SourceError
+
 
 class _AllByDefault(TyperGroup):
     """``mxlab bench`` alone, or with options, is ``mxlab bench all``."""
@@ -213,16 +215,20 @@ def tables(
     if out is None:
         typer.echo(text)
     else:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(text, encoding="utf-8")
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(text, encoding="utf-8")
+        except OSError as e:
+            raise SourceError(f"cannot write the tables to {out}: {e.strerror}; name another file (--out)") from None
 
 
 def _run(name: str, out: Path, device: str, **given: Any) -> None:
     """Perform a benchmark, show it, write it."""
     os.environ.setdefault("TQDM_DISABLE", "1")
     from mxlab.bench import suite
-    from mxlab.bench.results import write
+    from mxlab.bench.results import make_folder, write
 
+    make_folder(out)
     settings = suite.BENCHMARKS[name].settings.of(device, **given)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns at every run that the model is loaded already
     with stderr.status(f"bench {name}") as status:

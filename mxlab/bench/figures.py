@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from mxlab.bench.results import Document
+from mxlab.bench.results import Document, make_folder
 from mxlab.errors import SourceError
 from mxlab.report.figures import DPI, STYLE
 
@@ -70,7 +70,7 @@ def draw(documents: Mapping[str, Document], folder: Path) -> list[Path]:
     Raises:
         SourceError: there are results for none.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     paths = [path for chart in CHARTS if (path := _draw(chart, documents, folder))]
     if not paths:
         raise SourceError("there are no results of `mxlab bench quantize` or `mxlab bench forward` to draw")

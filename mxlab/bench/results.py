@@ -78,6 +78,18 @@ class Outcome:
         self.failures += [text for text in other.failures if text not in self.failures]
 
 
+def make_folder(folder: Path) -> None:
+    """The folder for results, before anything is measured for it.
+
+    Raises:
+        SourceError: it cannot be made, or is none.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise SourceError(f"cannot make the folder {folder}: {e.strerror}; choose another folder (--out)") from None
+
+
 def write(document: Document, folder: Path, name: str) -> tuple[Path, bool]:
     """Write ``folder/name.json``; returns the path, and whether it replaced such a file.
 
@@ -85,8 +97,8 @@ def write(document: Document, folder: Path, name: str) -> tuple[Path, bool]:
         SourceError: the folder cannot be written to.
     """
     path = folder / f"{name}.json"
+    make_folder(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         replaced = path.exists()
         path.write_text(_text(document), encoding="utf-8")
     except OSError as e:
@@ -100,7 +112,12 @@ def read(folder: Path) -> dict[str, Document]:
     Raises:
         SourceError: there are none, or one cannot be read.
     """
+    if not folder.is_dir():
+        raise SourceError(f"there is no folder {folder}: name the one with benchmark results (--results)")
     found = {path.stem: document for path, document in _json_files(folder) if _is_document(document)}
+    for name, document in found.items():
+        if missing := [key for key in _KEYS if key not in document]:
+            raise SourceError(f"{folder / name}.json lacks {', '.join(missing)}: remove it, or measure again")
     if not found:
         raise SourceError(f"no benchmark results in {folder}: make some with `mxlab bench --out {folder}`")
     return found
@@ -112,6 +129,9 @@ def _json_files(folder: Path) -> Iterator[tuple[Path, Any]]:
             yield path, json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as e:
             raise SourceError(f"cannot read {path}: {e}; remove it, or measure again") from None
+
+
+_KEYS = ("measured on", "command", "settings", "load", "failures")
 
 
 def _is_document(value: Any) -> bool:
