@@ -13,13 +13,11 @@ from torch import Tensor
 
 from mxlab import recipe as recipes
 from mxlab.bench import mxpackage, subjects, targets
-from mxlab.bench.results import Outcome, Row
+from mxlab.bench.results import PLAIN, Outcome, Row
 from mxlab.bench.settings import ATTENTIONS, TextSettings, check_choices, check_dtypes, check_numerics
 from mxlab.bench.stats import spread
 from mxlab.bench.timing import Timings, Twin, alternate, clock_for
 from mxlab.formats import Numerics, check_int
-
-PLAIN = "unquantized"
 
 
 @dataclass(frozen=True, kw_only=True)

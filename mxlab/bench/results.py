@@ -13,6 +13,8 @@ from mxlab.bench.stats import Spread, ratios, spread
 from mxlab.bench.targets import Target
 from mxlab.errors import SourceError
 
+PLAIN = "unquantized"  # the twin that the others are compared with
+
 Document = dict[str, Any]
 
 
