@@ -10,7 +10,8 @@ if TYPE_CHECKING:
     from mxlab.convert import Conversion, apply
     from mxlab.formats import ElementFormat, MXFormat
     from mxlab.numerics import quantize, quantize_, round_elementwise
-    from mxlab.recipe import Recipe, Rule
+    from mxlab.recipe import Recipe
+    from mxlab.rules import Rule
     from mxlab.specs import MxSpecs
 
 __version__ = "0.1.0"
@@ -21,7 +22,7 @@ _HOME = {
     "MXFormat": "mxlab.formats",
     "MxSpecs": "mxlab.specs",
     "Recipe": "mxlab.recipe",
-    "Rule": "mxlab.recipe",
+    "Rule": "mxlab.rules",
     "apply": "mxlab.convert",
     "quantize": "mxlab.numerics",
     "quantize_": "mxlab.numerics",

@@ -8,8 +8,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mxlab.convert import Conversion, Site
+from mxlab.conversion import Conversion
+from mxlab.convert import hooks_of
 from mxlab.formats import MXFormat
+from mxlab.matching import Match
+from mxlab.nn.attention import AttentionQuantizer
 from mxlab.numerics import scale_clamps
 
 
@@ -30,7 +33,7 @@ class ScaleClampCounter:
             self._set_observer(site, self._count)
         self._handles.append(conversion.model.register_forward_hook(self._stop))
 
-    def _watch(self, site: Site) -> Any:
+    def _watch(self, site: Match) -> Any:
         return site.module.register_forward_pre_hook(partial(self._count_input, site.formats["activation"]))
 
     def _count_input(self, fmt: MXFormat, module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -46,9 +49,10 @@ class ScaleClampCounter:
             self._set_observer(site, None)
 
     @staticmethod
-    def _set_observer(site: Site, observer: Any) -> None:
-        if site.kv is not None:
-            site.kv.observer = observer
+    def _set_observer(site: Match, observer: Any) -> None:
+        for quantizer in hooks_of(site.module):
+            if isinstance(quantizer, AttentionQuantizer):
+                quantizer.observer = observer
 
     def to_dict(self) -> dict[str, dict[str, int]]:
         """The counts as plain values for JSON."""

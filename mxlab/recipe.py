@@ -10,6 +10,7 @@ import json
 import re
 import tomllib
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -28,52 +29,12 @@ from mxlab.formats import (
     elementwise_format,
     suggestion,
 )
+from mxlab.rules import Rule, check_keys
 
-LINEAR_ROLES = ("weight", "activation")
-KV_ROLES = ("k", "v")
-ROLES = LINEAR_ROLES + KV_ROLES
+# Algorithms that rewrite weights or rotate activations; a recipe may ask for them, each with a table of options.
+ALGORITHMS = ("gptq", "rotation_search")
 
 _NAME = re.compile(r"[^\W_][\w .+=,-]*")
-
-
-@dataclass(frozen=True)
-class Rule:
-    """Formats for the modules whose qualified name ``modules``, a regular expression, matches as a whole.
-
-    ``weight`` and ``activation`` are the operands of a linear layer, quantized along its inner dimension; ``k`` and
-    ``v`` the keys (after the rotary embedding) and values of an attention, along head_dim. None leaves a role as it is.
-    """
-
-    modules: str
-    weight: MXFormat | None = None
-    activation: MXFormat | None = None
-    k: MXFormat | None = None
-    v: MXFormat | None = None
-
-    def __post_init__(self) -> None:
-        try:
-            re.compile(self.modules)
-        except (re.error, TypeError) as e:
-            raise SpecError(f"modules = {self.modules!r} is not a regular expression: {e}") from None
-        if self.is_attention and (self.weight or self.activation):
-            raise SpecError(
-                f"the rule for modules = {self.modules!r} gives formats for a linear layer and for an attention: "
-                "write two rules"
-            )
-
-    @property
-    def is_attention(self) -> bool:
-        """Whether the rule speaks of attentions (k, v) rather than of linear layers."""
-        return bool(self.k or self.v)
-
-    @property
-    def formats(self) -> dict[str, MXFormat]:
-        """The roles that are quantized, and their formats."""
-        return {role: fmt for role in ROLES if (fmt := getattr(self, role)) is not None}
-
-    def matches(self, module: str) -> bool:
-        """Whether this rule is for the module of that qualified name."""
-        return re.fullmatch(self.modules, module) is not None
 
 
 @dataclass(frozen=True)
@@ -101,13 +62,15 @@ class Elementwise:
 class Recipe:
     """Ordered rules (the first that matches a module wins), the numerics and the element-wise rounding.
 
-    ``name`` is a label: it is not part of the hash.
+    ``name`` is a label: it is not part of the hash. ``algorithms`` holds the tables of the algorithms to run before
+    quantizing, by name.
     """
 
     name: str
     rules: tuple[Rule, ...] = ()
     numerics: Numerics = "exact"
     elementwise: Elementwise = field(default_factory=Elementwise)
+    algorithms: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
@@ -116,6 +79,8 @@ class Recipe:
                 "with a letter or digit first"
             )
         check_choice("numerics", self.numerics, NUMERICS)
+        for algorithm in self.algorithms:
+            check_choice("algorithm", algorithm, ALGORITHMS)
 
     @property
     def hash(self) -> str:
@@ -145,13 +110,13 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as in the TOML file."""
-        rules = [{"modules": r.modules, **{role: str(f) for role, f in r.formats.items()}} for r in self.rules]
-        return {
+        values = {
             "name": self.name,
             "numerics": self.numerics,
             "elementwise": asdict(self.elementwise),
-            "rules": rules,
+            "rules": [rule.to_dict() for rule in self.rules],
         }
+        return values | ({"algorithms": deepcopy(dict(self.algorithms))} if self.algorithms else {})
 
     def to_toml(self) -> str:
         """The recipe as TOML, which :meth:`from_toml` reads back equal."""
@@ -165,16 +130,17 @@ class Recipe:
             SpecError: an unknown key, or a value that is not what the key asks for.
         """
         known = [f.name for f in fields(cls)]
-        _check_keys(values, known, source)
+        check_keys(values, known, source)
         if not isinstance(values.get("name"), str):
             raise SpecError(f'{source}: a recipe needs a name, such as name = "ex1"')
         rules = values.get("rules", [])
         if not isinstance(rules, list):
             raise SpecError(f"{source}: rules must be written as [[rules]] tables")
-        rules = tuple(_rule(r, f"{source}, rule {i}") for i, r in enumerate(rules, 1))
+        rules = tuple(Rule.from_dict(r, f"{source}, rule {i}") for i, r in enumerate(rules, 1))
         elementwise = _elementwise(values.get("elementwise", {}), f"{source}, [elementwise]")
+        algorithms = _algorithms(values.get("algorithms", {}), f"{source}, [algorithms]")
         try:
-            return cls(values["name"], rules, values.get("numerics", "exact"), elementwise)
+            return cls(values["name"], rules, values.get("numerics", "exact"), elementwise, algorithms)
         except (FormatError, SpecError) as e:
             raise SpecError(f"{source}: {e}") from None
 
@@ -220,27 +186,21 @@ def parse_toml(text: str, source: str) -> dict[str, Any]:
         raise SpecError(f"{source} is not valid TOML: {e}") from None
 
 
-def _rule(values: object, source: str) -> Rule:
-    if not isinstance(values, Mapping) or not isinstance(values.get("modules"), str):
-        raise SpecError(f"{source}: a rule is a table with modules = '<regular expression>' and formats")
-    _check_keys(values, ["modules", *ROLES], source)
-    try:
-        return Rule(values["modules"], **{role: MXFormat.parse(values[role]) for role in ROLES if role in values})
-    except (FormatError, SpecError) as e:
-        raise SpecError(f"{source}: {e}") from None
-
-
 def _elementwise(values: object, source: str) -> Elementwise:
     if not isinstance(values, Mapping):
         raise SpecError(f"{source}: must be a table")
-    _check_keys(values, [f.name for f in fields(Elementwise)], source)
+    check_keys(values, [f.name for f in fields(Elementwise)], source)
     try:
         return Elementwise(**values)
     except FormatError as e:
         raise SpecError(f"{source}: {e}") from None
 
 
-def _check_keys(values: Mapping[str, Any], known: list[str], source: str) -> None:
-    for key in values:
-        if key not in known:
-            raise SpecError(f"{source}: unknown key {key!r}; known are {', '.join(known)}{suggestion(key, known)}")
+def _algorithms(values: object, source: str) -> dict[str, dict[str, Any]]:
+    if not isinstance(values, Mapping):
+        raise SpecError(f"{source}: must be a table")
+    check_keys(values, list(ALGORITHMS), source)
+    for name, options in values.items():
+        if not isinstance(options, Mapping):
+            raise SpecError(f"{source}: {name} is {options!r}: it must be a table of options")
+    return deepcopy({name: dict(options) for name, options in values.items()})

@@ -15,7 +15,8 @@ from typing import Any
 
 from mxlab.errors import FormatError, SpecError
 from mxlab.formats import ROUNDINGS, MXFormat, check_choice, check_int, element, elementwise_format, suggestion
-from mxlab.recipe import Elementwise, Recipe, Rule
+from mxlab.recipe import Elementwise, Recipe
+from mxlab.rules import Rule
 
 ENVIRONMENT_VARIABLE = "MX_SPECS_JSON"
 # Where `mxlab run` asks its child to write what was quantized.

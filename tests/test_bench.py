@@ -220,7 +220,7 @@ def test_linear():
 def test_a_linear_layer_quantizes_at_every_call(monkeypatch):
     """Else the benchmark would time nothing."""
     from mxlab.bench import linear
-    from mxlab.nn.linear import LinearQuantizer
+    from mxlab.nn.quantizer import LinearQuantizer
 
     count = []
     on_activation = LinearQuantizer.on_activation

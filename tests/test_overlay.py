@@ -21,8 +21,9 @@ from torch import nn
 
 import mxlab
 from mxlab.errors import SpecError
-from mxlab.nn.attention import KVQuantizer
-from mxlab.nn.linear import LinearQuantizer, MxLinear
+from mxlab.nn.attention import AttentionQuantizer
+from mxlab.nn.linear import MxLinear
+from mxlab.nn.quantizer import LinearQuantizer
 
 EX2 = {"kv_elem_format": "fp4_e2m1"}
 # Formats and numerics that differ in everything that can go wrong.
@@ -73,9 +74,9 @@ def projections(model: nn.Module) -> dict[str, MxLinear]:
     return {name: m for name, m in model.named_modules() if isinstance(m, MxLinear)}
 
 
-def kv_quantizers(model: nn.Module) -> list[KVQuantizer]:
+def kv_quantizers(model: nn.Module) -> list[AttentionQuantizer]:
     hooks = [h for m in model.modules() for h in m._forward_pre_hooks.values()]
-    return [h for h in hooks if isinstance(h, KVQuantizer)]
+    return [h for h in hooks if isinstance(h, AttentionQuantizer)]
 
 
 @contextmanager

@@ -12,7 +12,8 @@ from mxlab import assets
 from mxlab import recipe as recipes
 from mxlab.errors import SpecError
 from mxlab.formats import ELEMENTS, ROUNDINGS, SCALE_RULES, MXFormat
-from mxlab.recipe import Elementwise, Recipe, Rule
+from mxlab.recipe import Elementwise, Recipe
+from mxlab.rules import Rule
 
 NAMES = ("activations_only", "baseline", "ex1", "ex2", "kv_only", "weights_only")
 

@@ -20,8 +20,10 @@ from mxlab.bench.subjects import variant
 from mxlab.bench.timing import Twin, alternate, clock_for
 from mxlab.errors import SpecError
 from mxlab.formats import Numerics, check_int
-from mxlab.nn.linear import LinearQuantizer, MxLinear
+from mxlab.nn.linear import MxLinear
+from mxlab.nn.quantizer import LinearQuantizer
 from mxlab.recipe import Recipe, Rule
+from mxlab.rules import PHASES
 
 _NAME = "model.layers.0.self_attn.q_proj"  # as which a recipe's rules know the layer
 
@@ -92,8 +94,8 @@ def _row(case: dict[str, Any], twin: str, samples: dict[str, list[float]]) -> Ro
 def _quantized(linear: nn.Linear, recipe_name: str, numerics: str) -> MxLinear:
     recipe = variant(recipe_name, numerics)
     rule = _rule(recipe)
-    quantizer = LinearQuantizer(rule.weight, rule.activation, recipe.elementwise, recipe.numerics)
-    return MxLinear.convert(copy.deepcopy(linear), quantizer)
+    quantizer = LinearQuantizer(**rule.formats, elementwise=recipe.elementwise, numerics=recipe.numerics)
+    return MxLinear.convert(copy.deepcopy(linear), dict.fromkeys(PHASES, quantizer))
 
 
 def _rule(recipe: Recipe) -> Rule:

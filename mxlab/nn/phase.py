@@ -1,0 +1,31 @@
+"""Prefill and decode: which of the two a forward pass is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from mxlab.rules import Phase
+
+
+class PassPhase:
+    """Knows, during a forward pass of the model it is attached to, which phase of generation that is.
+
+    ``decode`` is a pass that adds one token to a cache which holds others; every other is ``prefill``.
+    """
+
+    def __init__(self) -> None:
+        self.current: Phase = "prefill"
+
+    def attach(self, model: nn.Module) -> None:
+        """Look at every call of ``model`` from now on."""
+        model.register_forward_pre_hook(self, with_kwargs=True)
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Set the phase from the arguments of the model's forward."""
+        cache = kwargs.get("past_key_values")
+        named = (kwargs.get(name) for name in ("input_ids", "inputs_embeds"))
+        tokens = next((x for x in (*args[:1], *named) if x is not None), None)
+        is_decode = cache is not None and tokens is not None and tokens.shape[1] == 1 and cache.get_seq_length() > 0
+        self.current = "decode" if is_decode else "prefill"

@@ -1,0 +1,99 @@
+"""Seeing the matmuls that a module's forward computes, whatever it computes them with.
+
+A :class:`torch.overrides.TorchFunctionMode` sees every torch function while it is entered. So a role inside an
+attention or inside experts needs no rewritten forward, and a module computes as it always did but for the operand that
+is rounded.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+# Rounds the operand of that role along that axis.
+Round = Callable[[str, Tensor, int], Tensor]
+
+_MATMULS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm)
+_ADDED_MATMULS = (torch.baddbmm, Tensor.baddbmm)
+_SOFTMAXES = (F.softmax, torch.softmax, Tensor.softmax)
+_GROUPED = tuple(f for f in (getattr(F, "grouped_mm", None), getattr(torch, "_grouped_mm", None)) if f is not None)
+
+
+class AttentionProducts(TorchFunctionMode):
+    """Rounds the query, what goes into the softmax, and the probabilities, in one call of an attention.
+
+    The matmul before the softmax is QKᵀ, the one after it PV; a fused attention shows its query only. ``seen`` counts
+    the operands met, by role.
+    """
+
+    def __init__(self, round: Round) -> None:
+        super().__init__()
+        self.seen: Counter[str] = Counter()
+        self._round = round
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            args, kwargs = self._with(args, kwargs, 0, "query", "q")
+        elif func in _MATMULS:
+            args, kwargs = self._with(args, kwargs, 0, "input", "p" if self.seen["softmax"] else "q")
+        elif func in _ADDED_MATMULS:
+            args, kwargs = self._with(args, kwargs, 1, "batch1", "p" if self.seen["softmax"] else "q")
+        elif func in _SOFTMAXES:
+            args, kwargs = self._with(args, kwargs, 0, "input", "softmax")
+        return func(*args, **kwargs)
+
+    def _with(self, args: tuple, kwargs: dict, index: int, name: str, role: str) -> tuple[tuple, dict]:
+        self.seen[role] += 1
+        return replaced(args, kwargs, index, name, lambda x: self._round(role, x, -1))
+
+
+class ExpertProducts(TorchFunctionMode):
+    """Rounds both operands of the products in one call of a mixture of experts.
+
+    Whichever way transformers computes them (expert by expert, batched or grouped), the products alternate between the
+    first projection and the second. ``round`` is told ``input`` or ``weight`` and whether it is the second projection.
+    """
+
+    def __init__(self, round: Callable[[str, bool, Tensor, int], Tensor]) -> None:
+        super().__init__()
+        self.seen = 0
+        self._round = round
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        is_grouped = func in _GROUPED or "grouped_mm" in getattr(func, "__name__", "")
+        if func is F.linear:
+            args = self._pair(args, inputs=0, input_axis=-1, weight_axis=-1)
+        elif is_grouped or (func is torch.bmm and args[0].shape[-2] == 1):  # (S, 1, in) @ (S, in, out)
+            args = self._pair(args, inputs=0, input_axis=-1, weight_axis=-2)
+        elif func is torch.bmm:  # (S, out, in) @ (S, in, 1)
+            args = self._pair(args, inputs=1, input_axis=-2, weight_axis=-1)
+        return func(*args, **kwargs)
+
+    def _pair(self, args: tuple, inputs: int, input_axis: int, weight_axis: int) -> tuple:
+        is_second = self.seen % 2 == 1
+        self.seen += 1
+        pair = list(args)
+        pair[inputs] = self._round("input", is_second, pair[inputs], input_axis)
+        pair[1 - inputs] = self._round("weight", is_second, pair[1 - inputs], weight_axis)
+        return tuple(pair)
+
+
+def replaced(
+    args: tuple, kwargs: dict[str, Any], index: int, name: str, function: Callable[[Any], Any]
+) -> tuple[tuple, dict[str, Any]]:
+    """The arguments of a call with one of them, given by place or by name, passed through ``function``."""
+    if name in kwargs:
+        return args, {**kwargs, name: function(kwargs[name])}
+    return (*args[:index], function(args[index]), *args[index + 1 :]), kwargs
