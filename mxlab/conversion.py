@@ -21,6 +21,9 @@ from mxlab.recipe import Recipe
 from mxlab.specs import INVENTORY_VARIABLE
 
 
+_PLURALS = {"linear": "linears", "experts": "experts", "attention": "attentions"}
+
+
 @dataclass(frozen=True)
 class Conversion:
     """What :func:`mxlab.apply` did to ``model``.
@@ -72,7 +75,7 @@ class Conversion:
             and length % fmt.block_size
         )
         partial = [
-            f"{role} of {count} {kind}s: the axis of {length} is not a multiple of the block size {block}; "
+            f"{role} of {count} {_PLURALS[kind]}: the axis of {length} is not a multiple of the block size {block}; "
             f"its last block has {length % block} elements"
             for (kind, role, length, block), count in uneven.items()
         ]

@@ -15,7 +15,8 @@ from mxlab.formats import ELEMENTS, ROUNDINGS, SCALE_RULES, MXFormat
 from mxlab.recipe import Elementwise, Recipe
 from mxlab.rules import Rule
 
-NAMES = ("activations_only", "baseline", "ex1", "ex2", "kv_only", "weights_only")
+EXERCISES = ("activations_only", "baseline", "ex1", "ex2", "kv_only", "weights_only")
+TIERS = ("all_linears", "mlp_only", "tier_a", "tier_b", "tier_c", "tier_d")
 
 formats = st.builds(
     MXFormat,
@@ -115,8 +116,8 @@ def test_the_hash_is_the_same_tomorrow():
 
 
 def test_the_shipped_recipes():
-    assert tuple(path.stem for path in assets.recipes()) == NAMES
-    assert all(recipes.load(name).name == name for name in NAMES)
+    assert sorted(path.stem for path in assets.recipes()) == sorted(EXERCISES + TIERS)
+    assert all(recipes.load(name).name == name for name in EXERCISES + TIERS)
 
 
 @pytest.mark.parametrize(
