@@ -20,7 +20,6 @@ from mxlab.matching import Match
 from mxlab.recipe import Recipe
 from mxlab.specs import INVENTORY_VARIABLE
 
-
 _PLURALS = {"linear": "linears", "experts": "experts", "attention": "attentions"}
 
 
