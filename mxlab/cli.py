@@ -23,6 +23,7 @@ from mxlab.recipe import Recipe
 from mxlab.specs import ENVIRONMENT_VARIABLE, MxSpecs, override, parse_assignment
 
 if TYPE_CHECKING:
+    from mxlab.conversion import Conversion
     from mxlab.sweep import Summary
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -111,6 +112,30 @@ def evaluate(
     _start_logging()
     folder = runs.run(request, out / chosen.name, {**chosen.options, **_assigned(set_ or [])})
     _print_metrics(folder)
+
+
+@app.command()
+def convert(
+    model: Annotated[str, typer.Argument(help="A hub name, a folder, or smollm2 (embedded).")],
+    recipe: Annotated[str, typer.Argument(help="A shipped recipe's name, or a TOML file.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be quantized.")] = False,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Override an option: --set block_size=16.")] = None,
+    dtype: DtypeOption = Dtype.bfloat16,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Where the converted model goes.")] = None,
+) -> None:
+    """Put a model's weights on the grid of a recipe and save it, with recipe.toml and inventory.json."""
+    if dry_run == (out is not None):
+        raise SpecError("give --out FOLDER for the converted model, or --dry-run to see what a recipe does")
+    chosen = _recipe(recipe, set_ or [])
+    from mxlab import checkpoint, models
+    from mxlab.convert import prepare
+
+    if out is None:
+        conversion = prepare(models.skeleton(model, dtype.value), chosen)
+    else:
+        _start_logging()
+        conversion = checkpoint.convert(model, chosen, dtype.value, out)
+    _print_inventory(conversion)
 
 
 @app.command()
@@ -245,6 +270,23 @@ def _print_metrics(folder: Path) -> None:
         table.add_row(*row)
     console.print(table)
     console.print(f"written: {folder}", soft_wrap=True)
+
+
+def _print_inventory(conversion: Conversion) -> None:
+    from mxlab import inventory
+
+    rows = [*inventory.quantized(conversion), *inventory.in_high_precision(conversion)]
+    table = Table("module", "layers", "shape", "role", "format", "bits", box=None)
+    for row in rows:
+        shape = " x ".join(map(str, row.shape)) or "-"
+        table.add_row(_escaped(row.name), row.layers, shape, row.role, row.format, f"{row.bits:g}")
+    # Names are for copying into a recipe: wider than the screen rather than cut.
+    Console(width=max(console.width, Console(width=1000).measure(table).maximum)).print(table)
+    left = conversion.linears_in_high_precision
+    console.print(f"linear layers in high precision: {', '.join(left) or 'none'}", soft_wrap=True)
+    for note in conversion.notes:
+        console.print(f"note: {_escaped(note)}", soft_wrap=True)
+    console.print(f"average bits per parameter: {conversion.bits_per_parameter:.4f}")
 
 
 def _finish(summary: Summary, out: Path) -> None:

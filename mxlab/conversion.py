@@ -6,13 +6,12 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from mxlab import sites
 from mxlab.formats import MXFormat
@@ -49,16 +48,15 @@ class Conversion:
 
     @cached_property
     def bits_per_parameter(self) -> float:
-        """Average storage of the model's parameters in bits: quantized ones with their scales, others as they are.
+        """Average storage of the model's parameters in bits: quantized weights with their scales, others as they are.
 
-        A parameter that is used in several places (tied embeddings) counts once, in the format of its linear layer.
+        A parameter that is used in several places (tied embeddings) counts once, and where a quantized copy of it is
+        kept, that copy as well. Biases are rounded as they are used, and stored as they are.
         """
-        quantized = {id(p): (shape, fmt) for site in self.linears for p, shape, fmt in _stored(site)}
+        in_place = {id(p) for site in self.linears for p in site.stored()}
         parameters = list(self.model.parameters())
-        bits = sum(
-            storage_bits(*quantized[id(p)]) if id(p) in quantized else p.numel() * p.element_size() * 8
-            for p in parameters
-        )
+        bits = sum(p.numel() * p.element_size() * 8 for p in parameters if id(p) not in in_place)
+        bits += sum(storage_bits(_blocks_last(site), fmt) for site in self.linears for fmt in site.weight_formats)
         return bits / max(sum(p.numel() for p in parameters), 1)
 
     @property
@@ -143,15 +141,11 @@ def storage_bits(shape: tuple[int, ...], fmt: MXFormat) -> int:
     return count * fmt.element_format.bits + blocks * fmt.scale_bits
 
 
-def _stored(match: Match) -> Iterator[tuple[Tensor, tuple[int, ...], MXFormat]]:
-    """The quantized parameters of a site, each with its shape, the axis of the blocks last, and its format."""
-    if weight := match.formats.get("weight"):
-        shape = list(match.shape)
-        shape.append(shape.pop(match.site.input_axis))
-        yield match.weight, tuple(shape), weight
-    if bias := match.formats.get("bias"):
-        parameter: Any = match.module.bias
-        yield parameter, tuple(parameter.shape), bias
+def _blocks_last(match: Match) -> tuple[int, ...]:
+    """The shape of a weight, the axis of its blocks last."""
+    shape = list(match.shape)
+    shape.append(shape.pop(match.site.input_axis))
+    return tuple(shape)
 
 
 def _axis_length(match: Match) -> int:

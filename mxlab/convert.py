@@ -49,7 +49,8 @@ def apply(model: nn.Module, recipe: Recipe | str | Path) -> Conversion:
     check_finite(found)
     # Counted first: on the grid, a block whose scale was clamped may be all zeros.
     clamps = _weight_clamps(found)
-    conversion = replace(_install(model, chosen, found), weight_clamps=clamps)
+    conversion = _install(model, chosen, found)
+    conversion = replace(conversion, weight_clamps=clamps, remarks=(*conversion.remarks, *_on_meta(found)))
     for layer in model.modules():
         if isinstance(layer, QuantizedLayer):
             layer.freeze()
@@ -123,7 +124,7 @@ def _install(model: nn.Module, recipe: Recipe, found: list[Match]) -> Conversion
     _check_experts(found, recipe)
     installer = _Installer(model, recipe)
     install = {"attention": installer.attention, "linear": installer.linear, "experts": installer.expert}
-    remarks = [*_made_eager(model, found), *_on_meta(found)]
+    remarks = _made_eager(model, found)
     for site in found:
         install[site.kind](site)
     for parent, inputs in installer.shared.items():

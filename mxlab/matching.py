@@ -56,6 +56,24 @@ class Match:
         return getattr(self.module, self.site.weight)
 
     @property
+    def weight_formats(self) -> set[MXFormat]:
+        """What the weight is quantized to: one format, or one for each phase."""
+        return {formats["weight"] for formats in self.by_phase.values() if "weight" in formats}
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether the weight itself is put on the grid, rather than a copy of it for each format."""
+        return (
+            self.tied_to is None
+            and all("weight" in f for f in self.by_phase.values())
+            and (len(self.weight_formats) == 1)
+        )
+
+    def stored(self) -> list[Tensor]:
+        """The parameters that take the bits of a format instead of those of their dtype."""
+        return [self.weight] if self.is_in_place else []
+
+    @property
     def formats(self) -> Mapping[str, MXFormat]:
         """The formats, by role; those of prefill where decode has others."""
         return self.by_phase["prefill"]

@@ -45,6 +45,25 @@ def load(name: str, dtype: str = "bfloat16", device: str = "auto") -> Loaded:
         return _from_pretrained(source, dtype, place)
 
 
+def skeleton(name: str, dtype: str = "bfloat16") -> Any:
+    """The model ``name`` without its weights, on the meta device: shapes and names, at no cost.
+
+    Raises:
+        SpecError, SourceError: as :func:`load`.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    check_choice("dtype", dtype, DTYPES)
+    source = str(embedded_folder()) if name == EMBEDDED else _source(name)
+    with _unpatched():
+        try:
+            config = AutoConfig.from_pretrained(source)
+            with torch.device("meta"):
+                return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
+        except Exception as e:  # whatever transformers or the hub's client raise
+            raise SourceError(_explained(source, e)) from e
+
+
 def _source(name: str) -> str:
     """A folder with a model in it, or else a name for the hub to know."""
     path = Path(name).expanduser()

@@ -105,7 +105,7 @@ def test_specs_of_the_environment_are_used(mxlab, tiny_llama, tmp_path, monkeypa
         (["--model", "no-such/model"], ["cannot load 'no-such/model' from the Hugging Face hub", "--model smollm2"]),
         (["--tasks", "wikitext"], ["cannot load the data of wikitext", "--data-dir"]),
         (["--tasks", "wikitext", "--data-dir", "/nowhere"], ["/nowhere/wikitext2_test.raw is missing"]),
-        (["--recipe", "ex3"], ["no recipe 'ex3'", "activations_only, baseline, ex1"]),
+        (["--recipe", "ex3"], ["no recipe 'ex3'", "baseline, ex1, ex2"]),
         (["--recipe", "pyproject.toml"], ["pyproject.toml: unknown key"]),
         (["--set", "block_size"], ["cannot read 'block_size'"]),
         (["--set", "blok_size=16"], ["unknown option 'blok_size'", "did you mean 'block_size'"]),
@@ -293,3 +293,24 @@ def test_the_program_itself(tmp_path):
     assert done.stdout == ""
     version = subprocess.run([sys.executable, "-c", "import mxlab, sys; sys.exit('torch' in sys.modules)"])
     assert version.returncode == 0
+
+
+# ---- convert
+
+
+def test_a_dry_run_shows_the_inventory(mxlab, tiny_llama):
+    code, out, _ = mxlab("convert", "--dry-run", tiny_llama, "tier_d", "--set", "block_size=16")
+    assert code == 0
+    assert "model.layers.*.mlp.down_proj" in out
+    assert "fp4_e2m1@16,rounding=even" in out
+    assert "linear layers in high precision: lm_head" in out
+    assert "average bits per parameter: " in out
+
+
+def test_convert(mxlab, tiny_llama, tmp_path):
+    assert mxlab("convert", tiny_llama, "ex1", "--out", tmp_path / "model")[0] == 0
+    assert (tmp_path / "model" / "recipe.toml").is_file()
+    for arguments in (["--dry-run", "--out", tmp_path / "other"], []):
+        code, _, err = mxlab("convert", tiny_llama, "ex1", *arguments)
+        assert code == 2
+        assert "give --out FOLDER for the converted model, or --dry-run" in err
