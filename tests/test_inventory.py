@@ -63,7 +63,7 @@ def test_layers_with_gaps():
 def test_a_skeleton_has_no_weights(tiny_llama):
     model = models.skeleton(str(tiny_llama))
     assert all(p.is_meta for p in model.parameters())
-    with pytest.raises(FormatError, match="dtype is .int8."):
+    with pytest.raises(FormatError, match=r"dtype is .int8."):
         models.skeleton(str(tiny_llama), "int8")
 
 
