@@ -25,6 +25,10 @@ class SourceError(MxlabError):
     """A model or a data set that is not where it was looked for."""
 
 
+class MetricError(MxlabError, ValueError):
+    """Logits or a text that cannot be scored."""
+
+
 class PatchError(MxlabError):
     """The patch of transformers cannot be put in place or taken back."""
 

@@ -18,10 +18,11 @@ from lm_eval.loggers import EvaluationTracker
 from lm_eval.models import huggingface
 
 from mxlab import data, models
-from mxlab.convert import Conversion, apply
+from mxlab.convert import apply
 from mxlab.errors import RunError, SpecError
 from mxlab.formats import check_choice, check_int
 from mxlab.observe import ScaleClampCounter
+from mxlab.outcome import Load, Outcome
 from mxlab.recipe import Recipe
 
 logger = logging.getLogger("mxlab")
@@ -70,19 +71,25 @@ class Request:
         check_int("max_length", self.max_length, 2, None, "a whole number of tokens, 2 or more")
         check_choice("dtype", self.dtype, models.DTYPES)
 
+    def key(self) -> dict[str, Any]:
+        """What tells it from others; raises SourceError where a data file is missing."""
+        return {
+            "recipe": self.recipe.hash,
+            "model": models.identity(self.model),
+            "tasks": list(self.tasks),
+            "data": data.digests(self.tasks, self.data_dir),
+            "limit": self.limit,
+            "dtype": self.dtype,
+            "batch_size": self.batch_size,
+            "max_length": self.max_length,
+        }
 
-@dataclass(frozen=True)
-class Outcome:
-    """What an evaluation gave: the metrics file, what was converted, and what lm-eval does not say."""
-
-    metrics_file: Path
-    results: dict[str, dict[str, Any]]
-    conversion: Conversion
-    forward_seconds: float
-    scale_clamps: dict[str, dict[str, int]]
+    def evaluate(self, folder: Path, load: Load = models.load) -> Outcome:
+        """Score the tasks; see :func:`evaluate`."""
+        return evaluate(self, folder, load)
 
 
-def evaluate(request: Request, folder: Path) -> Outcome:
+def evaluate(request: Request, folder: Path, load: Load = models.load) -> Outcome:
     """Run ``request``; lm-eval's metrics go to ``folder`` as ``metrics_<time>.json``, exactly as lm-eval writes them.
 
     Raises:
@@ -93,7 +100,7 @@ def evaluate(request: Request, folder: Path) -> Outcome:
     # The tracker's clock starts with it; total_evaluation_time_seconds includes loading, as on lm-eval's command line.
     tracker = EvaluationTracker(output_path=str(folder / "metrics.json"))
     tasks = data.load(request.tasks, request.data_dir)
-    loaded = models.load(request.model, request.dtype, request.device)
+    loaded = load(request.model, request.dtype, request.device)
     conversion = apply(loaded.model, request.recipe)
     counter = ScaleClampCounter(conversion)
     lm = _TimedHFLM(

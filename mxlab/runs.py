@@ -20,9 +20,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from mxlab import data, environment, models
+from mxlab import environment, models
 from mxlab.errors import RunError
-from mxlab.evaluate import Outcome, Request, evaluate
+from mxlab.outcome import Evaluation, Load, Outcome
 from mxlab.recipe import Recipe
 
 SCHEMA = 1
@@ -34,43 +34,38 @@ logger = logging.getLogger("mxlab")
 
 
 def run(
-    request: Request, stage_folder: Path, options: dict[str, Any] | None = None, command: str | None = None
+    request: Evaluation,
+    stage_folder: Path,
+    options: dict[str, Any] | None = None,
+    command: str | None = None,
+    load: Load = models.load,
 ) -> Path:
     """Evaluate ``request`` into a new run directory of ``stage_folder`` and return that directory.
 
     Args:
-        request: what to evaluate.
+        request: what to evaluate: a :class:`mxlab.evaluate.Request` or a :class:`mxlab.scoring.TextRequest`.
         stage_folder: ``results/<stage>``; the stage is its name.
         options: what a sweep varied, for the report; None for what the recipe says.
         command: the command line to record; None for this process's.
+        load: where the model comes from.
 
     Raises:
-        MxlabError: as :func:`mxlab.evaluate.evaluate`; RunError where the run directory cannot be written.
+        MxlabError: as the request's ``evaluate``; RunError where the run directory cannot be written.
     """
     options = request.recipe.options if options is None else options
     key = run_key(request)
     with _partial(stage_folder) as folder:
         _write_before(folder, request, command or shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]))
         with _logged(folder / "output.log"):
-            outcome = evaluate(request, folder)
+            outcome = request.evaluate(folder, load)
         record = {"stage": stage_folder.name, "options": options, "quantized": bool(request.recipe.rules), "key": key}
         _write_after(folder, outcome, record)
         return _publish(folder, stage_folder, label(request.recipe))
 
 
-def run_key(request: Request) -> dict[str, Any]:
+def run_key(request: Evaluation) -> dict[str, Any]:
     """What makes two runs the same run: a finished one with an equal key need not be run again."""
-    return {
-        "recipe": request.recipe.hash,
-        "model": models.identity(request.model),
-        "tasks": list(request.tasks),
-        "data": data.digests(request.tasks, request.data_dir),
-        "limit": request.limit,
-        "dtype": request.dtype,
-        "batch_size": request.batch_size,
-        "max_length": request.max_length,
-        "code": environment.code_version(),
-    }
+    return {**request.key(), "code": environment.code_version()}
 
 
 def find(stage_folder: Path, key: dict[str, Any]) -> Path | None:
@@ -128,7 +123,7 @@ def label(recipe: Recipe) -> str:
     return f"bs{options['block_size']}_sb{options['scale_bits']}_cc{custom_cuda}"
 
 
-def _write_before(folder: Path, request: Request, command: str) -> None:
+def _write_before(folder: Path, request: Evaluation, command: str) -> None:
     described = environment.describe()
     _write(folder / "command.txt", command + "\n")
     _write(folder / "env.txt", environment.as_text(described))

@@ -5,27 +5,27 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from mxlab import assets, runs
+from mxlab import assets, kinds, runs
 from mxlab import recipe as recipes
-from mxlab.errors import FormatError, MxlabError, SpecError
-from mxlab.evaluate import Request
+from mxlab.errors import MxlabError, SpecError
 from mxlab.formats import suggestion
+from mxlab.outcome import Evaluation, Load
+from mxlab.pool import Pool
 from mxlab.specs import OPTIONS, override
 
 logger = logging.getLogger("mxlab")
-
-_REQUEST_KEYS = tuple(f.name for f in fields(Request) if f.name not in ("recipe", "data_dir"))
 
 
 @dataclass(frozen=True)
 class Sweep:
     """One stage of an experiment: a recipe, what it is evaluated on, and the values each option takes in turn.
 
-    ``settings`` and the keys of ``grid`` are fields of :class:`~mxlab.evaluate.Request` or MX options.
+    ``settings`` and the keys of ``grid`` are MX options and fields of :class:`~mxlab.evaluate.Request`, or where they
+    name a ``text`` of :class:`~mxlab.scoring.TextRequest`.
     """
 
     stage: str
@@ -38,22 +38,15 @@ class Sweep:
         for values in itertools.product(*self.grid.values()):
             yield dict(zip(self.grid, values, strict=True))
 
-    def request(self, point: Mapping[str, Any], data_dir: Path | None) -> Request:
+    def request(self, point: Mapping[str, Any], data_dir: Path | None) -> Evaluation:
         """The evaluation at one point of the grid.
 
         Raises:
             SpecError: a value that its key does not take.
         """
-        chosen = {**self.settings, **point}
-        options = {k: v for k, v in chosen.items() if k in OPTIONS}
-        request = {k: v for k, v in chosen.items() if k in _REQUEST_KEYS}
-        if "tasks" in request:
-            request["tasks"] = _listed(request["tasks"])
-        recipe = override(recipes.load(chosen.get("recipe", self.recipe)), options)
-        try:
-            return Request(recipe=recipe, data_dir=data_dir, **request)
-        except FormatError as e:
-            raise SpecError(str(e)) from None
+        chosen = {"recipe": self.recipe, **self.settings, **point}
+        recipe = override(recipes.load(chosen.pop("recipe")), {k: v for k, v in chosen.items() if k in OPTIONS})
+        return kinds.make(recipe, {k: v for k, v in chosen.items() if k not in OPTIONS}, data_dir)
 
 
 @dataclass(frozen=True)
@@ -84,7 +77,7 @@ def _untracked(sequence: Sequence[Any], *, description: str) -> Iterable[Any]:
 def load(path: str | Path) -> Sweep:
     """A sweep from a TOML file, or a shipped one by name (``ex1``).
 
-    The file has ``stage``, ``recipe``, any of Request's fields and MX options, and a table ``[grid]`` of lists.
+    The file has ``stage``, ``recipe``, any of the request's fields and MX options, and a table ``[grid]`` of lists.
 
     Raises:
         SpecError: no such file, not TOML, an unknown key, or an empty grid entry.
@@ -108,22 +101,24 @@ def run_sweep(sweep: Sweep, out: Path, data_dir: Path | None = None, track: Trac
     """
     requests = [(point, sweep.request(point, data_dir)) for point in sweep.points()]
     stage_folder = out / sweep.stage
+    pool = Pool()
     summary = Summary()
     for point, request in track(requests, description=sweep.stage):
         name = " ".join(f"{k}={v}" for k, v in point.items()) or request.recipe.name
         logger.info("%s: %s", sweep.stage, name)
-        summary += _run_point(request, stage_folder, point, name)
+        summary += _run_point(request, stage_folder, point, name, pool.load)
     return summary
 
 
-def _run_point(request: Request, stage_folder: Path, point: Mapping[str, Any], name: str) -> Summary:
+def _run_point(request: Evaluation, stage_folder: Path, point: Mapping[str, Any], name: str, load: Load) -> Summary:
     key = None
     try:
         key = runs.run_key(request)
         if done := runs.find(stage_folder, key):
             logger.info("finished already: %s", done)
             return Summary(skipped=1)
-        logger.info("written: %s", runs.run(request, stage_folder, {**request.recipe.options, **point}))
+        folder = runs.run(request, stage_folder, {**request.recipe.options, **point}, load=load)
+        logger.info("written: %s", folder)
         return Summary(finished=1)
     except Exception as e:  # one bad run, of whatever kind, must not end the others
         runs.record_failure(stage_folder, name, e, key)
@@ -133,7 +128,7 @@ def _run_point(request: Request, stage_folder: Path, point: Mapping[str, Any], n
 
 
 def _parse(values: dict[str, Any], source: str) -> Sweep:
-    known = ["stage", "recipe", "grid", *_REQUEST_KEYS, *OPTIONS]
+    known = ["stage", "recipe", "grid", *kinds.KEYS, *OPTIONS]
     grid = values.get("grid", {})
     if not isinstance(grid, dict):
         raise SpecError(f"{source}: grid must be a table of lists, such as [grid] block_size = [16, 32]")
@@ -161,10 +156,6 @@ def _check_keys(values: Mapping[str, Any], known: list[str], source: str) -> Non
     for key in values:
         if key not in known:
             raise SpecError(f"{source}: unknown key {key!r}{suggestion(key, known)}; known are {', '.join(known)}")
-
-
-def _listed(tasks: Any) -> tuple[str, ...]:
-    return tuple(tasks) if isinstance(tasks, list | tuple) else (tasks,)
 
 
 def with_settings(sweep: Sweep, settings: Mapping[str, Any]) -> Sweep:

@@ -12,7 +12,8 @@ import pytest
 
 from mxlab import recipe
 from mxlab.errors import ConversionError, FormatError, SpecError
-from mxlab.evaluate import Outcome, Request, evaluate
+from mxlab.evaluate import Request, evaluate
+from mxlab.outcome import Outcome
 from mxlab.recipe import Recipe, Rule
 from mxlab.specs import override
 

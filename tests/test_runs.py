@@ -21,7 +21,8 @@ from torch import nn
 from mxlab import environment, recipe, runs
 from mxlab.convert import Conversion
 from mxlab.errors import ConversionError, MxlabError, RunError, SourceError
-from mxlab.evaluate import Outcome, Request
+from mxlab.evaluate import Request
+from mxlab.outcome import Load, Outcome
 from mxlab.recipe import Recipe
 
 FILES = ["command.txt", "env.json", "env.txt", "inventory.json", "output.log", "recipe.toml", "run.json"]
@@ -38,13 +39,13 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> list[Request]:
     """Evaluations that cost nothing; the list holds their requests."""
     seen = []
 
-    def evaluate(request: Request, folder: Path) -> Outcome:
+    def evaluate(request: Request, folder: Path, load: Load) -> Outcome:
         seen.append(request)
         file = folder / "metrics_1.json"
         file.write_text('{"results": {}}', encoding="utf-8")
         return Outcome(file, {}, Conversion(nn.Linear(1, 1), request.recipe, ()), 0.0, {})
 
-    monkeypatch.setattr(runs, "evaluate", evaluate)
+    monkeypatch.setattr(Request, "evaluate", evaluate)
     return seen
 
 
@@ -132,7 +133,7 @@ def test_labels(name, options, label):
 
 
 def test_log_and_terminal_see_the_same(request_, tmp_path, monkeypatch, capsys):
-    def evaluate(request, folder):
+    def evaluate(request, folder, load):
         print("printed")
         print("complained", file=sys.stderr)
         logging.getLogger("mxlab").info("told")
@@ -140,7 +141,7 @@ def test_log_and_terminal_see_the_same(request_, tmp_path, monkeypatch, capsys):
         raise ConversionError("no")
 
     seen = []
-    monkeypatch.setattr(runs, "evaluate", evaluate)
+    monkeypatch.setattr(Request, "evaluate", evaluate)
     monkeypatch.setattr(runs.shutil, "rmtree", lambda folder, **_: seen.append((folder / "output.log").read_text()))
     levels = [logging.getLogger(name).level for name in ("mxlab", "lm_eval")]
     with pytest.raises(ConversionError):
@@ -157,11 +158,11 @@ def test_log_and_terminal_see_the_same(request_, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, MemoryError, ConversionError("x"), RuntimeError("x")])
 def test_an_exception_leaves_nothing(error, request_, tmp_path, monkeypatch):
-    def evaluate(request, folder):
+    def evaluate(request, folder, load):
         (folder / "metrics_1.json").write_text("{}", encoding="utf-8")
         raise error
 
-    monkeypatch.setattr(runs, "evaluate", evaluate)
+    monkeypatch.setattr(Request, "evaluate", evaluate)
     with pytest.raises(error if isinstance(error, type) else type(error)):
         runs.run(request_, tmp_path)
     assert names(tmp_path) == []

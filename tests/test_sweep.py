@@ -12,7 +12,8 @@ from mxlab import environment, recipe, runs, sweep
 from mxlab.convert import Conversion
 from mxlab.demo import SWEEPS
 from mxlab.errors import RunError, SpecError
-from mxlab.evaluate import Outcome, Request
+from mxlab.evaluate import Request
+from mxlab.outcome import Load, Outcome
 from mxlab.specs import OPTIONS
 from mxlab.sweep import Summary, Sweep, run_sweep, with_settings
 
@@ -24,7 +25,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> list[Request]:
     """Evaluations that cost nothing; the list holds their requests. The model ``bad`` fails."""
     seen = []
 
-    def evaluate(request: Request, folder: Path) -> Outcome:
+    def evaluate(request: Request, folder: Path, load: Load) -> Outcome:
         seen.append(request)
         if request.model == "bad":
             raise ZeroDivisionError("a bug")
@@ -34,7 +35,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> list[Request]:
         file.write_text('{"results": {}}', encoding="utf-8")
         return Outcome(file, {}, Conversion(nn.Linear(1, 1), request.recipe, ()), 0.0, {})
 
-    monkeypatch.setattr(runs, "evaluate", evaluate)
+    monkeypatch.setattr(Request, "evaluate", evaluate)
     return seen
 
 

@@ -1,0 +1,50 @@
+"""What :func:`mxlab.runs.run` takes, whatever its kind, and what an evaluation gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import Field, dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+from mxlab.convert import Conversion
+from mxlab.models import Loaded
+from mxlab.recipe import Recipe
+
+# Name, dtype and device -> a model that the caller may change, as :func:`mxlab.models.load`.
+Load = Callable[[str, str, str], Loaded]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an evaluation gave: the metrics file, what was converted, and what the file does not say."""
+
+    metrics_file: Path
+    results: dict[str, dict[str, Any]]
+    conversion: Conversion
+    forward_seconds: float
+    scale_clamps: dict[str, dict[str, int]]
+
+
+class Evaluation(Protocol):
+    """A frozen dataclass that says what to evaluate, and how."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+    @property
+    def recipe(self) -> Recipe:
+        """What to quantize."""
+        ...
+
+    @property
+    def batch_size(self) -> int:
+        """What goes through the model at once."""
+        ...
+
+    def key(self) -> dict[str, Any]:
+        """What tells it from others, as plain values: two with an equal key give the same result."""
+        ...
+
+    def evaluate(self, folder: Path, load: Load) -> Outcome:
+        """Run it; the metrics go to ``folder`` as ``metrics_<time>.json``, in lm-eval's layout."""
+        ...
