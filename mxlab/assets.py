@@ -17,6 +17,11 @@ def recipes() -> list[Path]:
     return sorted((_ROOT / "recipes").glob("*.toml"))
 
 
+def comparisons() -> list[Path]:
+    """The shipped comparisons of formats, one TOML file each."""
+    return sorted((_ROOT / "recipes" / "comparisons").glob("*.toml"))
+
+
 def sweeps() -> list[Path]:
     """The shipped sweeps, one TOML file each."""
     return sorted((_ROOT / "recipes" / "sweeps").glob("*.toml"))

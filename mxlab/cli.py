@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import sys
 from dataclasses import replace
 from enum import StrEnum
@@ -168,6 +169,32 @@ def sweep(
     with _progress() as progress:
         summary = sweeps.run_sweep(chosen, out, data_dir, track=progress.track)
     _finish(summary, out)
+
+
+@app.command()
+def compare(
+    file: Annotated[str, typer.Argument(help="A comparison's TOML file, or a shipped one: formats, whole_text.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where its rows go; finished ones are kept.")],
+    data_dir: DataDir = None,
+    device: Device = "auto",
+) -> None:
+    """Score every format in every role on one text: a row each, with perplexity and KL divergence."""
+    _refuse_environment("mxlab compare")
+    _hide_inner_bars()
+    from mxlab import compare as comparisons
+
+    _start_logging()
+    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    with _progress() as progress:
+        rows = comparisons.run(comparisons.load(file), out, command, data_dir, device, progress.track)
+    table = Table("format", "role", "bits", "perplexity", "KL", "top-1", box=None)
+    for row in rows:
+        measured = (row.bits_per_parameter, row.perplexity, row.kl_divergence, row.top1_agreement)
+        table.add_row(row.format, row.role, *("" if value is None else f"{value:.4g}" for value in measured))
+    console.print(table)
+    if failed := [row for row in rows if row.error]:
+        stderr.print(f"[bold red]failed:[/] {_escaped(failed[0].error)} ({len(failed)} rows)", soft_wrap=True)
+        raise typer.Exit(1)
 
 
 @app.command()
