@@ -283,10 +283,4 @@ def _described(what: str, sites: list[Site]) -> str:
 
 
 def _storage_bits(shape: tuple[int, ...], fmt: MXFormat | None, element_size: int) -> int:
-    count = math.prod(shape)
-    if fmt is None:
-        return count * element_size * 8
-    if fmt.scale_rule == "none":
-        return int(count * fmt.bits_per_element)
-    blocks = count // shape[-1] * -(-shape[-1] // (fmt.block_size or shape[-1]))
-    return count * fmt.element_format.bits + blocks * fmt.scale_bits
+    return math.prod(shape) * element_size * 8 if fmt is None else fmt.storage_bits(shape)
