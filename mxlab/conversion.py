@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections import Counter
 from dataclasses import dataclass, field
@@ -14,7 +13,6 @@ from typing import Any
 from torch import nn
 
 from mxlab import sites
-from mxlab.formats import MXFormat
 from mxlab.matching import Match
 from mxlab.recipe import Recipe
 from mxlab.specs import INVENTORY_VARIABLE
@@ -56,7 +54,7 @@ class Conversion:
         in_place = {id(p) for site in self.linears for p in site.stored()}
         parameters = list(self.model.parameters())
         bits = sum(p.numel() * p.element_size() * 8 for p in parameters if id(p) not in in_place)
-        bits += sum(storage_bits(_blocks_last(site), fmt) for site in self.linears for fmt in site.weight_formats)
+        bits += sum(fmt.storage_bits(_blocks_last(site)) for site in self.linears for fmt in site.weight_formats)
         return bits / max(sum(p.numel() for p in parameters), 1)
 
     @property
@@ -130,15 +128,6 @@ class Conversion:
         """Write the inventory where `mxlab run` asked for it, if this process runs under it."""
         if path := os.environ.get(INVENTORY_VARIABLE):
             Path(path).write_text(json.dumps(self.inventory(), indent=1), encoding="utf-8")
-
-
-def storage_bits(shape: tuple[int, ...], fmt: MXFormat) -> int:
-    """Bits of a tensor whose blocks lie along the last axis, its scales included."""
-    count = math.prod(shape)
-    if fmt.scale_rule == "none":
-        return int(count * fmt.bits_per_element)
-    blocks = count // shape[-1] * -(-shape[-1] // (fmt.block_size or shape[-1]))
-    return count * fmt.element_format.bits + blocks * fmt.scale_bits
 
 
 def _blocks_last(match: Match) -> tuple[int, ...]:

@@ -16,16 +16,14 @@ from dataclasses import MISSING, dataclass, fields
 from typing import ClassVar, Literal, get_args
 
 from mxlab.errors import FormatError
+from mxlab.scales import SCALE_RULES, SCALES, ScaleFormat, ScaleRule, resolved_rounding, resolved_rule
 
 Specials = Literal["none", "nan", "ieee"]
 Numerics = Literal["exact", "microxcaling"]
 Rounding = Literal["nearest", "even", "floor", "dither"]
-ScaleRule = Literal["floor", "none"]
 
 ROUNDINGS: tuple[str, ...] = get_args(Rounding)
-SCALE_RULES: tuple[str, ...] = get_args(ScaleRule)
 NUMERICS: tuple[str, ...] = get_args(Numerics)
-SCALES = ("e8m0",)
 
 
 @dataclass(frozen=True)
@@ -75,6 +73,11 @@ class ElementFormat:
         return 2.0**self.emin
 
     @property
+    def min(self) -> float:
+        """The smallest positive number."""
+        return math.ldexp(1, self.emin - self.mantissa_bits)
+
+    @property
     def max(self) -> float:
         """The largest finite number."""
         steps = 2 ** (self.mantissa_bits + 1) - 1 - (self.specials == "nan")
@@ -108,6 +111,7 @@ ELEMENTS: dict[str, ElementFormat] = {
         ElementFormat("bf16", 8, 7, "ieee"),
     )
 }
+_FLOAT32_MAX = (2 - 2.0**-23) * 2.0**127
 ALIASES = {"fp4": "fp4_e2m1", "mxfp4": "fp4_e2m1", "bfloat16": "bf16", "float16": "fp16"}
 
 
@@ -162,7 +166,7 @@ def elementwise_format(bfloat: int = 0, fp: int = 0) -> ElementFormat | None:
 
 @dataclass(frozen=True)
 class MXFormat:
-    """A microscaling format: blocks of ``block_size`` elements that share one power-of-two scale.
+    """A microscaling format: blocks of ``block_size`` elements that share one scale.
 
     Prints as ``fp4_e2m1@32`` with whatever differs from the defaults behind it
     (``fp4_e2m1@32,scale_bits=6,rounding=even``); :meth:`parse` reads that back.
@@ -170,15 +174,17 @@ class MXFormat:
     Attributes:
         element: element format name (see :func:`element`); stored in its canonical spelling.
         block_size: elements that share a scale, along the quantized axis; 0 means the whole axis.
-        scale: format of the shared scale; ``e8m0`` is a bare exponent (OCP MX v1.0, section 5.1).
+        scale: format of the shared scale (:data:`mxlab.scales.SCALES`): ``e8m0``, a bare exponent; ``e5m3``; ``e4m3``,
+            with one float32 scale for the tensor (NVFP4).
         scale_bits: width of the shared exponent, 1..8; 0 means 8, as in microxcaling.
-        scale_rule: ``floor``, the OCP rule floor(log2 amax) - emax; ``none``, every element its own exponent.
+        scale_rule: how the scale is chosen (:mod:`mxlab.scales`); with a floating-point scale ``floor`` means ``max``.
         rounding: ``nearest`` (ties away from zero), ``even`` (ties to even), ``floor`` (toward zero) or ``dither``
-            (stochastic).
+            (stochastic); with the rule ``mase_int``, ``nearest`` means ``even``.
         flush_fp32_subnorms: blocks whose largest magnitude is below 2^-126 become zero.
 
     Raises:
-        FormatError: a field out of range; the message names the field and what it may be.
+        FormatError: a field out of range, or fields that exclude each other; the message names the field and what it
+            may be.
     """
 
     element: str
@@ -197,14 +203,21 @@ class MXFormat:
         check_int("block_size", self.block_size, 0, None, "a positive number of elements, or 0 for the whole axis")
         check_int("scale_bits", self.scale_bits, 0, 8, "1 to 8, or 0 for 8")
         object.__setattr__(self, "scale_bits", self.scale_bits or 8)
-        check_choice("scale", self.scale, SCALES)
+        check_choice("scale", self.scale, tuple(SCALES))
         check_choice("scale_rule", self.scale_rule, SCALE_RULES)
         check_choice("rounding", self.rounding, ROUNDINGS)
         if not isinstance(self.flush_fp32_subnorms, bool):
             raise FormatError(f"flush_fp32_subnorms is {self.flush_fp32_subnorms!r}: it must be true or false")
+        scale = self.scale_format
+        rule = resolved_rule(scale, self.scale_rule, self.scale_bits, self.flush_fp32_subnorms)
+        object.__setattr__(self, "scale_rule", rule)
+        object.__setattr__(self, "rounding", resolved_rounding(rule, self.rounding, row.name, row.is_int))
+        if scale.is_float and row.max * self.scale_grid.max > _FLOAT32_MAX:
+            raise FormatError(f"element is {row.name}: times the scale {scale.name} it exceeds float32; use scale=e8m0")
         # Derived once: the name is what the kernels know the format by.
         object.__setattr__(self, "_element", row)
-        extras = [f"{f.name}={_plain(getattr(self, f.name))}" for f in _EXTRAS if getattr(self, f.name) != f.default]
+        usual = {f.name: f.default for f in _EXTRAS} | {"scale_rule": scale.default_rule}
+        extras = [f"{name}={_plain(getattr(self, name))}" for name in usual if getattr(self, name) != usual[name]]
         object.__setattr__(self, "_text", ",".join([f"{self.element}@{self.block_size}", *extras]))
 
     @property
@@ -213,20 +226,66 @@ class MXFormat:
         return self._element
 
     @property
+    def grid(self) -> ElementFormat:
+        """The element's values as multiples of the scale; those of ``mase_int`` have B - 1 fraction bits, not B - 2."""
+        if self.scale_rule == "mase_int":
+            return ElementFormat(self.element, 0, self._element.mantissa_bits + 1)
+        return self._element
+
+    @property
+    def limits(self) -> tuple[float, float]:
+        """The smallest and the largest value of an element, as multiples of the scale."""
+        if self.scale_rule == "mase_int":
+            return -1.0, 1 - 2.0**-self.grid.mantissa_bits
+        return -self._element.max, self._element.max
+
+    @property
+    def scale_format(self) -> ScaleFormat:
+        """The row behind :attr:`scale`."""
+        return SCALES[self.scale]
+
+    @property
+    def scale_grid(self) -> ElementFormat:
+        """The values of a floating-point scale."""
+        return ElementFormat(self.scale, self.scale_format.exponent_bits, self.scale_format.mantissa_bits, "nan")
+
+    @property
     def scale_emax(self) -> int:
         """Largest magnitude of the shared exponent, 2^(scale_bits - 1) - 1."""
         return 2 ** (self.scale_bits - 1) - 1
 
     @property
+    def is_random(self) -> bool:
+        """Whether the result depends on a seed."""
+        return self.rounding == "dither"
+
+    @property
     def bits_per_element(self) -> float:
         """Storage of one element in bits, its share of the scale included.
 
-        With ``block_size=0`` the share depends on the length of the axis and is not counted.
+        With ``block_size=0`` the share depends on the length of the axis and is not counted; nor is the one scale of
+        a tensor. :meth:`storage_bits` counts all.
         """
         if self.scale_rule == "none":
             return self.element_format.bits + self.scale_bits
         share = self.scale_bits / self.block_size if self.block_size else 0
         return self.element_format.bits + share
+
+    def storage_bits(self, shape: Sequence[int]) -> int:
+        """Storage of a tensor in bits, blocks along its last axis: elements, the scales of all blocks, partial ones
+        too, and the scale of the tensor.
+
+        Raises:
+            FormatError: a shape without an axis.
+        """
+        if not shape:
+            raise FormatError("a 0-dimensional tensor has no axis to quantize along: reshape it to (1,)")
+        count, length = math.prod(shape), shape[-1]
+        if count == 0:
+            return 0
+        block = 1 if self.scale_rule == "none" else self.block_size or length
+        blocks = count // length * -(-length // block)
+        return count * self._element.bits + blocks * self.scale_bits + self.scale_format.tensor_bits
 
     def __str__(self) -> str:
         return self._text
@@ -235,7 +294,7 @@ class MXFormat:
     def parse(cls, text: str | MXFormat) -> MXFormat:
         """The format that ``text`` spells, such as ``fp6_e2m3@32`` or ``int8@16,scale_bits=6``.
 
-        The block size may be left out (32).
+        The block size may be left out (32). ``nvfp4`` is ``fp4_e2m1@16,scale=e4m3``.
 
         Raises:
             FormatError: not a format; the message names the part that could not be read.
@@ -252,14 +311,17 @@ class MXFormat:
 _EXTRAS = tuple(f for f in fields(MXFormat) if f.name not in ("element", "block_size") and f.default is not MISSING)
 
 
+# Names of whole formats: element, block size, and what stands behind them.
+_NAMED = {"nvfp4": ("fp4_e2m1", 16, ["scale=e4m3"])}
 _PARSED: dict[str, MXFormat] = {}  # no lru_cache: torch.compile warns of those it meets
 
 
 def _parse(text: str) -> MXFormat:
     head, *extras = (part.strip() for part in text.split(","))
     name, at, block = head.partition("@")
-    block_size = _integer("block_size", block) if at else 32
-    return MXFormat(name, block_size, **_parse_extras(extras, text))
+    name, block_size, implied = _NAMED.get(name.strip().lower(), (name, 32, []))
+    block_size = _integer("block_size", block) if at else block_size
+    return MXFormat(name, block_size, **_parse_extras([*implied, *extras], text))
 
 
 def _parse_extras(extras: Sequence[str], text: str) -> dict:

@@ -147,20 +147,18 @@ def is_lossless(element: ElementFormat, dtype: torch.dtype) -> bool:
 
 
 def scale_clamps(x: Tensor, fmt: MXFormat, axis: int | Sequence[int] = -1) -> dict[str, int]:
-    """How many blocks of ``x`` want a shared exponent outside the range of ``scale_bits``.
+    """How many blocks of ``x`` want a scale outside the range of its format.
 
     Returns:
         ``blocks``: those that are not all zero, NaN or infinite; ``clamped``: of these, how many are raised to the
-        smallest scale; ``overflowed``: how many become NaN because their scale is too large.
+        smallest scale; ``overflowed``: how many want a larger scale than there is. These become NaN where the scale is
+        a power of two, and saturate at the largest where it is a floating-point number.
     """
     cut = reference.block_layout(x, fmt, _axes(x, axis))
-    amax = cut.split(x.detach().to(torch.float32)).abs().amax(-1)
-    exponent = reference.unclamped_exponent(amax, fmt)[(amax > 0) & amax.isfinite()]
-    return {
-        "blocks": exponent.numel(),
-        "clamped": int((exponent < -fmt.scale_emax).sum()),
-        "overflowed": int((exponent > fmt.scale_emax).sum()),
-    }
+    if x.numel() == 0:
+        return {"blocks": 0, "clamped": 0, "overflowed": 0}
+    counted = reference.out_of_range(cut.split(x.detach().to(torch.float32)), fmt)
+    return dict(zip(("blocks", "clamped", "overflowed"), (int(c.sum()) for c in counted), strict=True))
 
 
 class _StraightThrough(torch.autograd.Function):

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mxlab.errors import FormatError, MxlabError
-from mxlab.formats import ELEMENTS, ROUNDINGS, SCALE_RULES, ElementFormat, MXFormat, element
+from mxlab.formats import ELEMENTS, ROUNDINGS, ElementFormat, MXFormat, element
 
 # name: bits, exponent bits, mantissa bits, bias, emin, emax, smallest normal, largest, smallest positive.
 # OCP MX v1.0, tables 1 and 2 to 5; OFP8 v1.0, table 1; IEEE 754 for fp16.
@@ -40,14 +40,32 @@ PARAMETRIC = [f"int{b}" for b in range(2, 9)] + [
 EVERY_NAME = sorted({*ELEMENTS, *PARAMETRIC})
 
 block_sizes = st.one_of(st.just(0), st.integers(1, 2**40))
-formats = st.builds(
-    MXFormat,
-    element=st.sampled_from(EVERY_NAME),
-    block_size=block_sizes,
-    scale_bits=st.integers(0, 8),
-    scale_rule=st.sampled_from(SCALE_RULES),
-    rounding=st.sampled_from(ROUNDINGS),
-    flush_fp32_subnorms=st.booleans(),
+formats = st.one_of(
+    st.builds(
+        MXFormat,
+        element=st.sampled_from(EVERY_NAME),
+        block_size=block_sizes,
+        scale_bits=st.integers(0, 8),
+        scale_rule=st.sampled_from(["floor", "ceil", "even", "rceil", "none"]),
+        rounding=st.sampled_from(ROUNDINGS),
+        flush_fp32_subnorms=st.booleans(),
+    ),
+    st.builds(
+        MXFormat,
+        element=st.sampled_from([name for name in EVERY_NAME if name != "bf16"]),
+        block_size=block_sizes,
+        scale=st.sampled_from(["e5m3", "e4m3"]),
+        scale_rule=st.sampled_from(["floor", "max"]),
+        rounding=st.sampled_from(ROUNDINGS),
+    ),
+    st.builds(
+        MXFormat,
+        element=st.sampled_from(["int2", "int4", "int8"]),
+        block_size=block_sizes,
+        scale_bits=st.integers(0, 8),
+        scale_rule=st.sampled_from(["mse", "mase_int"]),
+        rounding=st.sampled_from(["nearest", "even"]),
+    ),
 )
 
 
@@ -161,6 +179,70 @@ def test_defaults():
     assert f.element_format == element("fp4_e2m1")
 
 
+@pytest.mark.parametrize("scale", ["e5m3", "e4m3"])
+def test_a_floating_point_scale_has_one_rule(scale):
+    f = MXFormat("fp4_e2m1", 16, scale=scale)
+    assert f == MXFormat("fp4_e2m1", 16, scale=scale, scale_rule="max", scale_bits=0)
+    assert f.scale_rule == "max"
+    assert str(f) == f"fp4_e2m1@16,scale={scale}"
+    assert dataclasses.replace(f, block_size=8) == MXFormat.parse(f"fp4@8,scale={scale},scale_rule=max")
+
+
+def test_mase_int_rounds_to_even():
+    f = MXFormat("int8", scale_rule="mase_int")
+    assert f == MXFormat("int8", scale_rule="mase_int", rounding="even")
+    assert f.rounding == "even"
+    assert MXFormat.parse("int8,scale_rule=mase_int") == f
+    assert f.grid.magnitudes()[:3] == (0, 2**-7, 2**-6)
+    assert f.limits == (-1, 127 / 128)
+    assert MXFormat("int8").limits == (-127 / 64, 127 / 64)
+
+
+def test_the_largest_values_of_the_scales():
+    grids = {scale: MXFormat("fp4", scale=scale).scale_grid for scale in ("e5m3", "e4m3")}
+    assert {scale: (grid.min, grid.max) for scale, grid in grids.items()} == {
+        "e5m3": (2**-17, 57344 * 2),
+        "e4m3": (2**-9, 448),
+    }
+
+
+def test_nvfp4():
+    assert MXFormat.parse("nvfp4") == MXFormat.parse(" NVFP4@16 ") == MXFormat("fp4_e2m1", 16, scale="e4m3")
+    assert str(MXFormat.parse("nvfp4,rounding=even")) == "fp4_e2m1@16,scale=e4m3,rounding=even"
+    assert MXFormat.parse("nvfp4@32").block_size == 32
+    with pytest.raises(FormatError, match="each once"):
+        MXFormat.parse("nvfp4,scale=e8m0")
+
+
+@pytest.mark.parametrize(
+    ("text", "shape", "bits"),
+    [
+        ("fp4@32", (64,), 64 * 4 + 2 * 8),
+        ("fp4@32", (3, 40), 3 * (40 * 4 + 2 * 8)),
+        ("fp6_e2m3@32,scale_bits=5", (2, 3, 33), 6 * (33 * 6 + 2 * 5)),
+        ("int8@0", (5, 100), 5 * (100 * 8 + 8)),
+        ("int8@100", (5, 10), 5 * (10 * 8 + 8)),
+        ("int8@32,scale_rule=none", (5, 10), 50 * 16),
+        ("fp4@16,scale=e5m3", (3, 40), 3 * (40 * 4 + 3 * 8)),
+        ("nvfp4", (3, 40), 3 * (40 * 4 + 3 * 8) + 32),
+        ("nvfp4", (0, 40), 0),
+        ("fp4@0", (3, 0), 0),
+    ],
+)
+def test_storage_bits(text, shape, bits):
+    assert MXFormat.parse(text).storage_bits(shape) == bits
+
+
+def test_storage_needs_an_axis():
+    with pytest.raises(FormatError, match="0-dimensional"):
+        MXFormat("fp4").storage_bits(())
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+def test_dither_is_random(rounding):
+    assert MXFormat("fp4", rounding=rounding).is_random == (rounding == "dither")
+
+
 def test_zero_scale_bits_means_eight():
     assert MXFormat("int8", scale_bits=0) == MXFormat("int8", scale_bits=8)
     assert MXFormat("int8", scale_bits=0).scale_bits == 8
@@ -231,6 +313,18 @@ def test_different_formats_print_differently(a, b):
     assert (a == b) == (str(a) == str(b))
 
 
+@pytest.mark.parametrize("name", ["bf16", "fp4_e2m1", "fp16"])
+def test_elements_that_a_scale_or_a_rule_cannot_have(name):
+    with pytest.raises(FormatError, match=f"'mase_int'.*intB elements, not for {name}"):
+        MXFormat(name, scale_rule="mase_int")
+    for scale in ("e5m3", "e4m3"):
+        if name == "bf16":
+            with pytest.raises(FormatError, match=f"bf16.*{scale}.*float32"):
+                MXFormat(name, scale=scale)
+        else:
+            assert MXFormat(name, scale=scale).scale_rule == "max"
+
+
 def test_frozen_and_hashable():
     f = MXFormat("fp4_e2m1")
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -256,9 +350,18 @@ def test_frozen_and_hashable():
         ({"scale_bits": -1}, ["scale_bits", "-1", "1 to 8"]),
         ({"scale_bits": False}, ["scale_bits", "False", "1 to 8"]),
         ({"scale_bits": 8.0}, ["scale_bits", "8.0", "1 to 8"]),
-        ({"scale": "e9m0"}, ["scale", "'e9m0'", "e8m0", "did you mean 'e8m0'"]),
+        ({"scale": "e9m0"}, ["scale", "'e9m0'", "e8m0", "did you mean"]),
         ({"scale": None}, ["scale", "None", "e8m0"]),
-        ({"scale_rule": "max"}, ["scale_rule", "'max'", "floor", "none"]),
+        ({"scale_rule": "max"}, ["scale_rule", "'max'", "e8m0", "scale=e5m3", "floor", "none"]),
+        ({"scale_rule": "rciel"}, ["scale_rule", "'rciel'", "did you mean 'rceil'"]),
+        ({"scale": "e5m3", "scale_rule": "ceil"}, ["scale_rule", "'ceil'", "e5m3", "'max'", "leave scale_rule out"]),
+        ({"scale": "e4m3", "scale_rule": "none"}, ["scale_rule", "'none'", "e4m3", "'max'"]),
+        ({"scale": "e4m3", "scale_bits": 7}, ["scale_bits", "7", "e4m3", "8 bits"]),
+        ({"scale": "e5m3", "flush_fp32_subnorms": True}, ["flush_fp32_subnorms", "e8m0", "e5m3"]),
+        ({"scale": "e8m3"}, ["scale", "'e8m3'", "e8m0, e5m3, e4m3"]),
+        ({"scale_rule": "mse", "rounding": "dither"}, ["rounding", "'dither'", "'mse'"]),
+        ({"scale_rule": "mase_int", "rounding": "dither"}, ["rounding", "'dither'", "'mase_int'", "half to even"]),
+        ({"scale_rule": "mase_int", "rounding": "floor"}, ["rounding", "'floor'", "'mase_int'", "half to even"]),
         ({"scale_rule": None}, ["scale_rule", "None", "floor"]),
         ({"rounding": "nearst"}, ["rounding", "'nearst'", "nearest, even, floor, dither", "did you mean 'nearest'"]),
         ({"rounding": ["even"]}, ["rounding", "['even']", "nearest, even, floor, dither"]),

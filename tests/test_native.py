@@ -3,17 +3,19 @@
 import copy
 import os
 import threading
+from itertools import product
 
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from test_properties import DTYPES, EVERY_NAME, formats, refused, same, tensors
+from test_properties import DTYPES, EVERY_NAME, allowed, float_scaled, formats, refused, same, tensors
 
 from mxlab.backends import native, operators, philox
 from mxlab.errors import FormatError
 from mxlab.formats import NUMERICS, ROUNDINGS, MXFormat, element
 from mxlab.numerics import quantize, quantize_, round_elementwise
+from mxlab.scales import SCALE_RULES
 
 if native.MISSING and os.environ.get("MXLAB_REQUIRE_NATIVE") == "0":
     pytest.skip(f"no native kernels ({native.MISSING}), and none are required", allow_module_level=True)
@@ -79,6 +81,21 @@ def test_every_format_has_the_bits_of_the_reference(instruction_set, numerics, d
 
 
 @pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_rule_and_scale_has_the_bits_of_the_reference(instruction_set, dtype, rounding):
+    x, finite = hard(dtype), hard(dtype).nan_to_num(0, 0, 0) * 2.0**-20
+    for i, (name, rule) in enumerate(product(EVERY_NAME, SCALE_RULES)):
+        options = {"scale_bits": (8, 8, 6, 4)[i % 4], "flush_fp32_subnorms": i % 5 == 2}
+        if rule == "max":
+            options = {"scale": ("e5m3", "e4m3")[i // len(SCALE_RULES) % 2]}
+        if (rule == "max" and name != "bf16") or allowed(name, rule, rounding):
+            fmt = MXFormat(name, (32, 16, 64, 0, 5, 100, 1)[i % 7], scale_rule=rule, rounding=rounding, **options)
+            for values, axis in product((x, finite), (-1, 0)):
+                mine = quantize(values, fmt, axis=axis, seed=i, backend="native")
+                same(mine, quantize(values, fmt, axis=axis, seed=i, backend="reference"))
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS)
 @pytest.mark.parametrize("numerics", NUMERICS)
 def test_element_wise_rounding_has_the_bits_of_the_reference(instruction_set, numerics, rounding):
     widths = [{"bfloat": b} for b in range(10, 32)] + [{"fp": b} for b in range(7, 30)]
@@ -102,7 +119,8 @@ def test_every_value_of_a_16_bit_type(instruction_set, numerics, dtype):
             )
 
 
-@given(tensors(side=40), formats(), st.sampled_from(NUMERICS), st.data())
+@settings(max_examples=200)
+@given(tensors(side=40), st.one_of(formats(), float_scaled()), st.sampled_from(NUMERICS), st.data())
 def test_any_tensor_has_the_bits_of_the_reference(x, fmt, numerics, data):
     assume(not refused(x, fmt, numerics))
     axes = data.draw(st.lists(st.integers(0, x.ndim - 1), min_size=1, unique=True))
@@ -151,10 +169,10 @@ def test_any_layout(view, rounding, numerics):
 def test_into_another_tensor(backend):
     x = hard(torch.bfloat16)
     for y in (x, x.T, x[::2]):
-        for axis in (0, -1, (0, 1)):
+        for axis, fmt in product((0, -1, (0, 1)), ("fp6_e2m3@32", "nvfp4", "int8@8,scale_rule=mse")):
             out = torch.empty(y.shape, dtype=y.dtype)
-            assert quantize(y, "fp6_e2m3@32", axis=axis, backend=backend, out=out) is out
-            same(out, quantize(y, "fp6_e2m3@32", axis=axis))
+            assert quantize(y, fmt, axis=axis, backend=backend, out=out) is out
+            same(out, quantize(y, fmt, axis=axis))
     assert quantize(x[:0], "fp4@32", out=x[:0].clone()).shape == (0, 192)
     with pytest.raises(FormatError, match="out is"):
         quantize(x, "fp4@32", out=torch.empty(3, dtype=x.dtype), backend=backend)
@@ -191,8 +209,10 @@ def test_the_number_of_threads_changes_nothing(threads, numerics):
     before = torch.get_num_threads()
     try:
         for dtype in DTYPES:
-            for axis, block in ((-1, 32), (0, 32), (-1, 0), (-1, 1031 * 517)):
-                fmt = MXFormat("fp6_e3m2", block, rounding="dither" if axis else "nearest")
+            for axis, block, scale in product((-1, 0), (32, 0), ("e8m0", "e4m3")):
+                if numerics == "microxcaling" and scale == "e4m3":
+                    continue
+                fmt = MXFormat("fp6_e3m2", block, scale, rounding="dither" if axis else "nearest")
                 torch.set_num_threads(threads)
                 mine = quantize(x.to(dtype), fmt, axis=axis, numerics=numerics, seed=9)
                 torch.set_num_threads(1)

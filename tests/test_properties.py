@@ -1,5 +1,6 @@
 """What holds for every format, rounding and input of the ``exact`` numerics; and the gradient of both numerics."""
 
+import dataclasses
 import math
 from itertools import product
 
@@ -12,14 +13,17 @@ from hypothesis.extra.numpy import array_shapes, arrays
 from torch import Tensor
 
 from mxlab.backends import philox
-from mxlab.formats import ELEMENTS, NUMERICS, ROUNDINGS, SCALE_RULES, MXFormat, element
+from mxlab.formats import ELEMENTS, NUMERICS, ROUNDINGS, MXFormat, element
 from mxlab.numerics import quantize, round_elementwise
+from mxlab.scales import SCALE_RULES
 
 PARAMETRIC = [f"int{b}" for b in range(2, 9)] + [
     f"fp{n}_e{x}m{n - 1 - x}" for n in range(2, 9) for x in range(1, n) if n - 1 - x >= 0
 ]
 EVERY_NAME = sorted({*ELEMENTS, *PARAMETRIC})
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+SHARED = [rule for rule in SCALE_RULES if rule != "none"]
 
 dtypes = st.sampled_from(DTYPES)
 anything = st.one_of(
@@ -42,17 +46,30 @@ def tensors(draw, dims=(1, 3), side=12, elements=anything):
     return x.to(draw(dtypes))
 
 
+def allowed(element_name: str, rule: str, rounding: str) -> bool:
+    """Whether a scale that is a power of two can have the rule."""
+    if rule == "mase_int":
+        return element_name.startswith("int") and rounding in ("nearest", "even")
+    return rule != "max" and (rule, rounding) != ("mse", "dither")
+
+
 @st.composite
-def formats(draw, rounding=every_rounding, **fixed):
+def formats(draw, rounding=every_rounding, rules=SCALE_RULES, **fixed):
+    """Formats whose scale is a power of two."""
+    name, mode = draw(st.sampled_from(EVERY_NAME)), draw(rounding)
     fields = {
-        "element": st.sampled_from(EVERY_NAME),
         "block_size": st.integers(0, 9),
         "scale_bits": st.integers(1, 8),
-        "scale_rule": st.sampled_from(SCALE_RULES),
-        "rounding": rounding,
+        "scale_rule": st.sampled_from([rule for rule in rules if allowed(name, rule, mode)]),
         "flush_fp32_subnorms": st.booleans(),
     }
-    return MXFormat(**{name: fixed[name] if name in fixed else draw(s) for name, s in fields.items()})
+    return MXFormat(name, rounding=mode, **{k: fixed[k] if k in fixed else draw(s) for k, s in fields.items()})
+
+
+def float_scaled(rounding=every_rounding, scales=("e5m3", "e4m3")):
+    """Formats whose scale is a floating-point number."""
+    names = st.sampled_from([name for name in EVERY_NAME if name != "bf16"])
+    return st.builds(MXFormat, names, st.integers(0, 9), st.sampled_from(scales), rounding=rounding)
 
 
 def full_range(**fixed):
@@ -61,8 +78,9 @@ def full_range(**fixed):
 
 
 def refused(x: Tensor, fmt: MXFormat, numerics: str) -> bool:
-    """Whether microxcaling has no room in the dtype for the largest code, as in test_numerics."""
-    return numerics == "microxcaling" and element(fmt.element).max > torch.finfo(x.dtype).max
+    """Whether microxcaling has no such rule, or no room in the dtype for the largest code, as in test_numerics."""
+    known = fmt.scale_rule in ("floor", "none") and element(fmt.element).max <= torch.finfo(x.dtype).max
+    return numerics == "microxcaling" and not known
 
 
 def same(a: Tensor, b: Tensor) -> None:
@@ -77,18 +95,30 @@ def same(a: Tensor, b: Tensor) -> None:
 # Values
 
 
-@given(tensors(), formats())
+@given(tensors(), formats(rules=("floor", "ceil", "even", "rceil", "none")))
 def test_idempotent(x, fmt):
     once = quantize(x, fmt, seed=1)
     same(quantize(once, fmt, seed=2), once)
 
 
-@given(tensors(), formats())
+@given(tensors(elements=moderate), formats(deterministic, rules=("mse",)))
+def test_idempotent_where_squared_errors_are_float32_numbers(x, fmt):
+    once = quantize(x, fmt)
+    same(quantize(once, fmt), once)
+
+
+@given(tensors(), st.one_of(formats(rules=[r for r in SCALE_RULES if r != "mase_int"]), float_scaled()))
 def test_symmetric(x, fmt):
     same(quantize(-x, fmt, seed=1), -quantize(x, fmt, seed=1) + 0.0)
 
 
-@given(tensors(dims=(1, 1), side=24), formats(rounding=deterministic, block_size=0, scale_rule="floor"))
+@given(
+    tensors(dims=(1, 1), side=24),
+    st.one_of(
+        formats(deterministic, [r for r in SCALE_RULES if r != "none"], block_size=0),
+        float_scaled(deterministic).map(lambda fmt: dataclasses.replace(fmt, block_size=0)),
+    ),
+)
 def test_monotonic_inside_a_block(x, fmt):
     result = quantize(x.sort().values, fmt)
     if not result.isnan().any():
@@ -113,7 +143,7 @@ def test_a_result_is_a_code_times_the_scale(x, fmt):
         assert math.frexp(value.item())[0] in odd
 
 
-@given(tensors(), formats())
+@given(tensors(), st.one_of(formats(), float_scaled()))
 def test_zero_is_positive(x, fmt):
     result = quantize(x, fmt, seed=1)
     assert not result[result == 0].signbit().any()
@@ -158,7 +188,7 @@ def test_every_element_wise_value_is_a_fixed_point(bits, rounding):
 # Blocks
 
 
-@given(tensors(dims=(2, 3)), formats(rounding=deterministic), st.data())
+@given(tensors(dims=(2, 3)), st.one_of(formats(deterministic), float_scaled(deterministic)), st.data())
 def test_an_axis_is_the_last_axis_of_the_transposed_tensor(x, fmt, data):
     axis = data.draw(st.integers(-x.ndim, x.ndim - 1))
     expected = quantize(x.movedim(axis, -1).contiguous(), fmt).movedim(-1, axis)
@@ -185,26 +215,30 @@ def test_an_expanded_tensor_is_like_its_copy():
     same(quantize(x, "fp4@16"), quantize(x.clone(), "fp4@16"))
 
 
-@given(tensors(dims=(1, 2), side=20), formats(rounding=deterministic))
+@given(tensors(dims=(1, 2), side=20), st.one_of(formats(deterministic), float_scaled(deterministic)))
 def test_a_partial_block_is_a_block_padded_with_zeros(x, fmt):
     missing = -x.shape[-1] % fmt.block_size if fmt.block_size else 3
     padded = torch.nn.functional.pad(x, (0, missing))
     same(quantize(x, fmt), quantize(padded, fmt)[..., : x.shape[-1]])
 
 
-@given(tensors(dims=(1, 2), side=20), formats(rounding=deterministic))
+@given(tensors(dims=(1, 2), side=20), st.one_of(formats(deterministic, SHARED), float_scaled(deterministic, ["e5m3"])))
 def test_each_block_is_on_its_own(x, fmt):
     """Neither padding nor a neighbour, nor the row before, leaks into a block."""
-    whole = MXFormat(fmt.element, 0, "e8m0", fmt.scale_bits, fmt.scale_rule, fmt.rounding, fmt.flush_fp32_subnorms)
+    whole = dataclasses.replace(fmt, block_size=0)
     size = fmt.block_size or x.shape[-1]
     rows = [[quantize(part, whole) for part in row.split(size)] for row in x.reshape(-1, x.shape[-1])]
     same(quantize(x, fmt), torch.stack([torch.cat(row) for row in rows]).reshape(x.shape))
 
 
-@given(tensors(dims=(2, 3), side=7), formats(rounding=deterministic), st.data())
+@given(
+    tensors(dims=(2, 3), side=7),
+    st.one_of(formats(deterministic, SHARED), float_scaled(deterministic, ["e5m3"])),
+    st.data(),
+)
 def test_several_axes_form_joint_tiles(x, fmt, data):
     axes = data.draw(st.lists(st.integers(0, x.ndim - 1), min_size=2, max_size=x.ndim, unique=True))
-    whole = MXFormat(fmt.element, 0, "e8m0", fmt.scale_bits, fmt.scale_rule, fmt.rounding, fmt.flush_fp32_subnorms)
+    whole = dataclasses.replace(fmt, block_size=0)
     cuts = []
     for axis, length in enumerate(x.shape):
         size = (fmt.block_size or length) if axis in axes else 1
@@ -224,7 +258,7 @@ def test_without_a_shared_scale_each_element_is_a_block(x, fmt, block_size):
 
 @given(
     tensors(dims=(1, 2), side=20, elements=moderate),
-    full_range(scale_rule="floor"),
+    st.one_of(full_range(rules=("floor", "even", "mse")), float_scaled(scales=["e5m3"])),
     st.sampled_from([math.nan, math.inf, -math.inf]),
     st.data(),
 )

@@ -28,6 +28,34 @@ class Layout(NamedTuple):
     block: int
 
 
+SCALINGS = ("power", "asymmetric", "searched", "floating")
+_BY_RULE = {"mase_int": "asymmetric", "mse": "searched", "max": "floating"}
+_MANTISSA = 2**23 - 1  # of a float32
+
+
+def scaling(fmt: MXFormat) -> str:
+    """Which of :data:`SCALINGS`, the kernels' ways to choose and apply a scale, serves the format."""
+    return _BY_RULE.get(fmt.scale_rule, "power")
+
+
+def carry(fmt: MXFormat) -> int:
+    """What is added to the 23 mantissa bits of a block's largest magnitude before its exponent is taken.
+
+    The carry into the exponent is the difference of the rules: none of ``floor``; of ``ceil``, for any mantissa but 0;
+    of ``even``, from half a unit of the element's mantissa below the next power on; of ``rceil``, for mantissas above
+    that of the largest element.
+    """
+    element = fmt.element_format
+    largest = int(element.max * 2.0 ** (23 - element.emax)) & _MANTISSA
+    by_rule = {
+        "ceil": _MANTISSA,
+        "mase_int": _MANTISSA,
+        "even": 2 ** (22 - element.mantissa_bits),
+        "rceil": _MANTISSA - largest,
+    }
+    return by_rule.get(fmt.scale_rule, 0)
+
+
 class Compiled(ABC):
     """A backend whose kernels take dense tensors. The bits are those of the reference."""
 
@@ -115,7 +143,7 @@ def address(x: Tensor | None) -> int:
 
 def _check(fmt: MXFormat, x: Tensor, numerics: Numerics) -> None:
     if numerics == "microxcaling":
-        microxcaling.check_fits(fmt.element_format, x.dtype)
+        microxcaling.check(fmt, x.dtype)
 
 
 def _layout(x: Tensor, fmt: MXFormat, axis: int) -> Layout:

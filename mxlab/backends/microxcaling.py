@@ -38,10 +38,10 @@ def quantize(x: Tensor, fmt: MXFormat, axes: tuple[int, ...], seed: int) -> Tens
     """``x`` rounded to ``fmt`` in blocks along ``axes`` (non-negative); same shape and dtype, contiguous.
 
     Raises:
-        FormatError: as :func:`check_fits`.
+        FormatError: as :func:`check`.
     """
     element = fmt.element_format
-    check_fits(element, x.dtype)
+    check(fmt, x.dtype)
     cut = block_layout(x, fmt, axes)
     blocks = cut.split(x)  # (..., n_blocks, block)
     amax = blocks.abs().amax(-1, keepdim=True)  # (..., n_blocks, 1)
@@ -67,12 +67,18 @@ def round_elementwise(x: Tensor, element: ElementFormat, rounding: Rounding, sub
     return torch.where(x.isinf(), x, rounded)
 
 
-def check_fits(element: ElementFormat, dtype: torch.dtype) -> None:
-    """Refuse elements that the dtype cannot hold, which the emulator computes in.
+def check(fmt: MXFormat, dtype: torch.dtype) -> None:
+    """Refuse formats that the emulator does not have.
 
     Raises:
-        FormatError: the largest value of ``element`` is too large for ``dtype`` (bf16 elements in float16).
+        FormatError: another scale than e8m0, another rule than floor and none, or elements whose largest value is too
+            large for ``dtype``, which the emulator computes in (bf16 elements in float16).
     """
+    if fmt.scale_rule not in ("floor", "none"):
+        raise FormatError(
+            f"{fmt}: microxcaling knows the scale e8m0 with the rules floor and none only; choose numerics='exact'"
+        )
+    element = fmt.element_format
     if element.max > torch.finfo(dtype).max:
         raise FormatError(f"{element} elements reach {element.max:g}, too large for {dtype}: use bfloat16 or float32")
 

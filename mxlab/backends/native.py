@@ -7,13 +7,12 @@ so. It takes addresses instead of tensors, and so depends on no version of torch
 from __future__ import annotations
 
 import functools
-import operator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from mxlab.backends.compiled import Compiled, Layout, address
+from mxlab.backends.compiled import SCALINGS, Compiled, Layout, address, carry, scaling
 from mxlab.formats import ROUNDINGS, ElementFormat, MXFormat, Numerics, Rounding
 
 try:
@@ -83,13 +82,16 @@ def instruction_set() -> str:
 @functools.cache
 def _quantizer(fmt: str, numerics: Numerics) -> _native.Quantizer:
     parsed = MXFormat.parse(fmt)
-    return _native.Quantizer(
-        _element(parsed.element_format),
+    kernel_format = _native.Format(
+        _element(parsed.grid, parsed.limits[1]),
         parsed.scale_emax,
         parsed.flush_fp32_subnorms,
-        ROUNDINGS.index(parsed.rounding),
-        numerics == "microxcaling",
+        carry(parsed),
+        _element(parsed.scale_grid),
+        parsed.scale_format.tensor_bits > 0,
     )
+    rounding = ROUNDINGS.index(parsed.rounding)
+    return _native.Quantizer(kernel_format, SCALINGS.index(scaling(parsed)), rounding, numerics == "microxcaling")
 
 
 @functools.cache
@@ -97,6 +99,6 @@ def _rounder(element: ElementFormat, rounding: Rounding, subnormals: bool, numer
     return _native.Rounder(_element(element), ROUNDINGS.index(rounding), subnormals, numerics == "microxcaling")
 
 
-def _element(element: ElementFormat) -> _native.Element:
-    numbers = operator.attrgetter("mantissa_bits", "emax", "min_normal", "max", "is_int")(element)
-    return _native.Element(*numbers)
+def _element(element: ElementFormat, largest: float | None = None) -> _native.Element:
+    numbers = element.mantissa_bits, element.emax, element.min_normal
+    return _native.Element(*numbers, element.max if largest is None else largest, element.is_int)

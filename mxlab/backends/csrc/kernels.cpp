@@ -88,6 +88,17 @@ MX_INLINE u32 largest(const typename T::Stored* x, int64_t n) {
     return static_cast<u32>(m);
 }
 
+// The same without NaN and infinities.
+template <class T>
+u32 largest_finite(const typename T::Stored* x, int64_t n) {
+    int m = 0;
+    for (int64_t i = 0; i < n; ++i) {
+        const int a = static_cast<int>(bits_of(T::load(x[i])) & MAGNITUDE);
+        m = larger(m, a < static_cast<int>(EXPONENT) ? a : 0);
+    }
+    return static_cast<u32>(m);
+}
+
 // ---------------------------------------------------------------------------------------------------- numerics
 // What the loops below need of a numerics: scales, one element, how a result is stored, and how long a block is worth a
 // loop of its own.
@@ -107,7 +118,7 @@ template <class T_, Rounding R>
 struct Exact {
     using T = T_;
     static constexpr int64_t SHORTEST = 32;
-    static constexpr bool PAIRS = T::mantissa_bits == 7;
+    static constexpr bool PAIRS = T::mantissa_bits == 7, SEARCHES = false;
     const Format& format;
     float plain_from;
 
@@ -120,11 +131,41 @@ struct Exact {
     }
 };
 
+template <class T>
+struct Asymmetric : Exact<T, Rounding::even> {
+    using Exact<T, Rounding::even>::Exact;
+    MX_MEMBER float element(float x, float down, float up, const Element& el, float noise) const {
+        return exact::quantize_asymmetric<Rounding::even>(x, {down, up}, el, noise);
+    }
+};
+
+template <class T, Rounding R>
+struct Searched : Exact<T, R> {
+    using Exact<T, R>::Exact;
+    static constexpr bool SEARCHES = true;
+};
+
+template <class T_, Rounding R>
+struct Floating {
+    using T = T_;
+    static constexpr int64_t SHORTEST = 32;
+    static constexpr bool PAIRS = T::mantissa_bits == 7, SEARCHES = false;
+    const Format& format;
+    int divides;
+
+    Floating(const Format& f, const u32*) : format(f), divides(exact::divides(f)) {}
+    MX_INLINE exact::Scale scale(u32 amax, const Format& f) { return exact::floating_scale(amax, f); }
+    MX_MEMBER bool is_plain(float) const { return false; }
+    MX_MEMBER float element(float x, float down, float up, const Element& el, float noise) const {
+        return exact::quantize_floating<R>(x, {down, up}, el, divides, noise);
+    }
+};
+
 template <class T_, Rounding R>
 struct Emulator {
     using T = T_;
     static constexpr int64_t SHORTEST = 32;
-    static constexpr bool PAIRS = false;
+    static constexpr bool PAIRS = false, SEARCHES = false;
     const Format& format;
 
     Emulator(const Format& f, const u32*) : format(f) {}
@@ -140,7 +181,7 @@ template <class T_>
 struct Lookup {
     using T = T_;
     static constexpr int64_t SHORTEST = 256;
-    static constexpr bool PAIRS = T::mantissa_bits == 7;
+    static constexpr bool PAIRS = T::mantissa_bits == 7, SEARCHES = false;
     const Format& format;
     const u32* table;  // bits of float32
     float plain_from;
@@ -169,6 +210,78 @@ __attribute__((noinline)) void find_scales(const Format& given, const u32* __res
         const exact::Scale s = Op::scale(amax[i], format);
         down[i] = s.down;
         up[i] = s.up;
+    }
+}
+
+// Where the next power of two has the smaller sum of squared errors, it becomes the scale of its block. Sums are added up
+// in index order, which takes one addition after the other: several blocks take turns.
+constexpr int64_t IN_TURN = 8, TOGETHER = 128;
+
+struct Errors {
+    float squares[IN_TURN][TOGETHER];
+    float sums[IN_TURN];
+
+    void add_up(int64_t n) {
+        for (int64_t i = 0; i < n; ++i)
+            for (int64_t b = 0; b < IN_TURN; ++b) sums[b] += squares[b][i];
+    }
+};
+
+template <class Op, class Stored>
+MX_INLINE void squared_errors(const Op& op, const Stored* x, int64_t n, const exact::Scale& s, float* squares) {
+    const Element el = op.format.element;
+    for (int64_t i = 0; i < n; ++i) {
+        const float v = Op::T::load(x[i]);
+        squares[i] = exact::squared(v - op.element(v, s.down, s.up, el, 0.0f));
+    }
+}
+
+template <class Op, class Stored>
+__attribute__((noinline)) void search_rows(const Op& op, const Stored* x, int64_t count, int64_t n, float* down, float* up) {
+    Errors errors{}, next_errors{};
+    for (int64_t first = 0; first < count; first += IN_TURN) {
+        const int64_t blocks = count - first < IN_TURN ? count - first : IN_TURN;
+        exact::Scale next[IN_TURN];
+        for (int64_t b = 0; b < IN_TURN; ++b) errors.sums[b] = next_errors.sums[b] = 0.0f;
+        for (int64_t b = 0; b < blocks; ++b) next[b] = exact::next_scale({down[first + b], up[first + b]}, op.format);
+        for (int64_t start = 0; start < n; start += TOGETHER) {
+            const int64_t length = n - start < TOGETHER ? n - start : TOGETHER;
+            for (int64_t b = 0; b < blocks; ++b) {
+                const Stored* const from = x + (first + b) * n + start;
+                squared_errors(op, from, length, {down[first + b], up[first + b]}, errors.squares[b]);
+                squared_errors(op, from, length, next[b], next_errors.squares[b]);
+            }
+            errors.add_up(length);
+            next_errors.add_up(length);
+        }
+        for (int64_t b = 0; b < blocks; ++b) {
+            if (!(next_errors.sums[b] < errors.sums[b])) continue;
+            down[first + b] = next[b].down;
+            up[first + b] = next[b].up;
+        }
+    }
+}
+
+template <class Op, class Stored>
+__attribute__((noinline)) void search_columns(const Op& op, const Stored* x, int64_t rows, int64_t lanes, int64_t stride,
+                                              float* down, float* up) {
+    using T = typename Op::T;
+    const Element el = op.format.element;
+    float next_down[LANES], next_up[LANES], error[LANES] = {}, next_error[LANES] = {};
+    for (int64_t i = 0; i < lanes; ++i) {
+        const exact::Scale next = exact::next_scale({down[i], up[i]}, op.format);
+        next_down[i] = next.down;
+        next_up[i] = next.up;
+    }
+    for (int64_t r = 0; r < rows; ++r, x += stride)
+        for (int64_t i = 0; i < lanes; ++i) {
+            const float v = T::load(x[i]);
+            error[i] += exact::squared(v - op.element(v, down[i], up[i], el, 0.0f));
+            next_error[i] += exact::squared(v - op.element(v, next_down[i], next_up[i], el, 0.0f));
+        }
+    for (int64_t i = 0; i < lanes; ++i) {
+        down[i] = next_error[i] < error[i] ? next_down[i] : down[i];
+        up[i] = next_error[i] < error[i] ? next_up[i] : up[i];
     }
 }
 
@@ -207,7 +320,8 @@ MX_INLINE void store_word(u16* out, int64_t i, float low, float high) {
 }
 
 template <bool Plain, class Op, class Scales>
-MX_INLINE void pairs(const Op& op, const u16* x, u16* out, const float* noise, int64_t n, Scales down, Scales up) {
+MX_INLINE void pairs(const Op& given, const u16* x, u16* out, const float* noise, int64_t n, Scales down, Scales up) {
+    const Op op = given;  // a copy of which the compiler knows that nothing is written to it
     const Element el = op.format.element;
     MX_INDEPENDENT
     for (int64_t i = 0; i < n; ++i) {
@@ -315,6 +429,7 @@ MX_INLINE void row_blocks(const Op& op, const Stored* x, Stored* out, const floa
     float down[BLOCKS], up[BLOCKS];
     for (int64_t b = 0; b < count; ++b) amax[b] = largest<typename Op::T>(x + b * n, n);
     find_scales<Op>(op.format, amax, down, up, count);
+    if constexpr (Op::SEARCHES) search_rows(op, x, count, n, down, up);
     if (n < Op::SHORTEST)
         short_blocks(op, x, out, noise, count, n, down, up);
     else
@@ -357,6 +472,7 @@ void columns(const Op& op, const Stored* x, Stored* out, const float* noise, int
             amax[i] = static_cast<u32>(larger(a, static_cast<int>(amax[i])));
         }
     find_scales<Op>(op.format, amax, down, up, lanes);
+    if constexpr (Op::SEARCHES) search_columns(op, x, rows, lanes, stride, down, up);
     for (int64_t r = 0; r < rows; ++r) {
         const int64_t skip = r * stride;
         elements(op, x + skip, out + skip, noise ? noise + skip : nullptr, lanes, &down[0], &up[0]);
@@ -411,11 +527,18 @@ void with_rounding(Rounding rounding, F f) {
     f(Constant<Rounding::dither>{});
 }
 
-void quantize_exact(const Buffers& b, const Layout& l, const Format& f, Rounding rounding, int64_t first,
-                    int64_t last) {
+void quantize_exact(const Buffers& b, const Layout& l, const Format& f, Scaling scaling, Rounding rounding,
+                    int64_t first, int64_t last) {
     with_dtype(b.dtype, [&](auto t) {
+        using T = decltype(t);
+        if (scaling == Scaling::asymmetric) return quantize<Asymmetric<T>>(b, l, f, nullptr, first, last);
         with_rounding(rounding, [&](auto r) {
-            quantize<Exact<decltype(t), decltype(r)::value>>(b, l, f, nullptr, first, last);
+            constexpr Rounding R = decltype(r)::value;
+            if (scaling == Scaling::floating) return quantize<Floating<T, R>>(b, l, f, nullptr, first, last);
+            if constexpr (R != Rounding::dither) {
+                if (scaling == Scaling::searched) return quantize<Searched<T, R>>(b, l, f, nullptr, first, last);
+            }
+            quantize<Exact<T, R>>(b, l, f, nullptr, first, last);
         });
     });
 }
@@ -431,6 +554,15 @@ void quantize_emulator(const Buffers& b, const Layout& l, const Format& f, Round
             quantize<Emulator<T, decltype(r)::value>>(b, l, f, nullptr, first, last);
         });
     });
+}
+
+u32 largest_finite(const Buffers& b, int64_t first, int64_t last) {
+    u32 found = 0;
+    with_dtype(b.dtype, [&](auto t) {
+        using T = decltype(t);
+        found = largest_finite<T>(static_cast<const typename T::Stored*>(b.source) + first, last - first);
+    });
+    return found;
 }
 
 void round_alone(const Buffers& b, const Element& given, Numerics numerics, Rounding rounding, bool subnormals,
@@ -501,6 +633,7 @@ const Kernels MX_NAME(MX_ISA) = {
     MX_ISA::quantize_units,
     MX_ISA::quantize_exact,
     MX_ISA::quantize_emulator,
+    MX_ISA::largest_finite,
     MX_ISA::round_alone,
     MX_ISA::emulator_table,
     MX_ISA::look_up,

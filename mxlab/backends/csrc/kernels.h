@@ -9,6 +9,9 @@ namespace mx {
 
 enum class Dtype { float32, bfloat16, float16 };
 enum class Numerics { exact, emulator };
+// How the exact numerics choose and apply a block's scale: a power of two; one for elements from -1 to less than 1; the
+// better of two powers; a floating-point number.
+enum class Scaling { power, asymmetric, searched, floating };
 
 // A contiguous tensor seen as (outer, axis, inner). Blocks of `block` elements lie along the axis; a trailing partial
 // block is a block of its own.
@@ -31,10 +34,11 @@ struct Kernels {
     const char* name;
     // Work comes in units that may be done in any order and by any thread: [first, last) of quantize_units(...).
     int64_t (*quantize_units)(const Layout&);
-    void (*quantize_exact)(const Buffers&, const Layout&, const Format&, Rounding, int64_t first, int64_t last);
+    void (*quantize_exact)(const Buffers&, const Layout&, const Format&, Scaling, Rounding, int64_t first, int64_t last);
     void (*quantize_emulator)(const Buffers&, const Layout&, const Format&, Rounding, const u32* table,
                               int64_t first, int64_t last);
     // Element-wise: units are elements.
+    u32 (*largest_finite)(const Buffers&, int64_t first, int64_t last);  // magnitude, as the bits of a float32
     void (*round_alone)(const Buffers&, const Element&, Numerics, Rounding, bool subnormals, int64_t first,
                         int64_t last);
     // What each value of a 16-bit type, an element already scaled, is rounded to, as the bits of a float32.

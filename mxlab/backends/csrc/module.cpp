@@ -5,6 +5,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <array>
+#include <atomic>
 #include <climits>
 #include <memory>
 #include <mutex>
@@ -84,8 +85,11 @@ bool has_table(Dtype dtype, Rounding rounding) { return dtype != Dtype::float32 
 
 class Quantizer {
    public:
-    Quantizer(const Element& element, int scale_emax, bool flush, int rounding, bool emulate)
-        : format_{element, scale_emax, flush ? -126 : INT_MIN}, rounding_(static_cast<Rounding>(rounding)), emulate_(emulate) {}
+    Quantizer(const Format& format, int scaling, int rounding, bool emulate)
+        : format_(format),
+          scaling_(static_cast<Scaling>(scaling)),
+          rounding_(static_cast<Rounding>(rounding)),
+          emulate_(emulate) {}
 
     void run(uintptr_t source, uintptr_t target, uintptr_t noise, int dtype, int64_t outer, int64_t axis, int64_t inner,
              int64_t block, int threads) {
@@ -93,15 +97,17 @@ class Quantizer {
         if (outer < 1 || axis < 1 || inner < 1 || block < 1) return;
         const Buffers b = buffers(source, target, noise, dtype);
         const Layout layout{outer, axis, inner, block};
+        const int64_t count = outer * axis * inner;
         const Kernels& kernels = *active;
         const u32* const table = emulate_ && has_table(b.dtype, rounding_) ? table_for(b.dtype) : nullptr;
-        parallel_for(useful(threads, outer * axis * inner), kernels.quantize_units(layout), 2,
-                     [&](int64_t first, int64_t last) {
-                         if (emulate_)
-                             kernels.quantize_emulator(b, layout, format_, rounding_, table, first, last);
-                         else
-                             kernels.quantize_exact(b, layout, format_, rounding_, first, last);
-                     });
+        Format format = format_;
+        if (format.tensor_scale != 0.0f) format.tensor_scale = tensor_scale(b, count, threads);
+        parallel_for(useful(threads, count), kernels.quantize_units(layout), 2, [&](int64_t first, int64_t last) {
+            if (emulate_)
+                kernels.quantize_emulator(b, layout, format, rounding_, table, first, last);
+            else
+                kernels.quantize_exact(b, layout, format, scaling_, rounding_, first, last);
+        });
     }
 
    private:
@@ -109,7 +115,19 @@ class Quantizer {
         return tables_.get(dtype, [&](u32* t) { active->emulator_table(t, dtype, format_.element, rounding_); });
     }
 
+    float tensor_scale(const Buffers& b, int64_t count, int threads) const {
+        std::atomic<u32> largest{0};
+        parallel_for(useful(threads, count), count, WORTH_A_THREAD / 2, [&](int64_t first, int64_t last) {
+            const u32 found = active->largest_finite(b, first, last);
+            u32 before = largest.load();
+            while (before < found && !largest.compare_exchange_weak(before, found)) {
+            }
+        });
+        return portable::exact::tensor_scale(largest, format_);
+    }
+
     Format format_;
+    Scaling scaling_;
     Rounding rounding_;
     bool emulate_;
     Tables<u32> tables_;
@@ -171,9 +189,18 @@ NB_MODULE(_native, m) {
                 new (self) Element{mantissa_bits, emax, static_cast<float>(min_normal), static_cast<float>(max), is_int};
             },
             nb::arg("mantissa_bits"), nb::arg("emax"), nb::arg("min_normal"), nb::arg("max"), nb::arg("is_int"));
+    nb::class_<Format>(m, "Format")
+        .def(
+            "__init__",
+            [](Format* self, const Element& element, int scale_emax, bool flush, u32 carry, const Element& scale,
+               bool per_tensor) {
+                new (self) Format{element, scale_emax, flush ? -126 : INT_MIN, carry, scale, per_tensor ? 1.0f : 0.0f};
+            },
+            nb::arg("element"), nb::arg("scale_emax"), nb::arg("flush_fp32_subnorms"), nb::arg("carry"), nb::arg("scale"),
+            nb::arg("per_tensor"));
     nb::class_<Quantizer>(m, "Quantizer")
-        .def(nb::init<const Element&, int, bool, int, bool>(), nb::arg("element"), nb::arg("scale_emax"),
-             nb::arg("flush_fp32_subnorms"), nb::arg("rounding"), nb::arg("emulate"))
+        .def(nb::init<const Format&, int, int, bool>(), nb::arg("format"), nb::arg("scaling"), nb::arg("rounding"),
+             nb::arg("emulate"))
         .def("run", &Quantizer::run);
     nb::class_<Rounder>(m, "Rounder")
         .def(nb::init<const Element&, int, bool, bool>(), nb::arg("element"), nb::arg("rounding"),

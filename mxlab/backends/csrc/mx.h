@@ -42,8 +42,13 @@ struct Element {
 
 struct Format {
     Element element;
+    // Scales that are powers of two:
     int scale_emax;     // the shared exponent lies in [-scale_emax, scale_emax]
     int flushed_below;  // blocks whose largest magnitude is below 2^this become zero
+    u32 carry;          // what is added to a largest mantissa, of 23 bits, before its exponent is taken
+    // Scales that are floating-point numbers:
+    Element scale;
+    float tensor_scale;  // on top of all blocks' scales; 0: there is none
 };
 
 // Each instruction set compiles its own copy of the code; the namespace keeps the linker from mixing them up.
@@ -260,8 +265,9 @@ struct Scale {
 
 // From the bits of the block's largest magnitude (NaN and infinities above all others).
 MX_INLINE Scale scale(u32 amax, const Format& f) {
-    const int e = amax == 0 ? -126 : binary(amax).exponent;
-    const int wanted = e - f.element.emax;
+    const Binary b = binary(amax);
+    const int e = amax == 0 ? -126 : b.exponent;
+    const int wanted = e + static_cast<int>((b.fraction + f.carry) >> 23) - f.element.emax;
     const int s = smaller(larger(wanted, -f.scale_emax), f.scale_emax);
     const float kept = e < f.flushed_below ? 0.0f : power_of_two(-f.element.mantissa_bits);
     const bool has_none = wanted > f.scale_emax || amax >= EXPONENT;
@@ -304,6 +310,53 @@ MX_INLINE float quantize(float x, const Scale& s, const Element& el, float noise
     const float limited = float_of(static_cast<u32>(smaller(y, static_cast<int>(bits_of(el.max)))));
     const Rounded r = round_magnitude<R>(limited, el, noise);
     return multiply_add(r.integer * with_sign_of(s.up, x), r.binade, 0.0f);  // + 0: a zero result is +0
+}
+
+// The same for a scale from which nothing is below -1, a value of the element; its largest is less than 1. As integers,
+// the bits of negative numbers are below those of all others.
+template <Rounding R>
+MX_INLINE float quantize_asymmetric(float x, const Scale& s, const Element& el, float noise) {
+    const int y = smaller(static_cast<int>(bits_of(x * s.down)), static_cast<int>(bits_of(el.max)));
+    const Rounded r = round_magnitude<R>(float_of(static_cast<u32>(y) & MAGNITUDE), el, noise);
+    return multiply_add(r.integer * with_sign_of(s.up, x), r.binade, 0.0f);
+}
+
+// Where the scale is a power of two, the next one, if the range has it, or else NaN.
+MX_INLINE Scale next_scale(const Scale& s, const Format& f) {
+    const float up = s.down > power_of_two(-f.scale_emax) ? s.up + s.up : float_of(QUIET_NAN);
+    return {s.down * 0.5f, up};
+}
+
+MX_INLINE float squared(float x) { return x * x; }
+
+// Whether the scale of a block is the only one, and a divisor.
+MX_INLINE int divides(const Format& f) { return f.tensor_scale == 0.0f; }
+
+// The scale of a tensor whose largest finite magnitude is given: see mxlab/backends/reference.py.
+MX_INLINE float tensor_scale(u32 amax, const Format& f) {
+    const float t = float_of(amax) / (f.element.max * f.scale.max);
+    return t > 0x1p-117f ? t : 0x1p-117f;
+}
+
+// A scale that is a floating-point number. `up` is the factor that takes elements back, as they are, and `down`, where
+// there is a scale of the tensor, its inverse in two steps; elsewhere elements are divided by `up`, and `down` is 1.
+MX_INLINE Scale floating_scale(u32 amax, const Format& f) {
+    const float t = divides(f) ? 1.0f : f.tensor_scale;
+    const u32 wanted = bits_of(float_of(amax) / f.element.max / t);
+    const int limited = smaller(static_cast<int>(wanted), static_cast<int>(bits_of(f.scale.max)));
+    const Rounded r = round_magnitude<Rounding::even>(float_of(static_cast<u32>(limited)), f.scale, 0.0f);
+    const float units = r.integer > 0.0f ? r.integer : 1.0f;  // never zero
+    const float s = units * power_of_two(-f.scale.mantissa_bits) * r.binade;
+    return {divides(f) ? 1.0f : 1.0f / t / s, amax >= EXPONENT ? float_of(QUIET_NAN) : t * s};
+}
+
+template <Rounding R>
+MX_INLINE float quantize_floating(float x, const Scale& s, const Element& el, int divides, float noise) {
+    const float scaled = x * s.down / (divides != 0 ? s.up : 1.0f);
+    const int y = static_cast<int>(bits_of(scaled) & MAGNITUDE);
+    const float limited = float_of(static_cast<u32>(smaller(y, static_cast<int>(bits_of(el.max)))));
+    const Rounded r = round_magnitude<R>(limited, el, noise);
+    return r.integer * power_of_two(-el.mantissa_bits) * r.binade * with_sign_of(s.up, x) + 0.0f;
 }
 
 // An element on its own: what overflows becomes infinite, NaN and infinities stay.
