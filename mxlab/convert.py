@@ -15,6 +15,7 @@ from mxlab import recipe as recipes
 from mxlab import sites
 from mxlab.conversion import Conversion
 from mxlab.errors import ConversionError
+from mxlab.formats import MXFormat
 from mxlab.matching import Match, check_finite, match
 from mxlab.nn import linear
 from mxlab.nn.attention import EAGER_ROLES, INNER_ROLES, AttentionQuantizer
@@ -167,8 +168,9 @@ def _on_meta(found: list[Match]) -> list[str]:
 def _weight_clamps(found: list[Match]) -> dict[str, int]:
     total: Counter[str] = Counter(blocks=0, clamped=0, overflowed=0)
     for site in found:
-        if "weight" in site.formats and not site.weight.is_meta:
-            total.update(scale_clamps(site.weight, site.formats["weight"], site.site.input_axis))
+        fmt = site.formats.get("weight")
+        if isinstance(fmt, MXFormat) and not site.weight.is_meta:
+            total.update(scale_clamps(site.weight, fmt, site.site.input_axis))
     return dict(total)
 
 

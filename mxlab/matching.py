@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from mxlab import sites
 from mxlab.errors import ConversionError, SpecError
-from mxlab.formats import MXFormat
 from mxlab.nn.attention import ROPE_ARGUMENT
 from mxlab.nn.linear import is_convertible
 from mxlab.numerics import DTYPES
+from mxlab.quantizers import Format
 from mxlab.recipe import Recipe
 from mxlab.rules import PHASES, Phase, Rule
 from mxlab.sites import Kind, Site
@@ -27,7 +27,7 @@ class Match:
     """
 
     site: Site
-    by_phase: Mapping[Phase, Mapping[str, MXFormat]]
+    by_phase: Mapping[Phase, Mapping[str, Format]]
     tied_to: str | None = None
 
     @property
@@ -56,7 +56,7 @@ class Match:
         return getattr(self.module, self.site.weight)
 
     @property
-    def weight_formats(self) -> set[MXFormat]:
+    def weight_formats(self) -> set[Format]:
         """What the weight is quantized to: one format, or one for each phase."""
         return {formats["weight"] for formats in self.by_phase.values() if "weight" in formats}
 
@@ -74,12 +74,12 @@ class Match:
         return [self.weight] if self.is_in_place else []
 
     @property
-    def formats(self) -> Mapping[str, MXFormat]:
+    def formats(self) -> Mapping[str, Format]:
         """The formats, by role; those of prefill where decode has others."""
         return self.by_phase["prefill"]
 
     @property
-    def all_formats(self) -> dict[str, MXFormat]:
+    def all_formats(self) -> dict[str, Format]:
         """The formats, by role, of decode with ``decode `` before the role where they are others than in prefill."""
         others = {f"decode {r}": f for r, f in self.by_phase["decode"].items() if self.formats.get(r) != f}
         return {**self.formats, **others}
@@ -186,7 +186,7 @@ def _serving_attention(model: nn.Module, name: str, rule: Rule) -> Site:
 
 
 def _match(model: nn.Module, site: Site, rules: Mapping[Phase, Rule | None], recipe: Recipe) -> Match:
-    by_phase: dict[Phase, dict[str, MXFormat]] = {phase: rule.formats if rule else {} for phase, rule in rules.items()}
+    by_phase: dict[Phase, dict[str, Format]] = {phase: rule.formats if rule else {} for phase, rule in rules.items()}
     if site.kind == "attention":
         return Match(site, by_phase)
     weight = getattr(site.module, site.weight)

@@ -14,6 +14,7 @@ from mxlab.formats import MXFormat
 from mxlab.matching import Match
 from mxlab.nn.attention import AttentionQuantizer
 from mxlab.numerics import scale_clamps
+from mxlab.quantizers import Format
 
 
 class ScaleClampCounter:
@@ -23,24 +24,29 @@ class ScaleClampCounter:
     """
 
     def __init__(self, conversion: Conversion) -> None:
-        roles = {role for site in conversion.sites for role in site.formats}
+        roles = {r for site in conversion.sites for r, fmt in site.formats.items() if isinstance(fmt, MXFormat)}
         self.counts = {role: Counter(blocks=0, clamped=0, overflowed=0) for role in sorted(roles)}
         self._sites = conversion.sites
         if "weight" in roles:
             self.counts["weight"].update(conversion.weight_clamps)
-        self._handles = [self._watch(s) for s in conversion.linears if "activation" in s.formats]
+        self._handles = [
+            self._watch(site, fmt)
+            for site in conversion.sites
+            if site.kind == "linear" and isinstance(fmt := site.formats.get("activation"), MXFormat)
+        ]
         for site in conversion.attentions:
             self._set_observer(site, self._count)
         self._handles.append(conversion.model.register_forward_hook(self._stop))
 
-    def _watch(self, site: Match) -> Any:
-        return site.module.register_forward_pre_hook(partial(self._count_input, site.formats["activation"]))
+    def _watch(self, site: Match, fmt: MXFormat) -> Any:
+        return site.module.register_forward_pre_hook(partial(self._count_input, fmt))
 
     def _count_input(self, fmt: MXFormat, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         self._count("activation", fmt, args[0])
 
-    def _count(self, role: str, fmt: MXFormat, x: Tensor) -> None:
-        self.counts[role].update(scale_clamps(x, fmt))
+    def _count(self, role: str, fmt: Format, x: Tensor) -> None:
+        if isinstance(fmt, MXFormat):
+            self.counts[role].update(scale_clamps(x, fmt))
 
     def _stop(self, *_: Any) -> None:
         for handle in self._handles:

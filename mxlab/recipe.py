@@ -29,6 +29,7 @@ from mxlab.formats import (
     elementwise_format,
     suggestion,
 )
+from mxlab.quantizers import Format
 from mxlab.rules import Rule, check_keys
 
 # Algorithms that rewrite weights or rotate activations; a recipe may ask for them, each with a table of options.
@@ -79,6 +80,11 @@ class Recipe:
                 "with a letter or digit first"
             )
         check_choice("numerics", self.numerics, NUMERICS)
+        if self.numerics == "microxcaling" and (others := [fmt for fmt in self.formats if not _is_emulated(fmt)]):
+            raise SpecError(
+                f"numerics is 'microxcaling', which does not have the format {others[0]}: use 'exact', or a "
+                "microscaling format with scale e8m0 under the rule floor or none"
+            )
         for algorithm in self.algorithms:
             check_choice("algorithm", algorithm, ALGORITHMS)
 
@@ -89,7 +95,7 @@ class Recipe:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
-    def formats(self) -> tuple[MXFormat, ...]:
+    def formats(self) -> tuple[Format, ...]:
         """Every format the rules give, in order."""
         return tuple(fmt for rule in self.rules for fmt in rule.formats.values())
 
@@ -98,13 +104,19 @@ class Recipe:
         """``block_size`` and ``scale_bits`` where all formats agree on them, and ``custom_cuda``; {} without rules."""
         found: dict[str, Any] = {}
         for name in ("block_size", "scale_bits"):
-            values = {getattr(fmt, name) for fmt in self.formats}
+            values = {getattr(fmt, name, None) for fmt in self.formats}
             if len(values) == 1:
                 found[name] = values.pop()
         return {**found, "custom_cuda": self.numerics == "exact"} if self.rules else {}
 
     def map_formats(self, **changes: Any) -> Recipe:
-        """The recipe with these fields changed in every format."""
+        """The recipe with these fields changed in every format.
+
+        Raises:
+            SpecError: a format that is not microscaling, or that the change does not fit.
+        """
+        if changes and (others := [fmt for fmt in self.formats if not isinstance(fmt, MXFormat)]):
+            raise SpecError(f"{', '.join(changes)} cannot be set for {others[0]}: it is not a microscaling format")
         rules = tuple(replace(r, **{k: replace(f, **changes) for k, f in r.formats.items()}) for r in self.rules)
         return replace(self, rules=rules)
 
@@ -184,6 +196,11 @@ def parse_toml(text: str, source: str) -> dict[str, Any]:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as e:
         raise SpecError(f"{source} is not valid TOML: {e}") from None
+
+
+def _is_emulated(fmt: Format) -> bool:
+    """Whether microxcaling's torch path, which the numerics of that name reproduce, knows the format."""
+    return isinstance(fmt, MXFormat) and fmt.scale == "e8m0" and fmt.scale_rule in ("floor", "none")
 
 
 def _elementwise(values: object, source: str) -> Elementwise:

@@ -8,7 +8,8 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 from mxlab.errors import FormatError, SpecError
-from mxlab.formats import MXFormat, check_choice, suggestion
+from mxlab.formats import check_choice, suggestion
+from mxlab.quantizers import Format, parse_format
 
 Part = Literal["mlp", "attention", "router", "head", "all"]
 Phase = Literal["prefill", "decode"]
@@ -57,16 +58,16 @@ class Rule:
     layers: str | None = None
     phase: Phase | None = None
     skip: bool = False
-    weight: MXFormat | None = None
-    activation: MXFormat | None = None
-    bias: MXFormat | None = None
-    output: MXFormat | None = None
-    k: MXFormat | None = None
-    v: MXFormat | None = None
-    q: MXFormat | None = None
-    p: MXFormat | None = None
-    softmax: MXFormat | None = None
-    rope: MXFormat | None = None
+    weight: Format | None = None
+    activation: Format | None = None
+    bias: Format | None = None
+    output: Format | None = None
+    k: Format | None = None
+    v: Format | None = None
+    q: Format | None = None
+    p: Format | None = None
+    softmax: Format | None = None
+    rope: Format | None = None
 
     def __post_init__(self) -> None:
         self._check_selector()
@@ -103,7 +104,7 @@ class Rule:
         return any(role in self.formats for role in ATTENTION_ROLES)
 
     @property
-    def formats(self) -> dict[str, MXFormat]:
+    def formats(self) -> dict[str, Format]:
         """The roles that are quantized, and their formats."""
         return {role: fmt for role in ROLES if (fmt := getattr(self, role)) is not None}
 
@@ -149,7 +150,7 @@ class Rule:
         check_keys(values, [f.name for f in fields(cls)], source)
         try:
             plain: dict[str, Any] = {k: _text(k, v) for k, v in values.items() if k not in (*ROLES, "skip")}
-            formats: dict[str, Any] = {role: MXFormat.parse(values[role]) for role in ROLES if role in values}
+            formats: dict[str, Any] = {role: parse_format(values[role]) for role in ROLES if role in values}
             return cls(**plain, **formats, skip=values.get("skip", False))
         except (FormatError, SpecError) as e:
             raise SpecError(f"{source}: {e}") from None

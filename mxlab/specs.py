@@ -257,8 +257,8 @@ def _reformat(recipe: Recipe, rule: Rule, role: str, name: str | None) -> MXForm
     """The format of ``role`` with the element ``name``; all else as it was, or as in the recipe's other formats."""
     if name is None:
         return None
-    was = getattr(rule, role) or next(iter(recipe.formats), None) or MXFormat(name)
-    return replace(was, element=name)
+    was = getattr(rule, role) or next(iter(recipe.formats), None)
+    return replace(was, element=name) if isinstance(was, MXFormat) else MXFormat(name)
 
 
 def _format_changes(given: Mapping[str, Any]) -> dict[str, Any]:

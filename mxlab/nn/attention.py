@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from mxlab.errors import ConversionError
-from mxlab.formats import MXFormat, Numerics
+from mxlab.formats import Numerics
 from mxlab.nn.phase import PassPhase
 from mxlab.nn.products import AttentionProducts
 from mxlab.numerics import quantize
+from mxlab.quantizers import Format
 from mxlab.rules import Phase
 
-Observer = Callable[[str, MXFormat, Tensor], None]
+Observer = Callable[[str, Format, Tensor], None]
 
 # The roles that are met inside the attention's own computation; the last two not in a fused one.
 INNER_ROLES = ("q", "softmax", "p")
@@ -38,7 +39,7 @@ class AttentionQuantizer:
     """
 
     def __init__(
-        self, formats: Mapping[Phase, Mapping[str, MXFormat]], numerics: Numerics, phase: PassPhase | None = None
+        self, formats: Mapping[Phase, Mapping[str, Format]], numerics: Numerics, phase: PassPhase | None = None
     ) -> None:
         self._formats = formats
         self._roles = {role for by_role in formats.values() for role in by_role}
@@ -57,7 +58,7 @@ class AttentionQuantizer:
             attention.register_forward_hook(self._leave, always_call=True)
 
     @property
-    def formats(self) -> Mapping[str, MXFormat]:
+    def formats(self) -> Mapping[str, Format]:
         """The formats of the present phase of generation."""
         return self._formats[self.phase.current]
 
@@ -90,7 +91,7 @@ class AttentionQuantizer:
             raise ConversionError(f"{self._name} was called without {ROPE_ARGUMENT}: there is no rope to quantize")
         return tuple(self.quantize("rope", table) for table in tables)
 
-    def _on_scores(self, scores: Tensor, fmt: MXFormat) -> Tensor:
+    def _on_scores(self, scores: Tensor, fmt: Format) -> Tensor:
         """The softmax's input. Masked scores stay as they are, and count as zeros in their block."""
         masked = scores < torch.finfo(scores.dtype).min / 2
         quantized = quantize(scores.masked_fill(masked, 0.0), fmt, numerics=self.numerics)

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from mxlab.formats import MXFormat, Numerics, Rounding, elementwise_format
+from mxlab.formats import Numerics, Rounding, elementwise_format
 from mxlab.numerics import DTYPES, is_lossless, quantize, round_elementwise
+from mxlab.quantizers import Format
 from mxlab.recipe import Elementwise
 
 
@@ -21,10 +22,10 @@ class LinearQuantizer:
     the bias is added by the matmul itself, as in torch.
     """
 
-    weight: MXFormat | None = None
-    activation: MXFormat | None = None
-    bias: MXFormat | None = None
-    output: MXFormat | None = None
+    weight: Format | None = None
+    activation: Format | None = None
+    bias: Format | None = None
+    output: Format | None = None
     elementwise: Elementwise = field(default_factory=Elementwise)
     numerics: Numerics = "exact"
     # The dtypes that element-wise rounding leaves as they are.
@@ -69,10 +70,10 @@ class LinearQuantizer:
     @property
     def shares_input(self) -> bool:
         """Whether layers with equal quantizers may share one quantized input: not if each draws its own noise."""
-        fmt = self.activation
-        return "dither" not in (fmt and fmt.rounding, self.elementwise.output_rounding)
+        draws = self.activation is not None and self.activation.is_random
+        return not draws and self.elementwise.output_rounding != "dither"
 
-    def _quantized(self, x: Tensor, fmt: MXFormat | None, axis: int = -1, out: Tensor | None = None) -> Tensor:
+    def _quantized(self, x: Tensor, fmt: Format | None, axis: int = -1, out: Tensor | None = None) -> Tensor:
         return x if fmt is None else quantize(x, fmt, axis=axis, numerics=self.numerics, out=out)
 
     def _rounded(self, x: Tensor, rounding: Rounding) -> Tensor:
