@@ -208,17 +208,21 @@ class MXFormat:
         check_choice("rounding", self.rounding, ROUNDINGS)
         if not isinstance(self.flush_fp32_subnorms, bool):
             raise FormatError(f"flush_fp32_subnorms is {self.flush_fp32_subnorms!r}: it must be true or false")
+        self._resolve(row)
+        # Derived once: the name is what the kernels know the format by.
+        object.__setattr__(self, "_element", row)
+        usual = {f.name: f.default for f in _EXTRAS} | {"scale_rule": self.scale_format.default_rule}
+        extras = [f"{name}={_plain(getattr(self, name))}" for name in usual if getattr(self, name) != usual[name]]
+        object.__setattr__(self, "_text", ",".join([f"{self.element}@{self.block_size}", *extras]))
+
+    def _resolve(self, row: ElementFormat) -> None:
+        """Put what the defaults of rule and rounding mean here in their place; refuse what excludes each other."""
         scale = self.scale_format
         rule = resolved_rule(scale, self.scale_rule, self.scale_bits, self.flush_fp32_subnorms)
         object.__setattr__(self, "scale_rule", rule)
         object.__setattr__(self, "rounding", resolved_rounding(rule, self.rounding, row.name, row.is_int))
         if scale.is_float and row.max * self.scale_grid.max > _FLOAT32_MAX:
             raise FormatError(f"element is {row.name}: times the scale {scale.name} it exceeds float32; use scale=e8m0")
-        # Derived once: the name is what the kernels know the format by.
-        object.__setattr__(self, "_element", row)
-        usual = {f.name: f.default for f in _EXTRAS} | {"scale_rule": scale.default_rule}
-        extras = [f"{name}={_plain(getattr(self, name))}" for name in usual if getattr(self, name) != usual[name]]
-        object.__setattr__(self, "_text", ",".join([f"{self.element}@{self.block_size}", *extras]))
 
     @property
     def element_format(self) -> ElementFormat:
@@ -266,10 +270,8 @@ class MXFormat:
         With ``block_size=0`` the share depends on the length of the axis and is not counted; nor is the one scale of
         a tensor. :meth:`storage_bits` counts all.
         """
-        if self.scale_rule == "none":
-            return self.element_format.bits + self.scale_bits
-        share = self.scale_bits / self.block_size if self.block_size else 0
-        return self.element_format.bits + share
+        block = 1 if self.scale_rule == "none" else self.block_size
+        return self._element.bits + (self.scale_bits / block if block else 0)
 
     def storage_bits(self, shape: Sequence[int]) -> int:
         """Storage of a tensor in bits, blocks along its last axis: elements, the scales of all blocks, partial ones

@@ -61,7 +61,9 @@ def quantize(
         FormatError: an unsupported dtype, format, axis, numerics or backend; an ``out`` that does not fit, or with an
             ``x`` that requires a gradient.
 
-    Source: OCP Microscaling Formats (MX) v1.0, section 6.3.
+    A format with a scale for the tensor (``scale=e4m3``) takes that from all of ``x``, whatever the axis.
+
+    Source: OCP Microscaling Formats (MX) v1.0, section 6.3; :mod:`mxlab.scales` for the other rules and scales.
     """
     _check(x, numerics, backend)
     fmt = operators.parse(fmt, numerics, backend)

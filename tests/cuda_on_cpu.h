@@ -125,12 +125,21 @@ inline float __uint_as_float(unsigned bits) {
 
 inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
 
-inline unsigned __shfl_xor_sync(unsigned, unsigned value, int distance) {
+inline unsigned read_of(unsigned thread, unsigned value) {
     const unsigned self = threadIdx.x;
     unsigned* const values = on_cpu::exchanged[on_cpu::shuffles[self]++ % 2];
     values[self] = value;
     on_cpu::wait_for_others();
-    return values[self ^ static_cast<unsigned>(distance)];
+    return values[thread];
+}
+
+inline unsigned __shfl_xor_sync(unsigned, unsigned value, int distance) {
+    return read_of(threadIdx.x ^ static_cast<unsigned>(distance), value);
+}
+
+inline float __shfl_sync(unsigned, float value, int lane, int width) {
+    const unsigned first = threadIdx.x - threadIdx.x % static_cast<unsigned>(width);
+    return __uint_as_float(read_of(first + static_cast<unsigned>(lane), __float_as_uint(value)));
 }
 
 inline void atomicMax(unsigned* at, unsigned value) { *at = *at > value ? *at : value; }

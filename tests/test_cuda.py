@@ -1,6 +1,7 @@
 """The CUDA backend: compiled for several GPUs, run on the CPU, and, where there is a GPU, run on it."""
 
 import ctypes
+import dataclasses
 import functools
 import itertools
 import json
@@ -75,8 +76,8 @@ class OnCpu(Compiled):
         return out
 
     def _run(self, x, out, noise, fmt, numerics, layout):
-        amax = torch.zeros(cuda.scratch_blocks(layout), dtype=torch.int32)
-        for launch in cuda.plan((*map(address, (x, out, noise)),), x.dtype, fmt, numerics, layout, amax.data_ptr()):
+        scratch = torch.zeros(cuda.scratch_words(fmt, layout), dtype=torch.int32)
+        for launch in cuda.plan((*map(address, (x, out, noise)),), x.dtype, fmt, numerics, layout, scratch.data_ptr()):
             self.start(launch)
 
     def _run_elementwise(self, x, out, noise, element, rounding, subnormals, numerics):
@@ -84,16 +85,33 @@ class OnCpu(Compiled):
         self.start(cuda.plan_elementwise(addresses, x.dtype, x.numel(), element, rounding, subnormals, numerics))
 
 
+# What serves the rules and scales other than floor and e8m0, and the roundings that the tests below use.
+NEW_OPERATIONS = {"Asymmetric": ["even"], "Searched": ["nearest", "floor"], "Floating": ["even", "nearest", "dither"]}
+NEW_FORMATS = [
+    *(f"{name},scale_rule={rule}" for name in ("fp4_e2m1", "fp8_e4m3", "int8") for rule in ("ceil", "even", "rceil")),
+    *("int4,scale_rule=mase_int", "int8,scale_rule=mase_int,scale_bits=4"),
+    *("fp6_e2m3,scale_rule=mse", "int4,scale_rule=mse,rounding=floor", "fp8_e5m2,scale_rule=mse,scale_bits=4"),
+    *(f"{name},scale={scale},rounding=even" for name in ("fp4", "fp8_e4m3", "int4") for scale in ("e5m3", "e4m3")),
+    *("fp4,scale=e5m3,rounding=dither", "fp4,scale=e4m3,rounding=dither", "fp6_e3m2,scale=e4m3"),
+]
+
+
 def vector_sizes(rounding: str) -> tuple[int, ...]:
     return {"nearest": (1, 8, 16, 32, 64, 128, 256), "dither": (1, 8, 32, 256)}.get(rounding, (1, 32))
 
 
 def kernel_names() -> list[str]:
-    names = ["uniform_numbers", *(f"find_largest<mx::device::{t}>" for t in ("F32", "BF16", "F16"))]
+    finding = product(("find_largest", "find_largest_finite"), ("F32", "BF16", "F16"))
+    names = ["uniform_numbers", *(f"{kernel}<mx::device::{t}>" for kernel, t in finding)]
     for storage, op, rounding in product(("F32", "BF16", "F16"), ("Exact", "Emulator", "SimpleEmulator"), ROUNDINGS):
         operation = f"mx::device::{op}<mx::device::{storage}, mx::Rounding::{rounding}>"
         names += [f"{kernel}<{operation}>" for kernel in ("quantize_blocks", "quantize_pieces", "round_alone")]
         names += [f"quantize_vectors<{operation}, {size}>" for size in vector_sizes(rounding)]
+    for storage, (op, roundings) in product(("F32", "BF16", "F16"), NEW_OPERATIONS.items()):
+        for rounding in roundings:
+            operation = f"mx::device::{op}<mx::device::{storage}, mx::Rounding::{rounding}>"
+            names += [f"{kernel}<{operation}>" for kernel in ("quantize_blocks", "quantize_pieces")]
+            names += [f"quantize_vectors<{operation}, {size}>" for size in (1, 8, 16, 32, 128)]
     return names
 
 
@@ -160,6 +178,19 @@ def test_formats(on_cpu, numerics, dtype, name):
     for scale_bits, flush, rule in fields:
         fmt = MXFormat(name, 32, scale_bits=scale_bits, flush_fp32_subnorms=flush, scale_rule=rule)
         check_quantize(on_cpu, numbers((20, 96), dtype), fmt, (1,), numerics)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("text", NEW_FORMATS)
+def test_rules_and_scales(on_cpu, text, dtype):
+    for block_size in (1, 8, 16, 32, 128, 5, 0):
+        fmt = dataclasses.replace(MXFormat.parse(text), block_size=block_size)
+        for shape, axis in [((6, 384), 1), ((7, 100), 1), ((100, 7), 0), ((3, 70, 5), 1)]:
+            x = numbers(shape, dtype)
+            check_quantize(on_cpu, x, fmt, (axis,), "exact")
+            check_quantize(on_cpu, x.nan_to_num(0, 0, 0) * 2.0**-14, fmt, (axis,), "exact")
+    for shape, axes in [((2, 5000), (1,)), ((2, 601, 3), (1,)), ((70, 70), (0, 1))]:
+        check_quantize(on_cpu, numbers(shape, dtype), MXFormat.parse(text.replace(",", "@0,", 1)), axes, "exact")
 
 
 @pytest.mark.parametrize("rounding", ROUNDINGS)
@@ -253,6 +284,9 @@ OPERATIONS = [
     f"mx::device::{op}<mx::device::{storage}, mx::Rounding::{rounding}>"
     for op, storage, rounding in [
         ("Exact", "BF16", "nearest"),
+        ("Asymmetric", "BF16", "even"),
+        ("Searched", "BF16", "nearest"),
+        ("Floating", "BF16", "even"),
         ("Exact", "F16", "dither"),
         ("Emulator", "F16", "nearest"),
         ("Emulator", "F32", "even"),
@@ -262,6 +296,7 @@ OPERATIONS = [
 COMPILED = [
     "uniform_numbers",
     "find_largest<mx::device::BF16>",
+    "find_largest_finite<mx::device::BF16>",
     *(f"quantize_vectors<{op}, {size}>" for op in OPERATIONS for size in (1, 32)),
     *(f"{kernel}<{op}>" for kernel in ("quantize_blocks", "quantize_pieces", "round_alone") for op in OPERATIONS),
 ]
@@ -384,6 +419,18 @@ def test_round_elementwise_on_a_gpu(gpu, numerics, dtype, rounding):
         ways = {**widths, "rounding": rounding, "numerics": numerics, "seed": 3}
         expected = round_elementwise(x[start:], **ways, backend="reference")
         check(round_elementwise(x.to(gpu)[start:], **ways, backend="cuda").cpu(), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("text", NEW_FORMATS)
+def test_rules_and_scales_on_a_gpu(gpu, text, dtype):
+    for block_size in (1, 5, 16, 32, 100, 0):
+        fmt = dataclasses.replace(MXFormat.parse(text), block_size=block_size)
+        for shape, axis in [((60, 384), 1), ((100, 70), 0), ((3, 5000), 1), ((64, 64), (0, 1))]:
+            for x in (numbers(shape, dtype), numbers(shape, dtype).nan_to_num(0, 0, 0) * 2.0**-14):
+                expected = quantize(x, fmt, axis=axis, seed=3, backend="reference")
+                check(quantize(x.to(gpu), fmt, axis=axis, seed=3, backend="cuda").cpu(), expected)
+                check(quantize(x.to(gpu), fmt, axis=axis, seed=3, backend="reference").cpu(), expected)
 
 
 def test_golden_vectors_on_a_gpu(gpu):

@@ -524,7 +524,7 @@ def test_gfloat_blocks(name, rounding):
 
 
 @pytest.fixture(scope="module")
-def torchao_floor():
+def torchao():
     from torchao.prototype.mx_formats.mx_tensor import DTYPE_FP6_E2M3, DTYPE_FP6_E3M2, MXTensor, ScaleCalculationMode
 
     dtypes = {
@@ -535,27 +535,32 @@ def torchao_floor():
         "fp4_e2m1": torch.float4_e2m1fn_x2,
     }
 
-    def floor(x: Tensor, name: str, block_size: int) -> Tensor:
-        mx = MXTensor.to_mx(x, dtypes[name], block_size, ScaleCalculationMode.FLOOR)
+    def quantized(x: Tensor, name: str, block_size: int, rule: str = "floor") -> Tensor:
+        mx = MXTensor.to_mx(x, dtypes[name], block_size, ScaleCalculationMode[rule.upper()])
         return mx.dequantize(x.dtype) + 0.0
 
-    return floor
+    return quantized
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("block_size", [16, 32])
+@pytest.mark.parametrize("rule", ["floor", "ceil", "even", "rceil"])
 @pytest.mark.parametrize("name", FLOATS)
-def test_torchao_floor(torchao_floor, name, block_size, dtype):
+def test_torchao(torchao, name, rule, block_size, dtype):
     generator = np.random.default_rng(5)
     x = generator.standard_normal((40, 64)) * np.exp2(generator.integers(-80, 80, (40, 1)))
     x[::5] *= np.exp2(generator.integers(-20, 3, (8, 64)))
     x[1::5] = generator.choice(grid_points(name), (8, 64)) * np.exp2(generator.integers(-60, 60, (8, 1)))
     x = torch.from_numpy(x).to(dtype)
-    same(quantize(x, MXFormat(name, block_size, rounding="even")), torchao_floor(x, name, block_size))
+    # What torchao divides and takes a log2 of, just above a power of two: its RCEIL may be one too low there.
+    x[2::5, 7] = x[2::5].abs().amax(1).float().log2().ceil().exp2().to(dtype)
+    fmt = MXFormat(name, block_size, scale_rule=rule, rounding="even")
+    same(quantize(x, fmt), torchao(x, name, block_size, rule))
 
 
+@pytest.mark.parametrize("rule", ["floor", "ceil", "even"])
 @pytest.mark.parametrize("name", FLOATS)
-def test_torchao_special_values(torchao_floor, name):
+def test_torchao_special_values(torchao, name, rule):
     x = torch.ones(4, 32)
     x[0, 3], x[1, 0], x[2] = math.nan, -0.0, 0.0
-    same(quantize(x, MXFormat(name, 32, rounding="even")), torchao_floor(x, name, 32))
+    same(quantize(x, MXFormat(name, 32, scale_rule=rule, rounding="even")), torchao(x, name, 32, rule))

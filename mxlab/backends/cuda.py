@@ -18,12 +18,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mxlab.backends.compiled import Compiled, Layout, address
+from mxlab.backends.compiled import Compiled, Layout, address, carry, scaling
 from mxlab.formats import ElementFormat, MXFormat, Numerics, Rounding
 
 SOURCES = Path(__file__).parent / "csrc"
 THREADS = 256  # of a thread block: kernels.cu
 _AT_ONCE = 2  # vectors of a thread in quantize_vectors
+_LOOKED_AT = 32  # elements of a thread in find_largest_finite
 _STORAGE = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 # A block longer than this is worth two kernels: along the last axis, and along another.
 _LONG, _LONG_COLUMN = 4096, 512
@@ -48,9 +49,9 @@ class _Cuda(Compiled):
         self, x: Tensor, out: Tensor, noise: Tensor | None, fmt: MXFormat, numerics: Numerics, layout: Layout
     ) -> None:
         addresses = x.data_ptr(), out.data_ptr(), address(noise)
-        blocks = scratch_blocks(layout)
-        amax = torch.zeros(blocks, dtype=torch.int32, device=x.device) if blocks else None
-        for launch in plan(addresses, x.dtype, fmt, numerics, layout, address(amax)):
+        words = scratch_words(fmt, layout)
+        scratch = torch.zeros(words, dtype=torch.int32, device=x.device) if words else None
+        for launch in plan(addresses, x.dtype, fmt, numerics, layout, address(scratch)):
             _launch(x.device, launch)
 
     def _run_elementwise(
@@ -77,7 +78,7 @@ round_elementwise = _backend.round_elementwise
 
 
 def plan(
-    addresses: tuple[int, int, int], dtype: torch.dtype, fmt: MXFormat, numerics: Numerics, layout: Layout, amax: int
+    addresses: tuple[int, int, int], dtype: torch.dtype, fmt: MXFormat, numerics: Numerics, layout: Layout, scratch: int
 ) -> list[Launch]:
     """The kernels that quantize a tensor, in order.
 
@@ -87,34 +88,50 @@ def plan(
         fmt: the format.
         numerics: ``exact`` or ``microxcaling``.
         layout: of source and target, not empty.
-        amax: address of :func:`scratch_blocks` zeros of 32 bits, where that is not 0.
+        scratch: address of :func:`scratch_words` zeros of 32 bits, where that is not 0.
     """
     layout = _simplified(layout)
+    if not fmt.scale_format.tensor_bits:
+        return _plan_blocks(addresses, dtype, fmt, numerics, layout, scratch, 0)
+    count = layout.outer * layout.axis * layout.inner
+    largest = Launch(f"find_largest_finite<{_storage(dtype)}>", -(-count // _LOOKED_AT), (addresses[0], scratch, count))
+    return [largest, *_plan_blocks(addresses, dtype, fmt, numerics, layout, scratch + 4, scratch)]
+
+
+def _plan_blocks(
+    addresses: tuple[int, int, int],
+    dtype: torch.dtype,
+    fmt: MXFormat,
+    numerics: Numerics,
+    layout: Layout,
+    amax: int,
+    tensor: int,
+) -> list[Launch]:
     outer, axis, inner, block = layout
-    op = _operation(dtype, fmt.element_format, fmt.rounding, numerics, in_blocks=True)
-    packed = _packed_format(fmt)
+    op = _operation(dtype, fmt, numerics)
+    packed = (*_packed_format(fmt), tensor)
     vector = 16 // dtype.itemsize
     if _in_vectors(layout, vector) and not (addresses[0] | addresses[1]) % 16:
         count = outer * axis // vector
         threads = -(-count // _AT_ONCE)
         return [Launch(f"quantize_vectors<{op}, {block}>", threads, (*addresses, count, *packed))]
-    if not _is_long(layout):
-        lanes = _lanes(layout)
+    if not _is_long(fmt, layout):
+        lanes = 1 if scaling(fmt) == "searched" else _lanes(layout)
         threads = outer * -(-axis // block) * inner * lanes
         return [Launch(f"quantize_blocks<{op}>", threads, (*addresses, *layout, lanes, *packed))]
     piece, lanes = (_PIECE, 32) if inner == 1 else (_PIECE_OF_COLUMN, 1)
     threads = outer * -(-axis // block) * -(-block // piece) * inner * lanes
-    storage = f"mx::device::{_STORAGE[dtype]}"
     return [
-        Launch(f"find_largest<{storage}>", threads, (addresses[0], amax, *layout, piece, lanes)),
+        Launch(f"find_largest<{_storage(dtype)}>", threads, (addresses[0], amax, *layout, piece, lanes)),
         Launch(f"quantize_pieces<{op}>", threads, (*addresses, amax, *layout, piece, lanes, *packed)),
     ]
 
 
-def scratch_blocks(layout: Layout) -> int:
-    """How many blocks have their largest magnitudes kept between two kernels; 0 where one kernel does it."""
+def scratch_words(fmt: MXFormat, layout: Layout) -> int:
+    """How many largest magnitudes are kept between two kernels: of the tensor, and of long blocks."""
     outer, axis, inner, block = layout = _simplified(layout)
-    return outer * -(-axis // block) * inner if _is_long(layout) else 0
+    blocks = outer * -(-axis // block) * inner if _is_long(fmt, layout) else 0
+    return blocks + (fmt.scale_format.tensor_bits > 0)
 
 
 def plan_elementwise(
@@ -127,7 +144,7 @@ def plan_elementwise(
     numerics: Numerics,
 ) -> Launch:
     """The kernel that rounds ``count`` elements; addresses as in :func:`plan`."""
-    op = _operation(dtype, element, rounding, numerics, in_blocks=False)
+    op = _expression("Exact" if numerics == "exact" else "Emulator", dtype, rounding)
     aligned = not (addresses[0] | addresses[1]) % 16
     arguments = (*addresses, count, int(aligned), int(subnormals), *_packed(element))
     return Launch(f"round_alone<{op}>", -(-count * dtype.itemsize // 16), arguments)
@@ -154,8 +171,9 @@ def _in_vectors(layout: Layout, vector: int) -> bool:
     return whole and inner == 1 and axis % block == 0 and outer * axis % vector == 0
 
 
-def _is_long(layout: Layout) -> bool:
-    return layout.block > (_LONG if layout.inner == 1 else _LONG_COLUMN)
+def _is_long(fmt: MXFormat, layout: Layout) -> bool:
+    """Whether a block is worth cutting into pieces; a search adds up in order, and gives a block to one thread."""
+    return scaling(fmt) != "searched" and layout.block > (_LONG if layout.inner == 1 else _LONG_COLUMN)
 
 
 def _lanes(layout: Layout) -> int:
@@ -163,14 +181,23 @@ def _lanes(layout: Layout) -> int:
     return 1 if layout.inner > 1 else min(32, 1 << (-(-layout.block // 4) - 1).bit_length())
 
 
+_OPERATIONS = {"power": "Exact", "asymmetric": "Asymmetric", "searched": "Searched", "floating": "Floating"}
+
+
 @functools.cache
-def _operation(
-    dtype: torch.dtype, element: ElementFormat, rounding: Rounding, numerics: Numerics, in_blocks: bool
-) -> str:
-    name = "Exact"
-    if numerics == "microxcaling":
-        name = "SimpleEmulator" if in_blocks and _is_simple(element, dtype) else "Emulator"
-    return f"mx::device::{name}<mx::device::{_STORAGE[dtype]}, mx::Rounding::{rounding}>"
+def _operation(dtype: torch.dtype, fmt: MXFormat, numerics: Numerics) -> str:
+    if numerics == "exact":
+        return _expression(_OPERATIONS[scaling(fmt)], dtype, fmt.rounding)
+    simple = _is_simple(fmt.element_format, dtype)
+    return _expression("SimpleEmulator" if simple else "Emulator", dtype, fmt.rounding)
+
+
+def _expression(operation: str, dtype: torch.dtype, rounding: Rounding) -> str:
+    return f"mx::device::{operation}<{_storage(dtype)}, mx::Rounding::{rounding}>"
+
+
+def _storage(dtype: torch.dtype) -> str:
+    return f"mx::device::{_STORAGE[dtype]}"
 
 
 def _is_simple(element: ElementFormat, dtype: torch.dtype) -> bool:
@@ -180,15 +207,31 @@ def _is_simple(element: ElementFormat, dtype: torch.dtype) -> bool:
 
 
 @functools.cache
-def _packed(element: ElementFormat, scale_emax: int = 0, flush: bool = False) -> tuple[int, int]:
-    """The two words that ``unpacked`` of kernels.cu reads."""
-    fields = (element.mantissa_bits, element.emax, int(element.is_int), scale_emax, int(flush))
-    floats = struct.pack("<ff", element.min_normal, element.max)
-    return int.from_bytes(bytes(fields), "little"), int.from_bytes(floats, "little")
+def _packed(element: ElementFormat) -> tuple[int, int]:
+    """The two words that ``unpacked`` of kernels.cu reads of an element alone."""
+    return _word("3B5x", element.mantissa_bits, element.emax, element.is_int), _limits(element.min_normal, element.max)
 
 
-def _packed_format(fmt: MXFormat) -> tuple[int, int]:
-    return _packed(fmt.element_format, fmt.scale_emax, fmt.flush_fp32_subnorms)
+@functools.cache
+def _packed_format(fmt: MXFormat) -> tuple[int, int, int]:
+    """The three words that ``unpacked`` of kernels.cu reads."""
+    grid, scale = fmt.grid, fmt.scale_grid
+    small = (grid.mantissa_bits, grid.emax, grid.is_int, fmt.scale_emax, fmt.flush_fp32_subnorms)
+    is_float = fmt.scale_format.is_float
+    return (
+        _word("7Bx", *small, scale.mantissa_bits, scale.emax),
+        _limits(grid.min_normal, fmt.limits[1]),
+        _limits(scale.min_normal, scale.max) if is_float else carry(fmt),
+    )
+
+
+def _limits(smallest_normal: float, largest: float) -> int:
+    return _word("2f", smallest_normal, largest)
+
+
+def _word(layout: str, *values: float) -> int:
+    """Values packed into 64 bits."""
+    return int.from_bytes(struct.pack(f"<{layout}", *values), "little")
 
 
 # Compiling and launching

@@ -133,7 +133,7 @@ def block_scale(amax: Tensor, exponent: Tensor, fmt: MXFormat) -> Tensor:
 def round_to_float_scale(blocks: Tensor, amax: Tensor, fmt: MXFormat, noise: Tensor | None) -> Tensor:
     """Blocks rounded to elements times a floating-point scale.
 
-    t is the scale of the tensor, T / (largest scale * largest element) with T the largest finite magnitude of the tensor,
+    t is the scale of the tensor, T / (largest scale * largest element), T being its largest finite magnitude,
     but at least 2^-117; 1 where the format has none. s is the scale of the block: (amax / largest element) / t, rounded
     half to even to the scale format and held to its positive values. An element is y, rounded and saturated, times
     t * s. With a scale of the tensor y = x * ((1 / t) / s), the arithmetic of NVFP4's kernels and of torchao (which

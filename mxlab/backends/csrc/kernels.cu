@@ -19,12 +19,21 @@ constexpr u32 WARP = 0xFFFFFFFFu;
 
 // ------------------------------------------------------------------------------------------------------ arguments
 
-// A format in two words, as packed by cuda.py: small integers, and the bits of two floats.
-MX_DEVICE Format unpacked(u64 small, u64 floats) {
+// A format in three words, as packed by cuda.py: small integers; the smallest normal and the largest element; the same of
+// a floating-point scale, or what is carried into the exponent of another. `tensor` is where the largest finite magnitude
+// of the tensor lies, if the format has a scale for that, or null.
+MX_DEVICE Format unpacked(u64 small, u64 limits, u64 scale = 0, const u32* tensor = nullptr) {
     const auto field = [small](int i) { return static_cast<int>(small >> 8 * i & 0xFF); };
-    const Element element{field(0), field(1), float_of(static_cast<u32>(floats)), float_of(static_cast<u32>(floats >> 32)),
-                          field(2)};
-    return {element, field(3), field(4) ? -126 : -0x7FFFFFFF};
+    const auto low = [](u64 word) { return float_of(static_cast<u32>(word)); };
+    const auto high = [](u64 word) { return float_of(static_cast<u32>(word >> 32)); };
+    Format f{};
+    f.element = {field(0), field(1), low(limits), high(limits), field(2)};
+    f.scale_emax = field(3);
+    f.flushed_below = field(4) ? -126 : -0x7FFFFFFF;
+    f.carry = static_cast<u32>(scale);
+    f.scale = {field(5), field(6), low(scale), high(scale), 0};
+    f.tensor_scale = tensor ? exact::tensor_scale(*tensor, f) : 0.0f;
+    return f;
 }
 
 MX_DEVICE i64 thread_index() { return static_cast<i64>(blockIdx.x) * THREADS + threadIdx.x; }
@@ -34,23 +43,43 @@ MX_DEVICE i64 thread_index() { return static_cast<i64>(blockIdx.x) * THREADS + t
 template <class T_, Rounding R>
 struct Exact {
     using T = T_;
-    static constexpr bool draws = R == Rounding::dither;
+    static constexpr bool draws = R == Rounding::dither, searches = false;
     MX_DEVICE exact::Scale scale(u32 amax, const Format& f) { return exact::scale(amax, f); }
-    MX_DEVICE float element(float x, const exact::Scale& s, const Element& el, float noise) {
-        return exact::quantize<R>(x, s, el, noise);
+    MX_DEVICE float element(float x, const exact::Scale& s, const Format& f, float noise) {
+        return exact::quantize<R>(x, s, f.element, noise);
     }
     MX_DEVICE float alone(float x, const Element& el, bool subnormals, float noise) {
         return exact::round_alone<R>(x, el, subnormals, noise);
     }
 };
 
+template <class T, Rounding R>
+struct Asymmetric : Exact<T, R> {
+    MX_DEVICE float element(float x, const exact::Scale& s, const Format& f, float noise) {
+        return exact::quantize_asymmetric<R>(x, s, f.element, noise);
+    }
+};
+
+template <class T, Rounding R>
+struct Searched : Exact<T, R> {
+    static constexpr bool searches = true;
+};
+
+template <class T, Rounding R>
+struct Floating : Exact<T, R> {
+    MX_DEVICE exact::Scale scale(u32 amax, const Format& f) { return exact::floating_scale(amax, f); }
+    MX_DEVICE float element(float x, const exact::Scale& s, const Format& f, float noise) {
+        return exact::quantize_floating<R>(x, s, f.element, exact::divides(f), noise);
+    }
+};
+
 template <class T_, Rounding R>
 struct Emulator {
     using T = T_;
-    static constexpr bool draws = R == Rounding::dither;
+    static constexpr bool draws = R == Rounding::dither, searches = false;
     MX_DEVICE exact::Scale scale(u32 amax, const Format& f) { return emulator::scale<T>(amax, f); }
-    MX_DEVICE float element(float x, const exact::Scale& s, const Element& el, float noise) {
-        return emulator::quantize<T, R>(x, s, el, noise);
+    MX_DEVICE float element(float x, const exact::Scale& s, const Format& f, float noise) {
+        return emulator::quantize<T, R>(x, s, f.element, noise);
     }
     MX_DEVICE float alone(float x, const Element& el, bool subnormals, float noise) {
         return emulator::round_alone<T, R>(x, el, subnormals, noise);
@@ -60,8 +89,8 @@ struct Emulator {
 // For most formats: see mx.h.
 template <class T, Rounding R>
 struct SimpleEmulator : Emulator<T, R> {
-    MX_DEVICE float element(float x, const exact::Scale& s, const Element& el, float noise) {
-        return emulator::quantize_simply<T, R>(x, s, el, noise);
+    MX_DEVICE float element(float x, const exact::Scale& s, const Format& f, float noise) {
+        return emulator::quantize_simply<T, R>(x, s, f.element, noise);
     }
 };
 
@@ -78,6 +107,21 @@ MX_DEVICE u32 largest_of_lanes(u32 amax, int lanes) {
         amax = larger_of(amax, __shfl_xor_sync(WARP, amax, distance));
     return amax;
 }
+
+// The sums of squared errors of a block under a scale and under the next power of two.
+struct Search {
+    exact::Scale scale, next;
+    float error, next_error;
+
+    MX_MEMBER Search(const exact::Scale& s, const Format& f)
+        : scale(s), next(exact::next_scale(s, f)), error(0.0f), next_error(0.0f) {}
+    template <class Op>
+    MX_MEMBER void add(float x, const Format& f) {
+        error += exact::squared(x - Op::element(x, scale, f, 0.0f));
+        next_error += exact::squared(x - Op::element(x, next, f, 0.0f));
+    }
+    MX_MEMBER exact::Scale better() const { return next_error < error ? next : scale; }
+};
 
 // -------------------------------------------------------------------------------------------------------- vectors
 
@@ -113,13 +157,41 @@ MX_DEVICE u32 largest(const Vector& v) {
     return amax;
 }
 
+// The scale of a block that `lanes` neighbouring threads share, a vector each. Errors are added up in index order: the
+// threads take turns.
+template <class Op>
+MX_DEVICE exact::Scale searched(const Vector& v, const exact::Scale& s, const Format& f, int lanes) {
+    using T = typename Op::T;
+    Search search(s, f);
+    for (int turn = 0; turn < lanes; ++turn) {
+        if (static_cast<int>(threadIdx.x) % lanes == turn) {
+#pragma unroll
+            for (int i = 0; i < PER_VECTOR<T>; ++i) search.template add<Op>(get<T>(v, i), f);
+        }
+        search.error = __shfl_sync(WARP, search.error, turn, lanes);
+        search.next_error = __shfl_sync(WARP, search.next_error, turn, lanes);
+    }
+    return search.better();
+}
+
+// The scale of a block of one element.
+template <class Op>
+MX_DEVICE exact::Scale scale_alone(float x, const Format& f) {
+    const exact::Scale s = Op::scale(bits_of(x) & MAGNITUDE, f);
+    if constexpr (!Op::searches) return s;
+    Search search(s, f);
+    search.template add<Op>(x, f);
+    return search.better();
+}
+
 // `count` vectors of whole blocks, one behind the other. The threads that share a block are neighbours in a warp; a block
 // is one element, or a power of two of them from one vector on.
 template <class Op, int BLOCK>
-MX_KERNEL quantize_vectors(const Vector* source, Vector* target, const float* noise, i64 count, u64 small, u64 floats) {
+MX_KERNEL quantize_vectors(const Vector* source, Vector* target, const float* noise, i64 count, u64 small, u64 limits,
+                           u64 scale, const u32* tensor) {
     using T = typename Op::T;
     constexpr int N = PER_VECTOR<T>, AT_ONCE = 2;  // two reads on their way hide the memory's latency better than one
-    const Format f = unpacked(small, floats);
+    const Format f = unpacked(small, limits, scale, tensor);
     const i64 first = static_cast<i64>(blockIdx.x) * (THREADS * AT_ONCE) + threadIdx.x;
     Vector v[AT_ONCE];
 #pragma unroll
@@ -130,13 +202,14 @@ MX_KERNEL quantize_vectors(const Vector* source, Vector* target, const float* no
 #pragma unroll
     for (int k = 0; k < AT_ONCE; ++k) {
         const i64 i = first + k * THREADS;
-        const exact::Scale shared = Op::scale(largest_of_lanes(largest<T>(v[k]), BLOCK / N), f);
+        exact::Scale shared = Op::scale(largest_of_lanes(largest<T>(v[k]), BLOCK / N), f);
+        if constexpr (Op::searches && BLOCK > 1) shared = searched<Op>(v[k], shared, f, BLOCK / N);
         Vector out{};
 #pragma unroll
         for (int j = 0; j < N; ++j) {
             const float x = get<T>(v[k], j);
-            const exact::Scale s = BLOCK == 1 ? Op::scale(bits_of(x) & MAGNITUDE, f) : shared;
-            put<T>(out, j, Op::element(x, s, f.element, Op::draws && i < count ? noise[i * N + j] : 0.0f));
+            const exact::Scale s = BLOCK == 1 ? scale_alone<Op>(x, f) : shared;
+            put<T>(out, j, Op::element(x, s, f, Op::draws && i < count ? noise[i * N + j] : 0.0f));
         }
         if (i < count) target[i] = out;
     }
@@ -188,21 +261,27 @@ template <class Op, class Stored>
 MX_DEVICE void quantize_along(const Stored* source, Stored* target, const float* noise, const Walk& w, u32 amax,
                               const Format& f) {
     using T = typename Op::T;
-    const exact::Scale s = Op::scale(amax, f);
+    exact::Scale s = Op::scale(amax, f);
+    if constexpr (Op::searches) {
+        Search search(s, f);
+        for (i64 i = 0; i < w.count; ++i) search.template add<Op>(T::load(source[w.offset + i * w.step]), f);
+        s = search.better();
+    }
     for (i64 i = 0; i < w.count; ++i) {
         const i64 at = w.offset + i * w.step;
-        target[at] = T::store(Op::element(T::load(source[at]), s, f.element, Op::draws ? noise[at] : 0.0f));
+        target[at] = T::store(Op::element(T::load(source[at]), s, f, Op::draws ? noise[at] : 0.0f));
     }
 }
 
-// A piece is a whole block.
+// A piece is a whole block. A search adds up errors in index order: one lane.
 template <class Op>
 MX_KERNEL quantize_blocks(const typename Op::T::Stored* source, typename Op::T::Stored* target, const float* noise,
-                          i64 outer, i64 axis, i64 inner, i64 block, i64 lanes, u64 small, u64 floats) {
+                          i64 outer, i64 axis, i64 inner, i64 block, i64 lanes, u64 small, u64 limits, u64 scale,
+                          const u32* tensor) {
     const int sharing = static_cast<int>(lanes);
     const Walk w = walk({outer, axis, inner, block, block, sharing});
     const u32 amax = largest_of_lanes(largest<typename Op::T>(source, w), sharing);
-    quantize_along<Op>(source, target, noise, w, amax, unpacked(small, floats));
+    quantize_along<Op>(source, target, noise, w, amax, unpacked(small, limits, scale, tensor));
 }
 
 // Long blocks: first the largest magnitude of each, into `amax` (zeros), then the elements.
@@ -218,9 +297,25 @@ MX_KERNEL find_largest(const typename T::Stored* source, u32* amax, i64 outer, i
 template <class Op>
 MX_KERNEL quantize_pieces(const typename Op::T::Stored* source, typename Op::T::Stored* target, const float* noise,
                           const u32* amax, i64 outer, i64 axis, i64 inner, i64 block, i64 piece, i64 lanes, u64 small,
-                          u64 floats) {
+                          u64 limits, u64 scale, const u32* tensor) {
     const Walk w = walk({outer, axis, inner, block, piece, static_cast<int>(lanes)});
-    if (w.count > 0) quantize_along<Op>(source, target, noise, w, amax[w.block], unpacked(small, floats));
+    if (w.count > 0) quantize_along<Op>(source, target, noise, w, amax[w.block], unpacked(small, limits, scale, tensor));
+}
+
+// The largest finite magnitude of `count` elements, into `found`, a zero. A thread looks at AT_ONCE of them.
+template <class T>
+MX_KERNEL find_largest_finite(const typename T::Stored* source, u32* found, i64 count) {
+    constexpr int AT_ONCE = 32;
+    const i64 first = static_cast<i64>(blockIdx.x) * (THREADS * AT_ONCE) + threadIdx.x;
+    u32 largest = 0;
+#pragma unroll
+    for (int k = 0; k < AT_ONCE; ++k) {
+        const i64 i = first + k * THREADS;
+        const u32 next = i < count ? magnitude_bits<T>(source[i]) : 0;
+        largest = larger_of(largest, next < EXPONENT ? next : 0);
+    }
+    largest = largest_of_lanes(largest, 32);
+    if (threadIdx.x % 32 == 0 && largest > 0) atomicMax(found, largest);
 }
 
 // --------------------------------------------------------------------------------------------------- element-wise
@@ -228,10 +323,10 @@ MX_KERNEL quantize_pieces(const typename Op::T::Stored* source, typename Op::T::
 // A thread does one vector; what is left over, and tensors that do not start on a vector, element by element.
 template <class Op>
 MX_KERNEL round_alone(const typename Op::T::Stored* source, typename Op::T::Stored* target, const float* noise, i64 count,
-                      i64 aligned, i64 subnormals, u64 small, u64 floats) {
+                      i64 aligned, i64 subnormals, u64 small, u64 limits) {
     using T = typename Op::T;
     constexpr int N = PER_VECTOR<T>;
-    const Element el = unpacked(small, floats).element;
+    const Element el = unpacked(small, limits).element;
     const i64 first = thread_index() * N;
     if (aligned && first + N <= count) {
         const Vector v = *reinterpret_cast<const Vector*>(source + first);

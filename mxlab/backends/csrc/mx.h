@@ -312,8 +312,8 @@ MX_INLINE float quantize(float x, const Scale& s, const Element& el, float noise
     return multiply_add(r.integer * with_sign_of(s.up, x), r.binade, 0.0f);  // + 0: a zero result is +0
 }
 
-// The same for a scale from which nothing is below -1, a value of the element; its largest is less than 1. As integers,
-// the bits of negative numbers are below those of all others.
+// The same for elements from -1 to less than 1, and a scale no smaller than the largest magnitude: only what is positive
+// needs a limit. As integers, the bits of negative numbers are below those of all others.
 template <Rounding R>
 MX_INLINE float quantize_asymmetric(float x, const Scale& s, const Element& el, float noise) {
     const int y = smaller(static_cast<int>(bits_of(x * s.down)), static_cast<int>(bits_of(el.max)));
