@@ -24,13 +24,14 @@ from mxlab.formats import (
     check_choice,
     elementwise_format,
 )
+from mxlab.quantizers import Format
 
 DTYPES = operators.DTYPES
 
 
 def quantize(
     x: Tensor,
-    fmt: MXFormat | str,
+    fmt: Format | str,
     *,
     axis: int | Sequence[int] = -1,
     numerics: Numerics = "exact",
@@ -38,16 +39,18 @@ def quantize(
     seed: int | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Round ``x`` to a microscaling format.
+    """Round ``x`` to a microscaling format, or to one of :mod:`mxlab.quantizers`.
 
     Args:
         x: float32, bfloat16 or float16, any shape.
-        fmt: the format, or its spelling (``"fp4_e2m1@32"``).
-        axis: the axis along which blocks lie; several axes form joint tiles of ``block_size`` a side.
-        numerics: ``exact`` or ``microxcaling``.
+        fmt: the format, or its spelling (``"fp4_e2m1@32"``, ``"integer,width=8,frac=4"``).
+        axis: the axis along which blocks lie, or means are taken; several axes form joint tiles of ``block_size`` a
+            side.
+        numerics: ``exact`` or ``microxcaling``; the quantizers have ``exact`` only.
         backend: ``native`` (C++, CPU), ``cuda`` (CUDA C++, NVIDIA GPUs), ``reference`` (eager torch, every device),
-            or ``auto`` for the fastest there is. All give the same bits.
-        seed: of ``dither`` rounding; None draws one from torch's global generator. Ignored by the other roundings.
+            or ``auto`` for the fastest there is. All give the same bits. The quantizers have ``reference`` only.
+        seed: of ``dither`` rounding and of stochastic signs; None draws one from torch's global generator. Ignored by
+            all else.
         out: where to write the result, a tensor of the shape, dtype and device of ``x``.
 
     Returns:
@@ -60,23 +63,23 @@ def quantize(
 
     Source: OCP Microscaling Formats (MX) v1.0, section 6.3.
     """
-    fmt = MXFormat.parse(fmt)
     _check(x, numerics, backend)
+    fmt = operators.parse(fmt, numerics, backend)
     axes = _axes(x, axis)
     if out is not None:
         if x.requires_grad and torch.is_grad_enabled():
             raise FormatError("x requires a gradient, which cannot pass through out: leave out away, or use no_grad")
-        operators.quantize_out(x, out, str(fmt), axes, numerics, backend, _seed(fmt.rounding, seed))
+        operators.quantize_out(x, out, str(fmt), axes, numerics, backend, _seed(fmt.is_random, seed))
         return out
     if x.numel() == 0:
         return x.clone()
-    seed = _seed(fmt.rounding, seed)
+    seed = _seed(fmt.is_random, seed)
     return _straight_through(operators.quantize, x, str(fmt), axes, numerics, backend, seed)
 
 
 def quantize_(
     x: Tensor,
-    fmt: MXFormat | str,
+    fmt: Format | str,
     *,
     axis: int | Sequence[int] = -1,
     numerics: Numerics = "exact",
@@ -88,13 +91,13 @@ def quantize_(
     Raises:
         FormatError: as :func:`quantize`; or ``x`` requires a gradient, which cannot pass through what is overwritten.
     """
-    fmt = MXFormat.parse(fmt)
     _check(x, numerics, backend)
+    fmt = operators.parse(fmt, numerics, backend)
     axes = _axes(x, axis)
     if x.requires_grad and torch.is_grad_enabled():
         raise FormatError("x requires a gradient: quantize it in place under torch.no_grad(), or use quantize")
     if x.numel():
-        operators.quantize_(x, str(fmt), axes, numerics, backend, _seed(fmt.rounding, seed))
+        operators.quantize_(x, str(fmt), axes, numerics, backend, _seed(fmt.is_random, seed))
     return x
 
 
@@ -135,7 +138,7 @@ def round_elementwise(
     _check(x, numerics, backend)
     if element is None or x.numel() == 0:
         return x.clone()
-    seed = _seed(rounding, seed)
+    seed = _seed(rounding == "dither", seed)
     return _straight_through(operators.round_elementwise, x, bfloat, fp, rounding, subnormals, numerics, backend, seed)
 
 
@@ -204,8 +207,8 @@ def _check(x: Tensor, numerics: str, backend: str) -> None:
     operators.check(x, numerics, backend)
 
 
-def _seed(rounding: str, seed: int | None) -> int:
-    if rounding != "dither":
+def _seed(is_random: bool, seed: int | None) -> int:
+    if not is_random:
         return 0
     if seed is None:
         return int(torch.randint(2**63 - 1, ()))

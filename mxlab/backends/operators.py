@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mxlab.backends import cuda, microxcaling, native, reference
+from mxlab.backends import cuda, microxcaling, native, quantizers, reference
 from mxlab.errors import FormatError
 from mxlab.formats import (
     NUMERICS,
@@ -24,6 +24,7 @@ from mxlab.formats import (
     check_choice,
     elementwise_format,
 )
+from mxlab.quantizers import Format, Quantizer, parse_format
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BACKENDS = ("auto", "reference", "native", "cuda")
@@ -55,27 +56,43 @@ def check(x: Tensor, numerics: str, backend: str) -> None:
     check_choice("backend", backend, BACKENDS)
 
 
+def parse(fmt: Format | str, numerics: str, backend: str) -> Format:
+    """The format itself, or the one that is spelled.
+
+    Raises:
+        FormatError: no such format, or one of :mod:`mxlab.quantizers` with numerics or a backend that it has not.
+    """
+    fmt = parse_format(fmt)
+    if isinstance(fmt, Quantizer) and numerics == "microxcaling":
+        raise FormatError(f"numerics is 'microxcaling', which does not have the format {fmt}: use 'exact'")
+    if isinstance(fmt, Quantizer) and backend in _COMPILED:
+        raise FormatError(f"backend is {backend!r}, which does not have the format {fmt}: use 'auto' or 'reference'")
+    return fmt
+
+
 def _quantize(x: Tensor, fmt: str, axes: list[int], numerics: Numerics, backend: str, seed: int) -> Tensor:
     check(x, numerics, backend)
+    parsed = parse(fmt, numerics, backend)
     if x.numel() == 0:
         return torch.empty_like(x)
-    parsed, places = MXFormat.parse(fmt), tuple(axis % x.ndim for axis in axes)
-    if compiled := _COMPILED.get(choose(x.device.type, backend)):
+    places = tuple(axis % x.ndim for axis in axes)
+    if compiled := _compiled(x, parsed, backend):
         return compiled.quantize(x, parsed, places, seed, numerics)
-    return _laid_out(x, _eager(numerics).quantize(x, parsed, places, seed))
+    return _laid_out(x, _eager(numerics, parsed).quantize(x, parsed, places, seed))
 
 
 def _quantize_in_place(x: Tensor, fmt: str, axes: list[int], numerics: Numerics, backend: str, seed: int) -> None:
     check(x, numerics, backend)
+    parsed = parse(fmt, numerics, backend)
     if x.numel() == 0:
         return
-    parsed, places = MXFormat.parse(fmt), tuple(axis % x.ndim for axis in axes)
-    if compiled := _COMPILED.get(choose(x.device.type, backend)):
+    places = tuple(axis % x.ndim for axis in axes)
+    if compiled := _compiled(x, parsed, backend):
         compiled.quantize_(x, parsed, places, seed, numerics)
         if not x.is_inference():
             torch.autograd.graph.increment_version(x)  # written behind torch's back
     else:
-        x.copy_(_eager(numerics).quantize(x, parsed, places, seed))
+        x.copy_(_eager(numerics, parsed).quantize(x, parsed, places, seed))
 
 
 def _quantize_out(
@@ -87,9 +104,10 @@ def _quantize_out(
             f"out is {out.dtype} of shape {tuple(out.shape)} on {out.device}: it must be as x is, "
             f"{x.dtype} of shape {tuple(x.shape)} on {x.device}"
         )
-    compiled = _COMPILED.get(choose(x.device.type, backend))
+    parsed = parse(fmt, numerics, backend)
+    compiled = _compiled(x, parsed, backend)
     if compiled and len(axes) == 1 and x.numel() and x.is_contiguous() and out.is_contiguous():
-        compiled.quantize_out(x, out, MXFormat.parse(fmt), axes[0] % x.ndim, seed, numerics)
+        compiled.quantize_out(x, out, parsed, axes[0] % x.ndim, seed, numerics)
         if not out.is_inference():
             torch.autograd.graph.increment_version(out)
     else:
@@ -164,5 +182,12 @@ def choose(device: str, backend: str) -> str:
     return fastest
 
 
-def _eager(numerics: Numerics) -> Any:
+def _compiled(x: Tensor, fmt: Format, backend: str) -> Any:
+    """The compiled backend that serves the tensor, or None: the quantizers have no kernels."""
+    return _COMPILED.get(choose(x.device.type, backend)) if isinstance(fmt, MXFormat) else None
+
+
+def _eager(numerics: Numerics, fmt: Format | None = None) -> Any:
+    if isinstance(fmt, Quantizer):
+        return quantizers
     return reference if numerics == "exact" else microxcaling
