@@ -237,6 +237,13 @@ def test_scaled_signs_are_drawn_so_that_their_mean_is_the_clipped_value():
     torch.testing.assert_close(mean, w.double().clamp(-scale, scale), atol=6e-4, rtol=0)
 
 
+def test_a_number_drawn_equal_to_the_probability_gives_minus_one():
+    u = philox.uniform((1000,), 3, torch.device("cpu"))
+    above = torch.nextafter(2 * u - 1, torch.tensor(2.0))
+    assert (quantize(2 * u - 1, "binary,stochastic=true", seed=3) == -1).all()
+    assert (quantize(above, "binary,stochastic=true", seed=3) == 1).all()
+
+
 def test_the_seed_decides():
     x = draws(4, 50)
     fixed = [quantize(x, "binary,stochastic=true", seed=s) for s in (1, 1, 2)]
