@@ -1,7 +1,7 @@
 # make demo   the whole of it on the embedded model, without a hub: tables and figures in demo/report
 # make test   every test, on both supported versions of transformers
 # make lint   style, types and the direction of imports
-# make figs   docs/results.md's tables and figs/ again, from results/
+# make figs   docs/results.md's tables and figs/ again, from results/; docs/formats.md and figs/formats/, from the code
 # make bench  every benchmark, ten minutes on two cores; its tables and figures: docs/bench.md, figs/bench_*.png
 # Each sets up what it needs on a machine with Python 3.11; a second time is quick.
 
@@ -31,6 +31,7 @@ figs: setup
 	.venv/bin/mxlab report results/smollm2-135m --out results/smollm2-135m/report
 	cp results/smollm2-135m/report/figs/*.png figs/
 	$(PYTHON) docs/fill.py docs/results.md
+	$(PYTHON) docs/formats.py
 
 # DATA is a folder with lambada_openai.jsonl; without one, the embedded passages are read.
 DATA ?= $(wildcard ../shared/data)

@@ -93,7 +93,7 @@ class Log(Biased):
     The result is sign(x)·2^clamp(round(log2|x|), -bias, 2^(width-1) - 1 - bias).
 
     There is no code for zero: it becomes the smallest magnitude, with a plus sign. log2|x| is never halfway between two
-    integers, as the square root of two is irrational; which of them is nearer is decided exactly, by squaring.
+    integers, as the square root of two is irrational; which of them is nearer is read off the bits, exactly.
 
     Source: Miyashita, Lee, Murmann, "Convolutional neural networks using logarithmic data representation", 2016.
     """
