@@ -21,6 +21,10 @@ class ConversionError(MxlabError):
     """A model that cannot be converted: nothing matched, or it was converted before."""
 
 
+class CompatError(MxlabError, ImportError):
+    """A package whose place mxlab cannot take, or a part of it that mxlab does not have."""
+
+
 class SourceError(MxlabError):
     """A model or a data set that is not where it was looked for."""
 

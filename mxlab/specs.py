@@ -26,16 +26,18 @@ INVENTORY_VARIABLE = "MXLAB_INVENTORY"
 LINEARS = r"(.*\.)?(q|k|v|o|gate|up|down)_proj"
 ATTENTIONS = r"(.*\.)?self_attn"
 
-_SCALE_RULES = {"max": "floor", "none": "none"}
+# microxcaling's names of the scale rules, and ours.
+SHARED_EXP_METHODS: dict[str, Any] = {"max": "floor", "none": "none"}
 
 
 def _option(kind: str, default: Any, doc: str, **more: Any) -> Any:
+    """``there`` is microxcaling's own default, where it differs; ``ours`` marks an option that it does not have."""
     return field(default=default, metadata={"kind": kind, "doc": doc, **more})
 
 
 def _inert(kind: str, default: Any, doc: str) -> Any:
     """An option that microxcaling's specs hold but that the linear layers' forward pass does not read."""
-    return _option(kind, default, f"{doc}; no effect here", inert=True)
+    return _option(kind, default, doc, inert=True)
 
 
 @dataclass(frozen=True)
@@ -48,36 +50,36 @@ class MxSpecs:
         SpecError: a value that the option does not take.
     """
 
-    w_elem_format: str | None = _option("format", "fp4_e2m1", "element format of linear weights")
-    a_elem_format: str | None = _option("format", "fp6_e2m3", "element format of linear inputs")
-    kv_elem_format: str | None = _option("format", None, "element format of keys and values")
-    quantize_linear: bool = _option("flag", True, "quantize linear layers at all")
-    block_size: int = _option("int", 32, "elements that share a scale; 0 for the whole axis", high=None)
-    scale_bits: int = _option("int", 8, "bits of the shared exponent, 1 to 8; 0 means 8", high=8)
-    shared_exp_method: str = _option("choice", "max", "the shared exponent", choices=tuple(_SCALE_RULES))
+    w_elem_format: str | None = _option("format", "fp4_e2m1", "element format of linear weights", there=None)
+    a_elem_format: str | None = _option("format", "fp6_e2m3", "element format of linear inputs", there=None)
+    kv_elem_format: str | None = _option("format", None, "element format of keys and values", ours=True)
+    quantize_linear: bool = _option("flag", True, "quantize linear layers at all", ours=True)
+    block_size: int = _option("int", 32, "elements that share a scale; 0 for the whole axis", high=None, there=0)
+    scale_bits: int = _option("int", 8, "bits of the shared exponent, 1 to 8; 0 means 8", high=8, there=0)
+    shared_exp_method: str = _option("choice", "max", "the shared exponent", choices=tuple(SHARED_EXP_METHODS))
     mx_flush_fp32_subnorms: bool = _option("flag", False, "flush blocks of float32 subnormals to zero")
-    bfloat: int = _option("int", 16, "bits of element-wise bfloat rounding, 10 to 32; 0 for none", high=32)
+    bfloat: int = _option("int", 16, "bits of element-wise bfloat rounding, 10 to 32; 0 for none", high=32, there=0)
     fp: int = _option("int", 0, "bits of element-wise fp rounding, 7 to 29; 0 for none", high=29)
     bfloat_subnorms: bool = _option("flag", True, "keep subnormals in element-wise rounding")
     round: str = _option("choice", "nearest", "rounding of all that is not set on its own", choices=ROUNDINGS)
     round_weight: str | None = _option("rounding", None, "element-wise rounding of weights and biases")
     round_output: str | None = _option("rounding", None, "element-wise rounding of activations")
     round_mx_output: str | None = _option("rounding", None, "MX rounding of weights, activations, keys and values")
-    custom_cuda: bool = _option("flag", True, "exact numerics, not those of microxcaling's torch path; on any device")
+    custom_cuda: bool = _option("flag", True, "exact numerics, on any device, not microxcaling's", there=False)
 
-    quantize_backprop: bool = _inert("flag", True, "quantize gradients")
-    w_elem_format_bp: str | None = _inert("format", None, "backward weight format")
-    a_elem_format_bp: str | None = _inert("format", None, "backward activation format")
-    a_elem_format_bp_ex: str | None = _inert("format", None, "backward activation format")
-    a_elem_format_bp_os: str | None = _inert("format", None, "backward activation format")
-    round_m: str | None = _inert("rounding", None, "rounding of the optimizer")
-    round_grad_weight: str | None = _inert("rounding", None, "backward rounding")
-    round_grad_input: str | None = _inert("rounding", None, "backward rounding")
-    round_mx_input_grad_input: str | None = _inert("rounding", None, "backward rounding")
-    round_mx_weight_grad_input: str | None = _inert("rounding", None, "backward rounding")
-    round_mx_grad_output_grad_input: str | None = _inert("rounding", None, "backward rounding")
-    round_mx_input_grad_weight: str | None = _inert("rounding", None, "backward rounding")
-    round_mx_grad_output_grad_weight: str | None = _inert("rounding", None, "backward rounding")
+    quantize_backprop: bool = _inert("flag", True, "quantize in the backward pass")
+    w_elem_format_bp: str | None = _inert("format", None, "element format of weights in the backward pass")
+    a_elem_format_bp: str | None = _inert("format", None, "element format of saved activations in the backward pass")
+    a_elem_format_bp_ex: str | None = _inert("format", None, "element format of output gradients, for the weight's")
+    a_elem_format_bp_os: str | None = _inert("format", None, "element format of output gradients, for the input's")
+    round_m: str | None = _inert("rounding", None, "rounding of the optimizer's moments")
+    round_grad_weight: str | None = _inert("rounding", None, "element-wise rounding of weight and bias gradients")
+    round_grad_input: str | None = _inert("rounding", None, "element-wise rounding of activation gradients")
+    round_mx_input_grad_input: str | None = _inert("rounding", None, "MX rounding of matmul operands, backward")
+    round_mx_weight_grad_input: str | None = _inert("rounding", None, "MX rounding of weights, backward")
+    round_mx_grad_output_grad_input: str | None = _inert("rounding", None, "MX rounding with a_elem_format_bp_os")
+    round_mx_input_grad_weight: str | None = _inert("rounding", None, "MX rounding of linear inputs, backward")
+    round_mx_grad_output_grad_weight: str | None = _inert("rounding", None, "MX rounding with a_elem_format_bp_ex")
     softmax_exp2: bool = _inert("flag", False, "base-2 softmax")
     vec_use_exp2: bool = _inert("flag", False, "base-2 exponentials in vector operations")
     vec_use_recip: bool = _inert("flag", False, "reciprocals in vector operations")
@@ -190,16 +192,17 @@ def parse_assignment(text: str) -> tuple[str, Any]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Give ``parser`` microxcaling's command-line options; those not on the command line are left out of its result."""
     for name, f in OPTIONS.items():
-        dashed = name.replace("_", "-")
+        dashed, about = name.replace("_", "-"), f.metadata
+        doc = f"{about['doc']}; no effect here" if _is_inert(name) else about["doc"]
         spellings = dict.fromkeys((f"--{name}", f"--{dashed}"))
         common: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS}
-        if f.metadata["kind"] == "flag":
-            parser.add_argument(*spellings, **common, action="store_true", help=f.metadata["doc"])
+        if about["kind"] == "flag":
+            parser.add_argument(*spellings, **common, action="store_true", help=doc)
             off = dict.fromkeys((f"--no-{name}", f"--no-{dashed}", f"--no_{name}"))
             parser.add_argument(*off, **common, action="store_false", help=f"not --{name}")
         else:
-            kind = int if f.metadata["kind"] == "int" else str
-            help = f"{f.metadata['doc']} (default: {f.default})"
+            kind = int if about["kind"] == "int" else str
+            help = f"{doc} (default: {f.default})"
             parser.add_argument(*spellings, **common, type=kind, metavar=kind.__name__.upper(), help=help)
 
 
@@ -265,7 +268,7 @@ def _format_changes(given: Mapping[str, Any]) -> dict[str, Any]:
     names = {"block_size": "block_size", "scale_bits": "scale_bits", "flush_fp32_subnorms": "mx_flush_fp32_subnorms"}
     changes = {ours: given[theirs] for ours, theirs in names.items() if theirs in given}
     if "shared_exp_method" in given:
-        changes["scale_rule"] = _SCALE_RULES[given["shared_exp_method"]]
+        changes["scale_rule"] = SHARED_EXP_METHODS[given["shared_exp_method"]]
     return changes | _rounding("rounding", "round_mx_output", given)
 
 
