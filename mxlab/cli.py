@@ -43,14 +43,27 @@ class Dtype(StrEnum):
 
 Model = Annotated[str, typer.Option("--model", help="A hub name, a folder, or smollm2 (embedded).")]
 Tasks = Annotated[
-    str, typer.Option("--tasks", help="lm-eval tasks, separated by commas, or mxlab_passages (embedded).")
+    str | None,
+    typer.Option("--tasks", help="lm-eval tasks, separated by commas, or mxlab_passages (embedded, the default)."),
+]
+TextOption = Annotated[
+    str | None,
+    typer.Option("--text", help="Perplexity of a text instead: wikitext2, wikitext2_valid, pile, passages or a file."),
+]
+Window = Annotated[int | None, typer.Option(help="Tokens of a window of the text; 512 where none is given.")]
+Stride = Annotated[int | None, typer.Option(help="Tokens from one window to the next; disjoint where none is given.")]
+Windows = Annotated[int | None, typer.Option(help="The first so many windows; the whole text where none is given.")]
+Compare = Annotated[
+    bool, typer.Option("--compare", help="KL divergence and top-1 agreement with the unquantized model beside it.")
 ]
 Limit = Annotated[float | None, typer.Option(help="Rows of each task: a count, or a fraction below 1.")]
-BatchSize = Annotated[int, typer.Option(help="Rows of a batch.")]
+BatchSize = Annotated[
+    int | None, typer.Option(help="Rows or windows of a batch; 16 rows or 4 windows where none is given.")
+]
 DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="What the model computes in.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:0, ...")]
 DataDir = Annotated[Path | None, typer.Option(help="A folder with lambada_openai.jsonl and wikitext2_test.raw.")]
-MaxLength = Annotated[int, typer.Option(help="Longest context in tokens.")]
+MaxLength = Annotated[int | None, typer.Option(help="Longest context of a task in tokens; 2048 where none is given.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Where the stage folders go.")]
 
 
@@ -83,33 +96,41 @@ def run(context: typer.Context) -> None:
 @app.command("eval")
 def evaluate(
     model: Model = "smollm2",
-    tasks: Tasks = "mxlab_passages",
+    tasks: Tasks = None,
+    text: TextOption = None,
     recipe: Annotated[str | None, typer.Option(help="A shipped recipe's name, or a TOML file.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Override an option: --set block_size=16.")] = None,
     limit: Limit = None,
-    batch_size: BatchSize = 16,
+    window: Window = None,
+    stride: Stride = None,
+    windows: Windows = None,
+    compare: Compare = False,
+    batch_size: BatchSize = None,
     dtype: DtypeOption = Dtype.bfloat16,
     device: Device = "auto",
     data_dir: DataDir = None,
-    max_length: MaxLength = 2048,
+    max_length: MaxLength = None,
     out: Out = Path("results"),
 ) -> None:
-    """Evaluate one model under one recipe; the run directory goes to OUT/<recipe>/."""
+    """Evaluate one model under one recipe, on tasks or on a text; the run directory goes to OUT/<recipe>/."""
     chosen = _recipe(recipe, set_ or [])
-    from mxlab import runs
-    from mxlab.evaluate import Request
+    from mxlab import kinds, runs
 
-    request = Request(
-        recipe=chosen,
+    settings = _given(
         model=model,
-        tasks=_names(tasks),
+        tasks=tasks and _names(tasks),
+        text=text,
         limit=_count(limit),
+        window=window,
+        stride=stride,
+        windows=windows,
+        compare=compare or None,
         batch_size=batch_size,
         dtype=dtype.value,
         device=device,
-        data_dir=data_dir,
         max_length=max_length,
     )
+    request = kinds.make(chosen, settings, data_dir)
     _start_logging()
     folder = runs.run(request, out / chosen.name, {**chosen.options, **_assigned(set_ or [])})
     _print_metrics(folder)
@@ -143,12 +164,18 @@ def convert(
 def sweep(
     file: Annotated[str, typer.Argument(help="A sweep's TOML file, or a shipped one: ex1, ex2, baseline.")],
     model: Annotated[str | None, typer.Option(help="Instead of the file's model.")] = None,
-    tasks: Annotated[str | None, typer.Option(help="Instead of the file's tasks.")] = None,
+    tasks: Annotated[str | None, typer.Option(help="Instead of the file's tasks or text.")] = None,
+    text: Annotated[str | None, typer.Option(help="Instead of the file's text or tasks.")] = None,
     limit: Limit = None,
+    window: Window = None,
+    stride: Stride = None,
+    windows: Windows = None,
+    compare: Compare = False,
     batch_size: Annotated[int | None, typer.Option(help="Instead of the file's batch size.")] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Instead of the file's dtype.")] = None,
     device: Annotated[str | None, typer.Option(help="Instead of the file's device.")] = None,
     data_dir: DataDir = None,
+    workers: Annotated[int, typer.Option(help="Processes, each with a GPU of its own.")] = 1,
     out: Out = Path("results"),
 ) -> None:
     """Run a grid of recipes; finished runs are skipped, a failed one is recorded (exit code 1) and the rest goes on."""
@@ -156,18 +183,23 @@ def sweep(
     _hide_inner_bars()
     from mxlab import sweep as sweeps
 
-    settings = {
-        "model": model,
-        "tasks": list(_names(tasks)) if tasks else None,
-        "limit": _count(limit),
-        "batch_size": batch_size,
-        "dtype": dtype and dtype.value,
-        "device": device,
-    }
-    chosen = sweeps.with_settings(sweeps.load(file), {k: v for k, v in settings.items() if v is not None})
+    settings = _given(
+        model=model,
+        tasks=tasks and list(_names(tasks)),
+        text=text,
+        limit=_count(limit),
+        window=window,
+        stride=stride,
+        windows=windows,
+        compare=compare or None,
+        batch_size=batch_size,
+        dtype=dtype and dtype.value,
+        device=device,
+    )
+    chosen = sweeps.with_settings(sweeps.load(file), settings)
     _start_logging()
     with _progress() as progress:
-        summary = sweeps.run_sweep(chosen, out, data_dir, track=progress.track)
+        summary = sweeps.run_sweep(chosen, out, data_dir, progress.track, workers)
     _finish(summary, out)
 
 
@@ -260,6 +292,11 @@ def _assigned(assignments: list[str]) -> dict[str, Any]:
 def _refuse_environment(command: str) -> None:
     if ENVIRONMENT_VARIABLE in os.environ:
         raise SpecError(f"{ENVIRONMENT_VARIABLE} is set: {command} has recipes of its own; unset it first")
+
+
+def _given(**settings: Any) -> dict[str, Any]:
+    """The settings that were named on the command line."""
+    return {name: value for name, value in settings.items() if value is not None}
 
 
 def _names(tasks: str) -> tuple[str, ...]:

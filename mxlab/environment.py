@@ -26,6 +26,8 @@ _IRRELEVANT = (
     "patching.py",
     "launcher.py",
     "sweep.py",
+    "engine.py",
+    "workers.py",
     "demo.py",
     "notebook.py",
 )

@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,11 +71,17 @@ class Request:
         check_int("max_length", self.max_length, 2, None, "a whole number of tokens, 2 or more")
         check_choice("dtype", self.dtype, models.DTYPES)
 
+    @property
+    def sources(self) -> tuple[Hashable, ...]:
+        """The model and the data it needs."""
+        return self.model, self.tasks, self.data_dir
+
     def key(self) -> dict[str, Any]:
         """What tells it from others; raises SourceError where a data file is missing."""
         return {
             "recipe": self.recipe.hash,
             "model": models.identity(self.model),
+            "revision": models.revision(self.model),
             "tasks": list(self.tasks),
             "data": data.digests(self.tasks, self.data_dir),
             "limit": self.limit,

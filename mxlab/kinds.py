@@ -21,6 +21,12 @@ def _keys(kind: type[Request] | type[TextRequest]) -> list[str]:
 KEYS = tuple(dict.fromkeys([*_keys(Request), *_keys(TextRequest)]))
 
 
+def displaced(values: Mapping[str, Any]) -> set[str]:
+    """The keys that have no place beside ``values``: those of tasks alone where a text is named, and the reverse."""
+    tasks, text = set(_keys(Request)), set(_keys(TextRequest))
+    return tasks - text if "text" in values else text - tasks if "tasks" in values else set()
+
+
 def make(recipe: Recipe, values: Mapping[str, Any], data_dir: Path | None = None) -> Evaluation:
     """The evaluation that ``values``, fields of a Request or a TextRequest, ask for: the latter where a text is named.
 

@@ -96,6 +96,7 @@ def match(model: nn.Module, recipe: Recipe) -> list[Match]:
     chooser = _Chooser(model, recipe, found)
     chosen = {name: chooser.choose(name, kind) for name, kind in names.items()}
     chooser.check_all_used()
+    _check_biases(recipe, [(chooser.sites[name], rules) for name, rules in chosen.items() if any(rules.values())])
     matches = [_match(model, chooser.sites[n], rules, recipe) for n, rules in chosen.items() if any(rules.values())]
     _check_tied(matches)
     return matches
@@ -165,9 +166,23 @@ def _serving(model: nn.Module, name: str, site: Site | None, rule: Rule) -> Site
             f"the forward of {name} was replaced by other code, which would bypass the quantization: convert the model "
             f"first, or leave {name} out of {rule}"
         )
-    if site.kind == "linear" and rule.bias and site.module.bias is None:
-        raise ConversionError(f"{name} has no bias to quantize: take it out of {rule}")
     return site
+
+
+def _check_biases(recipe: Recipe, chosen: list[tuple[Site, Mapping[Phase, Rule | None]]]) -> None:
+    """A rule may cover layers with a bias and without: those without have none to quantize. Some must have one."""
+    for rule in recipe.rules:
+        if rule.bias and not any(rule in rules.values() and _has_bias(site) for site, rules in chosen):
+            raise ConversionError(f"no layer that {rule} matches has a bias to quantize: take that role out")
+
+
+def _has_bias(site: Site) -> bool:
+    return getattr(site.module, "bias", None) is not None
+
+
+def _formats(site: Site, rule: Rule | None) -> dict[str, Format]:
+    formats = rule.formats if rule else {}
+    return {role: fmt for role, fmt in formats.items() if role != "bias" or _has_bias(site)}
 
 
 def _serving_attention(model: nn.Module, name: str, rule: Rule) -> Site:
@@ -186,7 +201,7 @@ def _serving_attention(model: nn.Module, name: str, rule: Rule) -> Site:
 
 
 def _match(model: nn.Module, site: Site, rules: Mapping[Phase, Rule | None], recipe: Recipe) -> Match:
-    by_phase: dict[Phase, dict[str, Format]] = {phase: rule.formats if rule else {} for phase, rule in rules.items()}
+    by_phase: dict[Phase, dict[str, Format]] = {phase: _formats(site, rule) for phase, rule in rules.items()}
     if site.kind == "attention":
         return Match(site, by_phase)
     weight = getattr(site.module, site.weight)

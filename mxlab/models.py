@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
-from mxlab import cache
-from mxlab.errors import SourceError, SpecError
+from mxlab import cache, memory
+from mxlab.errors import RunError, SourceError
 from mxlab.formats import check_choice
+from mxlab.placement import choose_device, connect, spread
 from mxlab.specs import ENVIRONMENT_VARIABLE
 
 EMBEDDED = "smollm2"
@@ -34,15 +35,19 @@ class Loaded:
 def load(name: str, dtype: str = "bfloat16", device: str = "auto") -> Loaded:
     """The unquantized model ``name``: a hub name, a folder, or ``smollm2``. MX_SPECS_JSON does not act on it.
 
+    Under ``auto`` it goes to the GPU with the most free memory, over all GPUs where that one does not hold it, or to
+    the CPU where there is no GPU.
+
     Raises:
         SpecError: an unknown dtype or a device this machine lacks.
         SourceError: no such model, or it cannot be reached; the message says how to go on.
+        RunError: all GPUs together do not hold it.
     """
     check_choice("dtype", dtype, DTYPES)
     place = choose_device(device)
     source = str(embedded_folder()) if name == EMBEDDED else _source(name)
     with _unpatched():
-        return _from_pretrained(source, dtype, place)
+        return _from_pretrained(source, getattr(torch, dtype), place, may_spread=device == "auto")
 
 
 def skeleton(name: str, dtype: str = "bfloat16") -> Any:
@@ -77,25 +82,6 @@ def _source(name: str) -> str:
     return name
 
 
-def choose_device(device: str) -> torch.device:
-    """``auto`` is the GPU where there is one, else the CPU.
-
-    Raises:
-        SpecError: not a device, or one this machine lacks.
-    """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        place = torch.device(device)
-    except RuntimeError:
-        raise SpecError(f"device is {device!r}: it must be auto, cpu, or cuda (cuda:0, cuda:1, ...)") from None
-    if place.type not in ("cpu", "cuda"):
-        raise SpecError(f"device is {device!r}: mxlab computes on cpu and cuda")
-    if place.type == "cuda" and not (place.index or 0) < torch.cuda.device_count():
-        raise SpecError(f"device is {device!r}: torch sees {torch.cuda.device_count()} GPUs here; use cpu or auto")
-    return place
-
-
 def identity(name: str) -> str:
     """What a run says it evaluated: the name and, of a folder, a digest of its files' names, sizes and times."""
     folder = Path(name).expanduser()
@@ -104,6 +90,20 @@ def identity(name: str) -> str:
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     listing = "\n".join(f"{p.relative_to(folder)} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in files)
     return f"{folder.name}@{hashlib.sha256(listing.encode()).hexdigest()[:12]}"
+
+
+def revision(name: str) -> str | None:
+    """The commit of the hub's model ``name`` that this machine has; None for a folder, or where it has none yet."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    if name == EMBEDDED or Path(name).expanduser().is_dir():
+        return None
+    try:
+        file = try_to_load_from_cache(name, "config.json")
+    except HFValidationError:
+        return None
+    return Path(file).parent.name if isinstance(file, str) else None
 
 
 def embedded_folder() -> Path:
@@ -148,15 +148,22 @@ def _convert_gguf(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _from_pretrained(source: str, dtype: str, device: torch.device) -> Loaded:
+def _from_pretrained(source: str, dtype: torch.dtype, place: torch.device, may_spread: bool) -> Loaded:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype))
+        shares = spread(source, dtype, place) if may_spread and place.type == "cuda" else None
+        where: dict[str, Any] = {} if shares is None else {"device_map": "auto", "max_memory": shares}
+        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **where)
     except Exception as e:  # whatever transformers, tokenizers, safetensors or the hub's client raise
+        if isinstance(e, RunError) or memory.is_out_of_memory(e):
+            raise
         raise SourceError(_explained(source, e)) from e
-    return Loaded(model.to(device).eval(), tokenizer)
+    if shares is None:
+        return Loaded(model.to(place).eval(), tokenizer)
+    connect(model)
+    return Loaded(model.eval(), tokenizer)
 
 
 def _explained(source: str, error: Exception) -> str:

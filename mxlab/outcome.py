@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import Field, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -34,6 +34,21 @@ class Evaluation(Protocol):
     @property
     def recipe(self) -> Recipe:
         """What to quantize."""
+        ...
+
+    @property
+    def model(self) -> str:
+        """What to evaluate: a hub name, a folder, or ``smollm2``."""
+        ...
+
+    @property
+    def device(self) -> str:
+        """Where: auto, cpu, cuda, cuda:0, ..."""
+        ...
+
+    @property
+    def sources(self) -> tuple[Hashable, ...]:
+        """The model and the data it needs: where they fail for one evaluation, they fail for all with the same."""
         ...
 
     @property

@@ -17,10 +17,11 @@ import shutil
 import sys
 import traceback
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
-from mxlab import environment, models
+from mxlab import environment, memory, models
 from mxlab.errors import RunError
 from mxlab.outcome import Evaluation, Load, Outcome
 from mxlab.recipe import Recipe
@@ -39,6 +40,7 @@ def run(
     options: dict[str, Any] | None = None,
     command: str | None = None,
     load: Load = models.load,
+    key: dict[str, Any] | None = None,
 ) -> Path:
     """Evaluate ``request`` into a new run directory of ``stage_folder`` and return that directory.
 
@@ -48,19 +50,41 @@ def run(
         options: what a sweep varied, for the report; None for what the recipe says.
         command: the command line to record; None for this process's.
         load: where the model comes from.
+        key: :func:`run_key` of ``request``, where it is known already.
 
     Raises:
         MxlabError: as the request's ``evaluate``; RunError where the run directory cannot be written.
     """
     options = request.recipe.options if options is None else options
-    key = run_key(request)
+    key = key or run_key(request)
     with _partial(stage_folder) as folder:
         _write_before(folder, request, command or shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]))
         with _logged(folder / "output.log"):
-            outcome = request.evaluate(folder, load)
+            outcome, batch_size = _evaluate(request, folder, load)
+        key = {**key, "revision": models.revision(request.model)}  # this run may have fetched the model
         record = {"stage": stage_folder.name, "options": options, "quantized": bool(request.recipe.rules), "key": key}
-        _write_after(folder, outcome, record)
+        _write_after(folder, outcome, {**record, "batch_size": batch_size})
         return _publish(folder, stage_folder, label(request.recipe))
+
+
+def _evaluate(request: Evaluation, folder: Path, load: Load) -> tuple[Outcome, int]:
+    """The outcome and the batch size it took: half as large each time that memory ran out."""
+    while True:
+        try:
+            return request.evaluate(folder, load), request.batch_size
+        except Exception as e:
+            if not memory.is_out_of_memory(e):
+                raise
+            reason = str(e).strip().partition("\n")[0] or type(e).__name__
+            if request.batch_size == 1:
+                raise RunError(
+                    f"memory runs out even at a batch size of 1: {reason}. Choose shorter windows or contexts, a "
+                    "smaller dtype or model, or another device"
+                ) from e
+        # Only now is the exception gone, whose frames hold the model.
+        memory.release()
+        logger.warning("memory ran out at a batch size of %d, trying half of it: %s", request.batch_size, reason)
+        request = replace(request, batch_size=request.batch_size // 2)
 
 
 def run_key(request: Evaluation) -> dict[str, Any]:

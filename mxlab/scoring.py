@@ -6,6 +6,7 @@ import copy
 import datetime
 import json
 import time
+from collections.abc import Hashable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mxlab import models, texts
+from mxlab import memory, models, texts
 from mxlab.convert import apply
-from mxlab.errors import SpecError
+from mxlab.errors import RunError, SpecError
 from mxlab.formats import check_choice, check_int
 from mxlab.metrics import TOP_K, TokenScores
 from mxlab.observe import ScaleClampCounter
@@ -74,11 +75,17 @@ class TextRequest:
         if not isinstance(self.compare, bool):
             raise SpecError(f"compare is {self.compare!r}: it must be true or false")
 
+    @property
+    def sources(self) -> tuple[Hashable, ...]:
+        """The model and the data it needs."""
+        return self.model, self.text, self.data_dir
+
     def key(self) -> dict[str, Any]:
         """What tells it from others; raises SourceError where the text is missing."""
         return {
             "recipe": self.recipe.hash,
             "model": models.identity(self.model),
+            "revision": models.revision(self.model),
             "text": texts.label(self.text),
             "data": {texts.label(self.text): texts.digest(self.text, self.data_dir)},
             "window": self.window,
@@ -105,6 +112,7 @@ def evaluate(request: TextRequest, folder: Path, load: Load = models.load) -> Ou
         ConversionError: the recipe does not fit the model.
         MetricError: the text is shorter than the windows asked for, or the logits are not numbers.
         SpecError: the window is longer than the model's context.
+        RunError: memory does not hold the two models to compare.
     """
     start = time.perf_counter()
     text = texts.load(request.text, request.data_dir)
@@ -112,7 +120,7 @@ def evaluate(request: TextRequest, folder: Path, load: Load = models.load) -> Ou
     _check_context(loaded.model, request.window)
     ids = texts.encode(loaded.tokenizer, text)
     windows = sliding_windows(len(ids), request.window, request.stride, request.windows)
-    reference = _Predict(copy.deepcopy(loaded.model)) if request.compare else None
+    reference = _Predict(_copy(loaded.model)) if request.compare else None
     conversion = apply(loaded.model, request.recipe)
     counter = ScaleClampCounter(conversion)
     predict = _Predict(loaded.model)
@@ -149,6 +157,15 @@ def _check_context(model: Any, window: int) -> None:
     context = getattr(model.config, "max_position_embeddings", None) or window
     if window > context:
         raise SpecError(f"window is {window} tokens, and the model's context {context}: give a shorter window")
+
+
+def _copy(model: Any) -> Any:
+    if not memory.has_room_for_copy(model, share=1):
+        raise RunError(
+            "memory does not hold the unquantized model beside the quantized one: leave the comparison out, or choose "
+            "another device"
+        )
+    return copy.deepcopy(model)
 
 
 def _results(scores: TokenScores) -> dict[str, Any]:

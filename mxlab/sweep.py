@@ -1,23 +1,21 @@
-"""Sweeps: the grid of a TOML file, run one by one; what is finished is skipped, what fails is recorded."""
+"""Sweeps: the grid of a TOML file, models and recipes among its keys, as the points that an engine runs."""
 
 from __future__ import annotations
 
 import itertools
-import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from mxlab import assets, kinds, runs
+from mxlab import assets, kinds
 from mxlab import recipe as recipes
-from mxlab.errors import MxlabError, SpecError
-from mxlab.formats import suggestion
-from mxlab.outcome import Evaluation, Load
-from mxlab.pool import Pool
+from mxlab.engine import Engine, Point, Summary
+from mxlab.errors import SpecError
+from mxlab.formats import check_int, suggestion
+from mxlab.outcome import Evaluation
 from mxlab.specs import OPTIONS, override
-
-logger = logging.getLogger("mxlab")
+from mxlab.workers import started
 
 
 @dataclass(frozen=True)
@@ -38,6 +36,12 @@ class Sweep:
         for values in itertools.product(*self.grid.values()):
             yield dict(zip(self.grid, values, strict=True))
 
+    def at(self, values: Mapping[str, Any], out: Path, data_dir: Path | None) -> Point:
+        """The run at these values of the grid; raises as :meth:`request`."""
+        request = self.request(values, data_dir)
+        name = " ".join(f"{k}={v}" for k, v in values.items()) or request.recipe.name
+        return Point(name, values, request, out / self.stage)
+
     def request(self, point: Mapping[str, Any], data_dir: Path | None) -> Evaluation:
         """The evaluation at one point of the grid.
 
@@ -47,21 +51,6 @@ class Sweep:
         chosen = {"recipe": self.recipe, **self.settings, **point}
         recipe = override(recipes.load(chosen.pop("recipe")), {k: v for k, v in chosen.items() if k in OPTIONS})
         return kinds.make(recipe, {k: v for k, v in chosen.items() if k not in OPTIONS}, data_dir)
-
-
-@dataclass(frozen=True)
-class Summary:
-    """How many runs of a sweep were made, found finished, and failed."""
-
-    finished: int = 0
-    skipped: int = 0
-    failed: int = 0
-
-    def __add__(self, other: Summary) -> Summary:
-        return Summary(self.finished + other.finished, self.skipped + other.skipped, self.failed + other.failed)
-
-    def __str__(self) -> str:
-        return f"{self.finished} runs made, {self.skipped} found finished, {self.failed} failed"
 
 
 class Track(Protocol):
@@ -91,40 +80,29 @@ def load(path: str | Path) -> Sweep:
     return _parse(recipes.read_toml(file, str(path)), str(path))
 
 
-def run_sweep(sweep: Sweep, out: Path, data_dir: Path | None = None, track: Track = _untracked) -> Summary:
+def run_sweep(
+    sweep: Sweep, out: Path, data_dir: Path | None = None, track: Track = _untracked, workers: int = 1
+) -> Summary:
     """Run every point of ``sweep`` into ``out/<stage>``; one that fails is recorded and the rest goes on.
 
-    ``track`` wraps the list of points, to show how far it is (such as rich's ``Progress.track``).
+    Args:
+        sweep: what to run.
+        out: the results folder.
+        data_dir: a folder with the data; None for the hub.
+        track: wraps the list of points, to show how far it is (such as rich's ``Progress.track``).
+        workers: processes, each with a GPU of its own; 1 for this process.
 
     Raises:
-        SpecError: a point that no request can be made of; then nothing is run.
+        SpecError: a point that no request can be made of, or too many workers; then nothing is run.
+        RunError: a worker died.
     """
-    requests = [(point, sweep.request(point, data_dir)) for point in sweep.points()]
-    stage_folder = out / sweep.stage
-    pool = Pool()
-    summary = Summary()
-    for point, request in track(requests, description=sweep.stage):
-        name = " ".join(f"{k}={v}" for k, v in point.items()) or request.recipe.name
-        logger.info("%s: %s", sweep.stage, name)
-        summary += _run_point(request, stage_folder, point, name, pool.load)
-    return summary
-
-
-def _run_point(request: Evaluation, stage_folder: Path, point: Mapping[str, Any], name: str, load: Load) -> Summary:
-    key = None
-    try:
-        key = runs.run_key(request)
-        if done := runs.find(stage_folder, key):
-            logger.info("finished already: %s", done)
-            return Summary(skipped=1)
-        folder = runs.run(request, stage_folder, {**request.recipe.options, **point}, load=load)
-        logger.info("written: %s", folder)
-        return Summary(finished=1)
-    except Exception as e:  # one bad run, of whatever kind, must not end the others
-        runs.record_failure(stage_folder, name, e, key)
-        message = str(e) if isinstance(e, MxlabError) else f"{type(e).__name__}: {e}"
-        logger.error("failed: %s: %s", name, message)
-        return Summary(failed=1)
+    check_int("workers", workers, 1, None, "a whole number, 1 or more")
+    points = [sweep.at(values, out, data_dir) for values in sweep.points()]
+    if workers == 1:
+        engine = Engine()
+        return sum((engine.run(point) for point in track(points, description=sweep.stage)), Summary())
+    with started(points, workers) as futures:
+        return sum((future.result() for future in track(futures, description=sweep.stage)), Summary())
 
 
 def _parse(values: dict[str, Any], source: str) -> Sweep:
@@ -159,6 +137,10 @@ def _check_keys(values: Mapping[str, Any], known: list[str], source: str) -> Non
 
 
 def with_settings(sweep: Sweep, settings: Mapping[str, Any]) -> Sweep:
-    """``sweep`` with these settings in place of its own; a key of the grid is no longer swept."""
-    grid = {k: v for k, v in sweep.grid.items() if k not in settings}
-    return replace(sweep, settings={**sweep.settings, **settings}, grid=grid)
+    """``sweep`` with these settings in place of its own; a key of the grid is no longer swept.
+
+    Where they name a text, the sweep's own settings for tasks give way, and the reverse.
+    """
+    gone = {*settings, *kinds.displaced(settings)}
+    kept, grid = ({k: v for k, v in values.items() if k not in gone} for values in (sweep.settings, sweep.grid))
+    return replace(sweep, settings={**kept, **settings}, grid=grid)

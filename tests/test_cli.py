@@ -71,6 +71,18 @@ def test_eval_of_a_file_under_its_own_name(mxlab, tiny_llama, tmp_path):
     assert only(tmp_path / "out" / "mine").name.endswith("_bs8_sb8_cctrue")
 
 
+def test_eval_of_a_text(mxlab, tiny_llama, tmp_path):
+    arguments = ["--model", tiny_llama, "--dtype", "float32", "--device", "cpu", "--text", "passages"]
+    windows = ["--window", 64, "--stride", 32, "--windows", 3, "--batch-size", 2, "--compare"]
+    code, out, _ = mxlab("eval", *arguments, *windows, "--recipe", "ex1", "--out", tmp_path)
+    assert code == 0
+    for name in ("passages", "perplexity", "kl_divergence", "top1_agreement"):
+        assert name in out
+    [metrics] = only(tmp_path / "ex1").glob("metrics_*.json")
+    config = json.loads(metrics.read_text(encoding="utf-8"))["config"]
+    assert [config[key] for key in ("window", "stride", "windows", "batch_size", "compare")] == [64, 32, 3, 2, True]
+
+
 def test_specs_of_the_environment_are_used(mxlab, tiny_llama, tmp_path, monkeypatch):
     monkeypatch.setenv("MX_SPECS_JSON", '{"block_size": 8, "kv_elem_format": "int8"}')
     assert mxlab("eval", "--model", tiny_llama, *QUICK, "--out", tmp_path)[0] == 0
@@ -100,6 +112,14 @@ def test_specs_of_the_environment_are_used(mxlab, tiny_llama, tmp_path, monkeypa
         (["--device", "gpu"], ["device is 'gpu'"]),
         (["--device", "meta"], ["device is 'meta'"]),
         (["--tasks", ","], ["tasks is ()"]),
+        (["--text", "passages", "--tasks", "wikitext"], ["tasks is given, which is not for a text"]),
+        (["--text", "passages", "--limit", "4"], ["limit is given, which is not for a text"]),
+        (["--windows", "4"], ["windows is given, which needs a text to score"]),
+        (["--compare"], ["compare is given, which needs a text to score"]),
+        (["--text", "passages", "--window", "1"], ["window is 1"]),
+        (["--text", "passages", "--stride", "0"], ["stride is 0"]),
+        (["--text", "nothing"], ["no text 'nothing': give wikitext2"]),
+        (["--text", "pile"], ["cannot load the text pile", "--text FILE reads a file"]),
         (["--model", ""], ["model is ''"]),
         (["--model", "/no/such"], ["no model folder /no/such"]),
         (["--model", "no-such/model"], ["cannot load 'no-such/model' from the Hugging Face hub", "--model smollm2"]),

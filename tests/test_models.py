@@ -77,6 +77,17 @@ def test_devices():
     assert models.choose_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def test_memory_that_runs_out_is_no_missing_model(tiny_llama, monkeypatch):
+    from transformers import AutoModelForCausalLM
+
+    def full(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", full)
+    with pytest.raises(MemoryError):
+        models.load(str(tiny_llama))
+
+
 @pytest.mark.parametrize(
     ("device", "message"),
     [
@@ -191,6 +202,20 @@ def test_the_identity_of_a_folder_changes_with_its_files(folder, tmp_path, monke
     (folder / "more.txt").touch()
     third = models.identity(str(folder))
     assert len({first, second, third}) == 3
+
+
+def test_the_revision_is_the_commit_that_is_here(tmp_path, folder, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    assert models.revision("some/model") is None
+    snapshot = tmp_path / "models--some--model" / "snapshots" / ("0123456789" * 4)
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").touch()
+    (tmp_path / "models--some--model" / "refs").mkdir()
+    (tmp_path / "models--some--model" / "refs" / "main").write_text(snapshot.name, encoding="utf-8")
+    assert models.revision("some/model") == snapshot.name
+    assert {models.revision(name) for name in (models.EMBEDDED, str(folder), "no such name", "a/b/c")} == {None}
 
 
 # ---- the cache

@@ -1,5 +1,6 @@
 """Run directories: complete or absent, whatever ends a run; and found again by what they hold."""
 
+import copy
 import datetime
 import errno
 import json
@@ -11,10 +12,13 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from lm_eval.loggers import EvaluationTracker
 from torch import nn
 
@@ -156,7 +160,7 @@ def test_log_and_terminal_see_the_same(request_, tmp_path, monkeypatch, capsys):
 # ---- runs that end early
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, MemoryError, ConversionError("x"), RuntimeError("x")])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, ConversionError("x"), RuntimeError("x")])
 def test_an_exception_leaves_nothing(error, request_, tmp_path, monkeypatch):
     def evaluate(request, folder, load):
         (folder / "metrics_1.json").write_text("{}", encoding="utf-8")
@@ -249,6 +253,73 @@ def test_bad_requests_leave_nothing(request_, tmp_path):
         with pytest.raises(SourceError):
             runs.run(replace(request_, **change), tmp_path / "out")
     assert not (tmp_path / "out").exists() or names(tmp_path / "out") == []
+
+
+# ---- memory that runs out
+
+
+@pytest.fixture
+def small_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, BaseException], list[int]]:
+    """A machine that holds so many rows of a batch, or else raises; gives the batch sizes that were tried."""
+
+    def set_up(rows: int, error: BaseException) -> list[int]:
+        tried: list[int] = []
+        left: list[weakref.ref[nn.Module]] = []
+
+        def evaluate(request: Request, folder: Path, load: Load) -> Outcome:
+            assert all(model() is None for model in left)  # what the failed attempt held is free again
+            tried.append(request.batch_size)
+            model = nn.Linear(1, 1)
+            left.append(weakref.ref(model))
+            if request.batch_size > rows:
+                raise copy.copy(error)
+            file = folder / "metrics_1.json"
+            file.write_text('{"results": {}}', encoding="utf-8")
+            return Outcome(file, {}, Conversion(model, request.recipe, ()), 0.0, {})
+
+        monkeypatch.setattr(Request, "evaluate", evaluate)
+        return tried
+
+    return set_up
+
+
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore."),
+    RuntimeError("CUDA error: out of memory"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried ..."),
+    MemoryError(),
+]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda e: type(e).__name__)
+def test_the_batch_size_is_halved(error, request_, tmp_path, small_memory):
+    tried = small_memory(5, error)
+    request_ = replace(request_, batch_size=17)
+    folder = runs.run(request_, tmp_path)
+    assert tried == [17, 8, 4]
+    record = read(folder, "run.json")
+    assert (record["batch_size"], record["key"]["batch_size"]) == (4, 17)
+    assert runs.find(tmp_path, runs.run_key(request_)) == folder
+    log = (folder / "output.log").read_text(encoding="utf-8")
+    assert "memory ran out at a batch size of 17, trying half of it: " in log
+    assert "at a batch size of 8" in log
+
+
+def test_a_model_that_never_fits(request_, tmp_path, small_memory):
+    tried = small_memory(0, OUT_OF_MEMORY[0])
+    message = r"even at a batch size of 1: CUDA out of memory\. Tried to allocate 2 GiB\.\. Choose shorter windows"
+    with pytest.raises(RunError, match=message):
+        runs.run(replace(request_, batch_size=4), tmp_path)
+    assert tried == [4, 2, 1]
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shapes do not match"), ValueError("out of memory, says a tokenizer")])
+def test_other_errors_are_not_tried_again(error, request_, tmp_path, small_memory):
+    tried = small_memory(0, error)
+    with pytest.raises(type(error)):
+        runs.run(request_, tmp_path)
+    assert tried == [2]
 
 
 def dead_pid() -> int:

@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 from torch import nn
 
-from mxlab import environment, recipe, runs, sweep
+from mxlab import environment, models, recipe, runs, sweep
 from mxlab.convert import Conversion
 from mxlab.demo import SWEEPS
-from mxlab.errors import RunError, SpecError
+from mxlab.errors import RunError, SourceError, SpecError
 from mxlab.evaluate import Request
 from mxlab.outcome import Load, Outcome
+from mxlab.scoring import TextRequest
 from mxlab.specs import OPTIONS
 from mxlab.sweep import Summary, Sweep, run_sweep, with_settings
 
@@ -313,11 +314,94 @@ def test_settings_take_the_place_of_grid_keys():
 
 def test_a_real_sweep(tiny_llama, tmp_path):
     settings = {"tasks": ["mxlab_passages"], "limit": 2, "dtype": "float32", "batch_size": 2, "device": "cpu"}
-    models = [str(tiny_llama), str(tmp_path / "no-such-model")]
-    sweeping = Sweep("stage", "ex2", settings, {"model": models, "block_size": [8, 16]})
+    names = [str(tiny_llama), str(tmp_path / "no-such-model")]
+    sweeping = Sweep("stage", "ex2", settings, {"model": names, "block_size": [8, 16]})
     assert run_sweep(sweeping, tmp_path) == Summary(finished=2, failed=2)
     assert {entry["error"].split(":")[0] for entry in failures(tmp_path)} == {"SourceError"}
     first, second = sorted((tmp_path / "stage").glob("2*"))
     assert {first.name.split("_", 2)[2], second.name.split("_", 2)[2]} == {"bs8_sb8_cctrue", "bs16_sb8_cctrue"}
     assert runs.read_metrics(first) != runs.read_metrics(second)
     assert run_sweep(sweeping, tmp_path) == Summary(skipped=2, failed=2)
+
+
+# ---- texts, and many models
+
+
+def test_models_and_recipes(tiny_llama, tmp_path):
+    """Two models under three recipes, one of which fits the second model alone."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    deeper = LlamaConfig.from_pretrained(tiny_llama, num_hidden_layers=3)
+    torch.manual_seed(1)
+    LlamaForCausalLM(deeper).save_pretrained(tmp_path / "deeper")
+    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "deeper")
+    file = tmp_path / "third.toml"
+    file.write_text('name = "third"\n[[rules]]\nmodules = ".*layers.2.*_proj"\nweight = "int8@8"', encoding="utf-8")
+    text = f"""
+    stage = "grid"
+    recipe = "baseline"
+    text = "passages"
+    window = 64
+    windows = 2
+    dtype = "float32"
+    [grid]
+    model = ["{tiny_llama}", "{tmp_path / "deeper"}"]
+    recipe = ["baseline", "{file}", "ex1"]
+    """
+    sweeping = sweep.load(written(tmp_path, text))
+    assert run_sweep(sweeping, tmp_path) == Summary(finished=5, failed=1)
+    [failure] = [json.loads(line) for line in (tmp_path / "grid" / runs.FAILURES).read_text("utf-8").splitlines()]
+    assert failure["label"] == f"model={tiny_llama} recipe={file}"
+    assert "matches no module" in failure["error"]
+    folders = sorted((tmp_path / "grid").glob("2*"))
+    values = {float(row[2]) for folder in folders for row in runs.read_metrics(folder) if row[1] == "perplexity"}
+    assert len(values) == 5  # each has its own; none was computed on a model that an earlier one had converted
+    assert run_sweep(sweeping, tmp_path) == Summary(skipped=5, failed=1)
+
+
+def test_a_missing_source_is_asked_for_once(tmp_path, monkeypatch):
+    asked = []
+
+    def load(name, *_):
+        asked.append(name)
+        raise SourceError(f"no {name}")
+
+    monkeypatch.setattr(models, "load", load)
+    sweeping = Sweep("stage", "ex1", {"text": "passages"}, {"model": ["a", "b"], "block_size": [16, 32, 64]})
+    assert run_sweep(sweeping, tmp_path) == Summary(failed=6)
+    assert asked == ["a", "b"]
+    assert [entry["error"] for entry in failures(tmp_path)] == ["SourceError: no a"] * 3 + ["SourceError: no b"] * 3
+    assert run_sweep(sweeping, tmp_path) == Summary(failed=6)  # a second sweep asks again
+    assert asked == ["a", "b"] * 2
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        (HEAD + "text = 'passages'\ntasks = ['a']", ["tasks is given, which is not for a text"]),
+        (HEAD + "text = 'passages'\nlimit = 3", ["limit is given, which is not for a text"]),
+        (HEAD + "windows = 3", ["windows is given, which needs a text to score"]),
+        (HEAD + "[grid]\ntext = ['passages', '']", ["text is ''"]),
+        (HEAD + "text = 'passages'\n[grid]\nstride = [16, 513]", ["stride is 513"]),
+        (HEAD + "text = 'passages'\nwindow = 1.5", ["window is 1.5"]),
+        (HEAD + "text = 'passages'\nwindos = 1", ["unknown key 'windos'", "did you mean 'window'?"]),
+    ],
+)
+def test_bad_files_for_texts(text, parts, tmp_path):
+    with pytest.raises(SpecError) as caught:
+        sweep.load(written(tmp_path, text))
+    for part in ("my.toml", *parts):
+        assert part in str(caught.value), caught.value
+
+
+def test_a_text_takes_the_place_of_tasks():
+    shipped = sweep.load("ex2")
+    assert "limit" in shipped.settings
+    scored = with_settings(shipped, {"text": "passages", "windows": 2})
+    assert {type(scored.request(point, None)) for point in scored.points()} == {TextRequest}
+    back = with_settings(scored, {"tasks": ["t"]})
+    [request, *_] = [back.request(point, None) for point in back.points()]
+    assert (type(request), request.tasks) == (Request, ("t",))
+    with pytest.raises(SpecError, match="tasks is given, which is not for a text"):
+        with_settings(shipped, {"text": "passages", "tasks": ["t"]}).request({}, None)

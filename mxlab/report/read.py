@@ -99,8 +99,8 @@ def read_tree(root: Path) -> Tree:
         except ReportError as error:
             incomplete.append(Incomplete(_relative(folder, root), f"unusable: {error}"))
     failures = [(folder, failure) for folder in folders for failure in _failures(folder, root)]
-    finished = [(result.run.stage_folder, _without_code(result.run.key)) for result in results]
-    standing = tuple(f for folder, f in failures if not f.key or (folder, _without_code(f.key)) not in finished)
+    finished = [(result.run.stage_folder, _lasting(result.run.key)) for result in results]
+    standing = tuple(f for folder, f in failures if not f.key or (folder, _lasting(f.key)) not in finished)
     if not (results or incomplete or failures):
         raise ReportError(f"{root} holds no run: no {METRICS} in it or in a folder below it. {_REMEDY}")
     return Tree(
@@ -119,9 +119,9 @@ _REMEDY = (
 )
 
 
-def _without_code(key: Mapping[str, Any]) -> dict[str, Any]:
-    """The key of a run but for the code version: what failed may have been mended."""
-    return {name: value for name, value in key.items() if name != "code"}
+def _lasting(key: Mapping[str, Any]) -> dict[str, Any]:
+    """The key of a run but for the versions of code and model: what failed may have been mended, or not fetched yet."""
+    return {name: value for name, value in key.items() if name not in ("code", "revision")}
 
 
 def _walk(root: Path) -> Iterator[Path]:
