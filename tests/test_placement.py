@@ -71,8 +71,8 @@ def test_loading_over_several_gpus(tiny_llama, gpus, monkeypatch):
         asked.append(kwargs)
         return original(source, dtype=kwargs["dtype"], device_map={"": "cpu"})
 
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
     enough = needed(tiny_llama, torch.float32)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
     gpus(enough - 1, enough - 1)
     model = models.load(str(tiny_llama), "float32").model
     assert asked[0]["device_map"] == "auto"

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from mxlab import models, recipe, runs
 from mxlab.errors import ConversionError, FormatError, MetricError, SourceError, SpecError
 from mxlab.outcome import Outcome
+from mxlab.pool import Pool
 from mxlab.recipe import Recipe, Rule
 from mxlab.report import read
 from mxlab.scoring import TextRequest
@@ -46,11 +47,11 @@ def whole(name: str, length: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_two_windows_of_the_embedded_model(tmp_path):
-    request = TextRequest(Recipe("baseline"), text="passages", window=128, windows=2, dtype="float32", device="cpu")
+    request = TextRequest(Recipe("baseline"), text="passages", window=96, windows=2, dtype="float32", device="cpu")
     found = score(request, tmp_path)
-    logits, ids = whole(models.EMBEDDED, 128)
+    logits, ids = whole(models.EMBEDDED, 96)
     loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).item()
-    assert found["tokens"] == 2 * 127
+    assert found["tokens"] == 2 * 95
     assert found["cross_entropy,none"] == pytest.approx(loss, rel=1e-5)
     assert found["perplexity,none"] == pytest.approx(torch.tensor(loss).exp().item(), rel=1e-4)
     assert 1 < found["perplexity,none"] < 60
@@ -58,9 +59,12 @@ def test_two_windows_of_the_embedded_model(tmp_path):
 
 
 def test_quantizing_costs(tmp_path):
-    request = TextRequest(recipe.load("ex1"), text="passages", window=128, windows=2, device="cpu", compare=True)
-    ex1 = score(request, tmp_path)
-    baseline = score(replace(request, recipe=Recipe("baseline")), tmp_path)
+    request = TextRequest(recipe.load("ex1"), text="passages", window=96, windows=1, device="cpu", compare=True)
+    pool = Pool()
+    ex1, baseline = (
+        replace(request, recipe=recipe.load(name)).evaluate(tmp_path, pool.load).results["passages"]
+        for name in ("ex1", "baseline")
+    )
     assert ex1["perplexity,none"] > 1.1 * baseline["perplexity,none"]
     assert baseline["kl_divergence,none"] == pytest.approx(0, abs=1e-6)
     assert baseline["top1_agreement,none"] == 1

@@ -385,7 +385,7 @@ def test_a_missing_source_is_asked_for_once(tmp_path, monkeypatch):
         (HEAD + "[grid]\ntext = ['passages', '']", ["text is ''"]),
         (HEAD + "text = 'passages'\n[grid]\nstride = [16, 513]", ["stride is 513"]),
         (HEAD + "text = 'passages'\nwindow = 1.5", ["window is 1.5"]),
-        (HEAD + "text = 'passages'\nwindos = 1", ["unknown key 'windos'", "did you mean 'window'?"]),
+        (HEAD + "text = 'passages'\nwindos = 1", ["unknown key 'windos'", "did you mean 'windows'?"]),
     ],
 )
 def test_bad_files_for_texts(text, parts, tmp_path):
