@@ -214,11 +214,13 @@ def compare(
     _refuse_environment("mxlab compare")
     _hide_inner_bars()
     from mxlab import compare as comparisons
+    from mxlab import comparison_tables
 
     _start_logging()
     command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     with _progress() as progress:
         rows = comparisons.run(comparisons.load(file), out, command, data_dir, device, progress.track)
+    comparison_tables.write(rows, out)
     table = Table("format", "role", "bits", "perplexity", "KL", "top-1", box=None)
     for row in rows:
         measured = (row.bits_per_parameter, row.perplexity, row.kl_divergence, row.top1_agreement)
