@@ -92,9 +92,10 @@ def match(model: nn.Module, recipe: Recipe) -> list[Match]:
         ConversionError: a rule that matches nothing, or what cannot serve its roles.
     """
     found = {site.name: site for site in sites.find(model)}
-    names = {**{name: type(module).__name__ for name, module in model.named_modules()}, **dict.fromkeys(found, "")}
+    types = {name: type(module).__name__ for name, module in model.named_modules()}
+    types |= {name: "" for name in found if name not in types}  # experts' weights are no modules
     chooser = _Chooser(model, recipe, found)
-    chosen = {name: chooser.choose(name, kind) for name, kind in names.items()}
+    chosen = {name: chooser.choose(name, type) for name, type in types.items()}
     chooser.check_all_used()
     _check_biases(recipe, [(chooser.sites[name], rules) for name, rules in chosen.items() if any(rules.values())])
     matches = [_match(model, chooser.sites[n], rules, recipe) for n, rules in chosen.items() if any(rules.values())]
@@ -171,9 +172,11 @@ def _serving(model: nn.Module, name: str, site: Site | None, rule: Rule) -> Site
 
 def _check_biases(recipe: Recipe, chosen: list[tuple[Site, Mapping[Phase, Rule | None]]]) -> None:
     """A rule may cover layers with a bias and without: those without have none to quantize. Some must have one."""
-    for rule in recipe.rules:
-        if rule.bias and not any(rule in rules.values() and _has_bias(site) for site, rules in chosen):
-            raise ConversionError(f"no layer that {rule} matches has a bias to quantize: take that role out")
+    for rule in (r for r in recipe.rules if r.bias and not r.bias_optional):
+        if not any(rule in rules.values() and _has_bias(site) for site, rules in chosen):
+            raise ConversionError(
+                f"no layer that {rule} matches has a bias to quantize: take that role out, or add bias_optional = true"
+            )
 
 
 def _has_bias(site: Site) -> bool:
