@@ -18,8 +18,8 @@ from mxlab import sites
 from mxlab.formats import MXFormat
 from mxlab.matching import Match
 from mxlab.recipe import Recipe
+from mxlab.rules import PHASES
 from mxlab.specs import INVENTORY_VARIABLE
-
 
 _PLURALS = {"linear": "linears", "experts": "experts", "attention": "attentions"}
 
@@ -52,14 +52,15 @@ class Conversion:
     def bits_per_parameter(self) -> float:
         """Average storage of the model's parameters in bits: quantized ones with their scales, others as they are.
 
-        A parameter that is used in several places (tied embeddings) counts once, in the format of its linear layer.
+        A parameter that is tied to another module's counts as that module holds it, and its quantized copy on top; one
+        that has a format in each phase of generation counts in both.
         """
-        quantized = {id(p): (shape, fmt) for site in self.linears for p, shape, fmt in _stored(site)}
+        quantized: dict[int, list[int]] = {}
+        for site in self.linears:
+            for parameter, bits in _stored(site):
+                quantized.setdefault(id(parameter), []).append(bits)
         parameters = list(self.model.parameters())
-        bits = sum(
-            storage_bits(*quantized[id(p)]) if id(p) in quantized else p.numel() * p.element_size() * 8
-            for p in parameters
-        )
+        bits = sum(sum(quantized.get(id(p), [_plain_bits(p)])) for p in parameters)
         return bits / max(sum(p.numel() for p in parameters), 1)
 
     @property
@@ -68,7 +69,7 @@ class Conversion:
         uneven = Counter(
             (site.kind, role, _axis_length(site), fmt.block_size)
             for site in self.sites
-            for role, fmt in site.formats.items()
+            for role, fmt in {(role, fmt) for phase in PHASES for role, fmt in site.by_phase[phase].items()}
             if role in ("weight", "activation", "k", "v", "q")
             and (length := _axis_length(site))
             and fmt.block_size
@@ -144,15 +145,20 @@ def storage_bits(shape: tuple[int, ...], fmt: MXFormat) -> int:
     return count * fmt.element_format.bits + blocks * fmt.scale_bits
 
 
-def _stored(match: Match) -> Iterator[tuple[Tensor, tuple[int, ...], MXFormat]]:
-    """The quantized parameters of a site, each with its shape, the axis of the blocks last, and its format."""
-    if weight := match.formats.get("weight"):
+def _plain_bits(parameter: Tensor) -> int:
+    return parameter.numel() * parameter.element_size() * 8
+
+
+def _stored(match: Match) -> Iterator[tuple[Tensor, int]]:
+    """The quantized parameters of a site, each with the bits of all that must be kept of it."""
+    if "weight" in match.roles:
         shape = list(match.shape)
-        shape.append(shape.pop(match.site.input_axis))
-        yield match.weight, tuple(shape), weight
-    if bias := match.formats.get("bias"):
-        parameter: Any = match.module.bias
-        yield parameter, tuple(parameter.shape), bias
+        shape.append(shape.pop(match.site.input_axis))  # the axis of the blocks last
+        kept = {match.by_phase[phase].get("weight") for phase in PHASES} | ({None} if match.tied_to else set())
+        yield match.weight, sum(storage_bits(tuple(shape), f) if f else _plain_bits(match.weight) for f in kept)
+    if "bias" in match.roles:
+        kept = {match.by_phase[phase].get("bias") for phase in PHASES}
+        yield match.bias, sum(storage_bits(tuple(match.bias.shape), f) if f else _plain_bits(match.bias) for f in kept)
 
 
 def _axis_length(match: Match) -> int:

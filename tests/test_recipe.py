@@ -225,7 +225,7 @@ def test_a_file_that_is_not_utf8(tmp_path):
 
 @pytest.mark.parametrize("name", ["ex3", "no/such.toml", "", "."])
 def test_no_such_recipe(name):
-    with pytest.raises(SpecError, match="give a TOML file or one of activations_only, baseline, ex1"):
+    with pytest.raises(SpecError, match="give a TOML file or one of activations_only, all_linears, baseline, ex1"):
         recipes.load(name)
 
 
