@@ -36,7 +36,7 @@ class Site:
     """A linear layer, a weight of experts or of a router, or an attention: a place that a rule can choose.
 
     Attributes:
-        name: qualified name of the module; of experts and routers, of the parameter.
+        name: qualified name of the module; of experts, of the parameter.
         module: what is replaced, or whose forward is.
         kind: ``linear``, ``experts`` (routers too) or ``attention``.
         part: what it is for.
@@ -60,7 +60,7 @@ class Site:
     @property
     def module_name(self) -> str:
         """Qualified name of the module."""
-        return self.name.rpartition(".")[0] if self.kind == "experts" else self.name
+        return self.name.removesuffix(f".{self.weight}") if self.kind == "experts" else self.name
 
 
 def find(model: nn.Module) -> Iterator[Site]:
@@ -126,7 +126,8 @@ def _own_weights(name: str, module: nn.Module, part: Part) -> Iterator[Site]:
         obstacle = "its products are none that mxlab knows"
     for weight in names:
         shape = tuple(getattr(module, weight).shape)
-        yield Site(f"{name}.{weight}", module, "experts", part, layer_of(name), weight, axis, shape, obstacle)
+        site = name if weight == "weight" else f"{name}.{weight}"
+        yield Site(site, module, "experts", part, layer_of(name), weight, axis, shape, obstacle)
 
 
 def _is_like_experts(module: nn.Module) -> bool:
