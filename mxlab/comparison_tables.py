@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -50,7 +51,7 @@ def _named(text: str) -> dict[str, str]:
 
 def _draw(rows: Sequence[Row], file: Path) -> None:
     """Perplexity over the unquantized model's: a panel for each role, a line for each format, a colour a rule."""
-    [base] = [row.perplexity for row in rows if row.format == UNQUANTIZED]
+    [base] = [row.perplexity or math.nan for row in rows if row.format == UNQUANTIZED]
     shown = [(_named(row.format), row.role, row.perplexity) for row in rows if row.role and row.perplexity]
     roles = [role for role in ROLES if any(role == r for _, r, _ in shown)]
     formats, rules = (list(dict.fromkeys(name[key] for name, _, _ in shown)) for key in ("format", "scale_rule"))

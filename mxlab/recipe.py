@@ -124,7 +124,10 @@ class Recipe:
         """
         if changes and (others := [fmt for fmt in self.formats if not isinstance(fmt, MXFormat)]):
             raise SpecError(f"{', '.join(changes)} cannot be set for {others[0]}: it is not a microscaling format")
-        rules = tuple(replace(r, **{k: replace(f, **changes) for k, f in r.formats.items()}) for r in self.rules)
+        rules = tuple(
+            replace(r, **{k: replace(f, **changes) for k, f in r.formats.items() if isinstance(f, MXFormat)})
+            for r in self.rules
+        )
         return replace(self, rules=rules)
 
     def to_dict(self) -> dict[str, Any]:

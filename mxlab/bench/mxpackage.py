@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import mxlab
 from mxlab.bench.timing import Twin
 from mxlab.formats import MXFormat
+from mxlab.quantizers import Format
 from mxlab.recipe import Recipe, Rule
 
 NAME = "mx package"
@@ -81,9 +82,11 @@ def _linear(layer: nn.Linear, rule: Rule, recipe: Recipe) -> nn.Module:
     return made
 
 
-def _specs(weight: MXFormat | None, activation: MXFormat | None) -> dict[str, Any]:
+def _specs(weight: Format | None, activation: Format | None) -> dict[str, Any]:
     fmt = weight or activation
-    assert fmt is not None
+    assert isinstance(fmt, MXFormat)
+    assert weight is None or isinstance(weight, MXFormat)
+    assert activation is None or isinstance(activation, MXFormat)
     return {
         "w_elem_format": weight and weight.element,
         "a_elem_format": activation and activation.element,
