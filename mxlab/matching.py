@@ -92,9 +92,10 @@ def match(model: nn.Module, recipe: Recipe) -> list[Match]:
         ConversionError: a rule that matches nothing, or what cannot serve its roles.
     """
     found = {site.name: site for site in sites.find(model)}
-    names = {**{name: type(module).__name__ for name, module in model.named_modules()}, **dict.fromkeys(found, "")}
+    types = {name: type(module).__name__ for name, module in model.named_modules()}
+    types |= {name: "" for name in found if name not in types}  # experts' weights are no modules
     chooser = _Chooser(model, recipe, found)
-    chosen = {name: chooser.choose(name, kind) for name, kind in names.items()}
+    chosen = {name: chooser.choose(name, type) for name, type in types.items()}
     chooser.check_all_used()
     _check_biases(recipe, [(chooser.sites[name], rules) for name, rules in chosen.items() if any(rules.values())])
     matches = [_match(model, chooser.sites[n], rules, recipe) for n, rules in chosen.items() if any(rules.values())]
