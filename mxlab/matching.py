@@ -172,9 +172,11 @@ def _serving(model: nn.Module, name: str, site: Site | None, rule: Rule) -> Site
 
 def _check_biases(recipe: Recipe, chosen: list[tuple[Site, Mapping[Phase, Rule | None]]]) -> None:
     """A rule may cover layers with a bias and without: those without have none to quantize. Some must have one."""
-    for rule in recipe.rules:
-        if rule.bias and not any(rule in rules.values() and _has_bias(site) for site, rules in chosen):
-            raise ConversionError(f"no layer that {rule} matches has a bias to quantize: take that role out")
+    for rule in (r for r in recipe.rules if r.bias and not r.bias_optional):
+        if not any(rule in rules.values() and _has_bias(site) for site, rules in chosen):
+            raise ConversionError(
+                f"no layer that {rule} matches has a bias to quantize: take that role out, or add bias_optional = true"
+            )
 
 
 def _has_bias(site: Site) -> bool:

@@ -21,6 +21,7 @@ KV_ROLES = ("k", "v")
 ATTENTION_ROLES = (*KV_ROLES, "q", "p", "softmax", "rope")
 ROLES = LINEAR_ROLES + ATTENTION_ROLES
 SELECTORS = ("modules", "type", "name", "part")
+_FLAGS = ("skip", "bias_optional")
 
 _LAYERS = re.compile(r"(?P<first>\d+)(-(?P<last>\d+))?|(?P<from_end>-\d+)")
 
@@ -46,6 +47,7 @@ class Rule:
         layers: decoder layers, such as ``0-3, 8, -1``; ranges include both ends, -1 is the last layer.
         phase: ``decode``, the passes that add one token to a cache that holds others, or ``prefill``, all others. A
             rule without a phase is for both.
+        bias_optional: that none of the layers has a bias is no error where the rule gives ``bias``.
 
     Raises:
         SpecError: no selector or several, a pattern or layers that cannot be read, roles that contradict each other.
@@ -68,13 +70,17 @@ class Rule:
     p: Format | None = None
     softmax: Format | None = None
     rope: Format | None = None
+    bias_optional: bool = False
 
     def __post_init__(self) -> None:
         self._check_selector()
         if self.layers is not None:
             object.__setattr__(self, "layers", ", ".join(_items(self.layers, self)))
-        if not isinstance(self.skip, bool):
-            raise SpecError(f"{self}: skip is {self.skip!r}: it must be true or false")
+        for flag in _FLAGS:
+            if not isinstance(getattr(self, flag), bool):
+                raise SpecError(f"{self}: {flag} is {getattr(self, flag)!r}: it must be true or false")
+        if self.bias_optional and not self.bias:
+            raise SpecError(f"{self} says bias_optional but gives no format for bias: take it out, or give one")
         if self.skip and self.formats:
             raise SpecError(f"{self} skips its modules and gives formats for {', '.join(self.formats)}: one or other")
         if self.is_attention and any(role in self.formats for role in LINEAR_ROLES):
@@ -149,9 +155,9 @@ class Rule:
             raise SpecError(f"{source}: a rule is a table with modules = '<regular expression>' and formats")
         check_keys(values, [f.name for f in fields(cls)], source)
         try:
-            plain: dict[str, Any] = {k: _text(k, v) for k, v in values.items() if k not in (*ROLES, "skip")}
+            plain: dict[str, Any] = {k: _text(k, v) for k, v in values.items() if k not in (*ROLES, *_FLAGS)}
             formats: dict[str, Any] = {role: parse_format(values[role]) for role in ROLES if role in values}
-            return cls(**plain, **formats, skip=values.get("skip", False))
+            return cls(**plain, **formats, **{flag: values[flag] for flag in _FLAGS if flag in values})
         except (FormatError, SpecError) as e:
             raise SpecError(f"{source}: {e}") from None
 

@@ -242,3 +242,12 @@ def test_a_recipe_must_be_named_by_a_text():
 def test_a_rule_names_its_pattern():
     with pytest.raises(SpecError, match=r"modules = 'x' gives formats for a linear layer and for an attention"):
         Rule("x", weight=MXFormat("int8"), v=MXFormat("int8"))
+
+
+def test_an_optional_bias():
+    optional = Rule("x", bias=MXFormat("int8"), bias_optional=True)
+    assert Rule.from_dict(optional.to_dict(), "here") == optional
+    with pytest.raises(SpecError, match="says bias_optional but gives no format for bias"):
+        Rule("x", weight=MXFormat("int8"), bias_optional=True)
+    with pytest.raises(SpecError, match="bias_optional is 1: it must be true or false"):
+        Rule("x", bias=MXFormat("int8"), bias_optional=1)  # pyright: ignore[reportArgumentType]
