@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 import tomllib
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,12 @@ from mxlab.quantizers import Format
 from mxlab.rules import Rule, check_keys
 
 # Algorithms that rewrite weights or rotate activations; a recipe may ask for them, each with a table of options.
-ALGORITHMS = ("gptq", "rotation_search")
+ALGORITHMS = ("gptq", "clip_search", "rotation_search")
+
+# Readers of other tools' recipes, by name: they import this module. Each has recognises(values) and
+# read(values, name, source), whose result has a recipe and notes.
+_READERS = ("mxlab.compat.mase",)
+logger = logging.getLogger("mxlab")
 
 _NAME = re.compile(r"[^\W_][\w .+=,-]*")
 
@@ -165,6 +172,8 @@ class Recipe:
 def load(recipe: Recipe | str | Path) -> Recipe:
     """A recipe from a shipped name (``ex1``), from a TOML file, or as it is.
 
+    A TOML file of MASE's is read, too (:mod:`mxlab.compat.mase`); what there is to say of it is logged as warnings.
+
     Raises:
         SpecError: no such recipe or file; the message lists the names.
     """
@@ -179,7 +188,21 @@ def load(recipe: Recipe | str | Path) -> Recipe:
             f"no recipe {str(recipe)!r}: give a TOML file or one of {', '.join(sorted(shipped))}"
             f"{suggestion(recipe, shipped)}"
         )
-    return Recipe.from_dict(read_toml(path, str(recipe)), str(recipe))
+    values = read_toml(path, str(recipe))
+    return _foreign(values, path.stem, str(recipe)) or Recipe.from_dict(values, str(recipe))
+
+
+def _foreign(values: Mapping[str, Any], name: str, source: str) -> Recipe | None:
+    """The recipe in another tool's file; None where it is none, as that of a file with a name or rules."""
+    if "name" in values or "rules" in values:
+        return None
+    for reader in map(import_module, _READERS):
+        if reader.recognises(values):
+            config = reader.read(values, name, source)
+            for note in config.notes:
+                logger.warning("%s: %s", source, note)
+            return config.recipe
+    return None
 
 
 def read_toml(file: Path, source: str) -> dict[str, Any]:

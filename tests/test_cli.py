@@ -83,6 +83,16 @@ def test_eval_of_a_text(mxlab, tiny_llama, tmp_path):
     assert [config[key] for key in ("window", "stride", "windows", "batch_size", "compare")] == [64, 32, 3, 2, True]
 
 
+def test_eval_of_a_mase_file(mxlab, tiny_llama, tmp_path, caplog):
+    file = tmp_path / "mine.toml"
+    keys = "weight_block_size = 16\nweight_width = 4\nbias_block_size = 16\nbias_width = 4\n"
+    file.write_text(f"by = 'regex_name'\n['model.*_proj']\nname = 'mxint'\n{keys}", encoding="utf-8")
+    assert mxlab("eval", "--model", tiny_llama, *QUICK, "--recipe", file, "-o", tmp_path / "out")[0] == 0
+    assert any("bias_... is for the layers that have a bias" in message for message in caplog.messages)
+    [rule] = recipe.load(only(tmp_path / "out" / "mine") / "recipe.toml").rules
+    assert str(rule.weight) == "int4@16,scale_rule=mase_int,rounding=even"
+
+
 def test_specs_of_the_environment_are_used(mxlab, tiny_llama, tmp_path, monkeypatch):
     monkeypatch.setenv("MX_SPECS_JSON", '{"block_size": 8, "kv_elem_format": "int8"}')
     assert mxlab("eval", "--model", tiny_llama, *QUICK, "--out", tmp_path)[0] == 0
