@@ -179,14 +179,14 @@ def outcomes(fmt: Quantizer) -> list[float]:
 def _family(name: str, family: type[Quantizer]) -> str:
     head, _, body = (inspect.getdoc(family) or "").partition("\n")
     parts = [f"### `{name}`", _markdown(head + "\n" + body)]
-    if fields(family):  # pyright: ignore[reportArgumentType]: every family is a dataclass
+    if fields(family):
         parts.append(f"Parameters, with their defaults: {', '.join(_parameters(family))}.")
     return "\n\n".join([*parts, f"![What {name} makes of its input](../figs/formats/{name}.png)\n"])
 
 
 def _parameters(family: type[Quantizer]) -> list[str]:
-    bits = "exponent_bits - 1" if "exponent_bits" in {f.name for f in fields(family)} else "width - 2"  # pyright: ignore
-    values = {f.name: f.default for f in fields(family)}  # pyright: ignore[reportArgumentType]
+    bits = "exponent_bits - 1" if "exponent_bits" in {f.name for f in fields(family)} else "width - 2"
+    values = {f.name: f.default for f in fields(family)}
     plain = {name: f"2^({bits}) - 1" if value is None else str(value).lower() for name, value in values.items()}
     return [f"`{name}`" + ("" if values[name] is MISSING else f" ({plain[name]})") for name in values]
 

@@ -61,8 +61,8 @@ def staircases(formats: Sequence[Quantizer]) -> Figure:
 
 
 def _staircase(axes: Axes, fmt: Quantizer) -> None:
-    if "block_size" in {f.name for f in fields(fmt)}:  # pyright: ignore[reportArgumentType]
-        fmt = replace(fmt, block_size=0)  # pyright: ignore[reportArgumentType]
+    if "block_size" in {f.name for f in fields(fmt)}:
+        fmt = replace(fmt, block_size=0)
     reach = 1.0 if fmt.shared_bits else 1.25 * quantize(torch.tensor([3e38]), fmt).item()
     x = torch.linspace(-reach, reach, 101 if fmt.is_random else 4001)
     y = quantize(x, fmt, seed=0)

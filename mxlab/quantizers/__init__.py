@@ -58,7 +58,7 @@ FAMILIES: dict[str, type[Quantizer]] = {
     )
 }
 # What each is made from, and the default values; at import, as torch.compile cannot trace dataclasses.fields.
-_PARAMETERS = {name: {f.name: f.default for f in fields(family)} for name, family in FAMILIES.items()}  # pyright: ignore[reportArgumentType]
+_PARAMETERS = {name: {f.name: f.default for f in fields(family)} for name, family in FAMILIES.items()}
 _PARSED: dict[str, Format] = {}  # no lru_cache: torch.compile warns of those it meets
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import Field, fields
 from math import prod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from mxlab.errors import FormatError
 from mxlab.formats import check_int
@@ -27,6 +27,7 @@ class Quantizer:
         FormatError: a parameter out of range; the message names it and what it may be.
     """
 
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]  # every family is a dataclass
     family: ClassVar[str]
     width: int
     block_size: int = 1
@@ -56,7 +57,7 @@ class Quantizer:
 
     def __post_init__(self) -> None:
         # Derived once: the spelling is what the operators know the format by.
-        options = fields(self)  # pyright: ignore[reportArgumentType]: every family is a dataclass
+        options = fields(self)
         given = [f.name for f in options if f.name != "block_size" and getattr(self, f.name) != f.default]
         head = f"{self.family}@{self.block_size}" if "block_size" in {f.name for f in options} else self.family
         text = ",".join([head, *(f"{name}={str(getattr(self, name)).lower()}" for name in given)])
