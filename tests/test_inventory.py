@@ -9,6 +9,7 @@ from architectures import LAYERS, build
 import mxlab
 from mxlab import inventory, models
 from mxlab.errors import FormatError
+from mxlab.quantizers import parse_format
 
 RULE = mxlab.Rule(part="mlp", weight=mxlab.MXFormat("int4", 16), activation=mxlab.MXFormat("int8", 16))
 
@@ -94,3 +95,14 @@ def test_a_failed_conversion_leaves_nothing(tiny_llama, tmp_path):
     (tmp_path / "model").mkdir()
     with pytest.raises(RunError, match=r"model exists already"):
         checkpoint.convert(str(tiny_llama), nothing, "float32", tmp_path / "model")
+
+
+@pytest.mark.parametrize("fmt", ["int4@16,scale_rule=mase_int", "block_fp@16,width=6", "nvfp4", "fp4@32"])
+def test_saving_does_not_quantize_twice(fmt, tmp_path):
+    model = build("llama")
+    rule = mxlab.Rule(part="mlp", weight=parse_format(fmt))
+    mxlab.apply(model, mxlab.Recipe("test", (rule,)))
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    model.state_dict()
+    model.save_pretrained(tmp_path)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())

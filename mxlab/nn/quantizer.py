@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from mxlab.formats import Numerics, Rounding, elementwise_format
+from mxlab.formats import MXFormat, Numerics, Rounding, elementwise_format
 from mxlab.numerics import DTYPES, is_lossless, quantize, round_elementwise
 from mxlab.quantizers import Format
 from mxlab.recipe import Elementwise
@@ -66,6 +66,13 @@ class LinearQuantizer:
     def adds_bias_apart(self) -> bool:
         """Whether the bias is added to the rounded result rather than by the matmul."""
         return bool(self.elementwise.bfloat or self.elementwise.fp)
+
+    @property
+    def weight_is_idempotent(self) -> bool:
+        """Whether a weight that is on the grid stays as it is when it is quantized once more."""
+        fmt = self.weight
+        is_stable = fmt is None or (isinstance(fmt, MXFormat) and fmt.scale == "e8m0" and fmt.scale_rule != "mase_int")
+        return is_stable and self.numerics == "exact"
 
     @property
     def shares_input(self) -> bool:

@@ -127,7 +127,7 @@ class OnGrid(nn.Module):
         self._copies.clear()
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        if self._quantizer.numerics == "exact":
+        if self._quantizer.weight_is_idempotent:
             self._frozen_at = None  # quantizing again changes nothing, but for writes that went unnoticed
         self.freeze()
         super()._save_to_state_dict(destination, prefix, keep_vars)
