@@ -9,13 +9,13 @@ from pathlib import Path
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter
 
 from mxlab.compare import ROLES, UNQUANTIZED, Row
 from mxlab.formats import MXFormat
 from mxlab.report.figures import DPI, STYLE
 
-_TICKS = (1, 1.02, 1.05, 1.1, 1.2, 1.4, 1.7, 2, 3, 5, 10, 20, 50, 100, 1000)
+_LEAST = 0.1  # percent: what is better, or nearer to the unquantized model, is drawn there
 _MEASURES = ("perplexity", "kl_divergence", "top1_agreement")
 
 
@@ -50,7 +50,7 @@ def _named(text: str) -> dict[str, str]:
 
 
 def _draw(rows: Sequence[Row], file: Path) -> None:
-    """Perplexity over the unquantized model's: a panel for each role, a line for each format, a colour a rule."""
+    """How much more perplexed than the unquantized model: a panel for each role, a line for each format."""
     [base] = [row.perplexity or math.nan for row in rows if row.format == UNQUANTIZED]
     shown = [(_named(row.format), row.role, row.perplexity) for row in rows if row.role and row.perplexity]
     roles = [role for role in ROLES if any(role == r for _, r, _ in shown)]
@@ -61,16 +61,13 @@ def _draw(rows: Sequence[Row], file: Path) -> None:
         for panel, role in zip(panels, roles, strict=True):
             for rule in rules:
                 points = [
-                    (value / base, formats.index(name["format"]) + _offset(rule, rules))
+                    (max(100 * (value / base - 1), _LEAST), formats.index(name["format"]) + _offset(rule, rules))
                     for name, r, value in shown
                     if (r, name["scale_rule"]) == (role, rule)
                 ]
                 panel.plot(*zip(*points, strict=True) if points else ((), ()), "o", ms=4, label=rule)
-            panel.set(xscale="log", title=role, xlabel="perplexity ratio", yticks=range(len(formats)))
-            low, high = panel.get_xlim()
-            panel.set_xticks([tick for tick in _TICKS if low <= tick <= high])
+            panel.set(xscale="log", title=role, xlabel="perplexity, + %", yticks=range(len(formats)))
             panel.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-            panel.xaxis.set_minor_formatter(NullFormatter())
         panels[0].set_yticklabels(formats)
         panels[0].invert_yaxis()
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(rules))
