@@ -9,7 +9,8 @@ PYTHON := .venv/bin/python
 # The older transformers that the patch supports, in an environment of its own.
 OLD_TRANSFORMERS := 4.57.6
 OLD := .venv-$(OLD_TRANSFORMERS)
-PATCH_TESTS := tests/test_overlay.py tests/test_patching.py tests/test_convert.py
+PATCH_TESTS := tests/test_overlay.py tests/test_patching.py tests/test_convert.py tests/test_architectures.py \
+	tests/test_attention.py
 
 .PHONY: demo test lint figs bench setup setup-dev clean
 

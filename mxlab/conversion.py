@@ -15,6 +15,7 @@ from torch import nn
 from mxlab import sites
 from mxlab.matching import Match
 from mxlab.recipe import Recipe
+from mxlab.rules import PHASES
 from mxlab.specs import INVENTORY_VARIABLE
 
 _PLURALS = {"linear": "linears", "experts": "experts", "attention": "attentions"}
@@ -63,7 +64,7 @@ class Conversion:
         uneven = Counter(
             (site.kind, role, _axis_length(site), fmt.block_size)
             for site in self.sites
-            for role, fmt in site.formats.items()
+            for role, fmt in {(role, fmt) for phase in PHASES for role, fmt in site.by_phase[phase].items()}
             if role in ("weight", "activation", "k", "v", "q")
             and (length := _axis_length(site))
             and fmt.block_size

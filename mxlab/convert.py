@@ -20,6 +20,7 @@ from mxlab.matching import Match, check_finite, match
 from mxlab.nn import linear
 from mxlab.nn.attention import EAGER_ROLES, INNER_ROLES, AttentionQuantizer
 from mxlab.nn.experts import ExpertsQuantizer
+from mxlab.nn.inside import computer_of
 from mxlab.nn.linear import QuantizedLayer
 from mxlab.nn.phase import PassPhase
 from mxlab.nn.quantizer import LinearQuantizer
@@ -55,8 +56,8 @@ def apply(model: nn.Module, recipe: Recipe | str | Path) -> Conversion:
     for layer in model.modules():
         if isinstance(layer, QuantizedLayer):
             layer.freeze()
-    for experts in _experts_quantizers(model):
-        experts.freeze()
+        elif isinstance(experts := computer_of(layer), ExpertsQuantizer):
+            experts.freeze()
     logger.info(conversion.summary())
     conversion.write_inventory()
     return conversion
@@ -77,7 +78,7 @@ def _match(model: nn.Module, recipe: Recipe) -> list[Match]:
             f"recipe {recipe.name} asks for {', '.join(recipe.algorithms)}, which this version of mxlab does not have: "
             "take the table out of the recipe to quantize by rounding to nearest"
         )
-    if any(isinstance(m, QuantizedLayer) or hooks_of(m) for m in model.modules()):
+    if any(isinstance(m, QuantizedLayer) or computer_of(m) for m in model.modules()):
         raise ConversionError(
             "this model is quantized already: load it anew, and use either MX_SPECS_JSON with a patched transformers "
             "or mxlab.apply, not both"
@@ -99,7 +100,7 @@ class _Installer:
     recipe: Recipe
     phase: PassPhase = field(default_factory=PassPhase)
     shared: defaultdict[str, SharedInput] = field(default_factory=lambda: defaultdict(SharedInput))  # by parent's name
-    experts: dict[int, ExpertsQuantizer] = field(default_factory=dict)  # by the module's id
+    experts: dict[str, ExpertsQuantizer] = field(default_factory=dict)  # by the module's name
 
     def attention(self, site: Match) -> None:
         argument = sites.cache_argument(site.module)
@@ -111,11 +112,10 @@ class _Installer:
         linear.convert(site.module, self._quantizers(site), inputs, self.phase, site.tied_to is not None)
 
     def expert(self, site: Match) -> None:
-        name = site.name.rpartition(".")[0]
-        if id(site.module) not in self.experts:
-            is_transposed = site.site.input_axis == -2
-            self.experts[id(site.module)] = ExpertsQuantizer(name, site.module, is_transposed, self.phase)
-        self.experts[id(site.module)].add(site.site.weight, self._quantizers(site))
+        name, module, weights = site.site.module_name, site.module, sites.multiplied(site.module)
+        if name not in self.experts:
+            self.experts[name] = ExpertsQuantizer(name, module, weights, site.site.input_axis == -2, self.phase)
+        self.experts[name].add(site.site.weight, self._quantizers(site))
 
     def _quantizers(self, site: Match) -> dict[Phase, LinearQuantizer]:
         return {phase: _quantizer(self.recipe, formats) for phase, formats in site.by_phase.items()}
@@ -150,14 +150,18 @@ def _check_experts(found: list[Match], recipe: Recipe) -> None:
 
 def _made_eager(model: Any, found: list[Match]) -> list[str]:
     """Have the model compute its attention eagerly where a role lies inside; what was done, in words."""
-    roles = {role for site in found for formats in site.by_phase.values() for role in formats}
+    roles = {role for site in found for role in site.roles}
     present = getattr(getattr(model, "config", None), "_attn_implementation", None)
-    hidden = EAGER_ROLES if present == "sdpa" else INNER_ROLES
-    wanted = sorted(roles.intersection(hidden))
+    wanted = ", ".join(sorted(roles.intersection(EAGER_ROLES if present == "sdpa" else INNER_ROLES)))
     if not wanted or present in (None, "eager"):
         return []
     model.set_attn_implementation("eager")
-    return [f"attention is computed eagerly, not by {present}, for the sake of {', '.join(wanted)}"]
+    if model.config._attn_implementation != "eager":
+        raise ConversionError(
+            f"{type(model).__name__} computes its attention by {present}, where {wanted} cannot be met, and cannot be "
+            "switched: load it with attn_implementation='eager'"
+        )
+    return [f"attention is computed eagerly, not by {present}, for the sake of {wanted}"]
 
 
 def _on_meta(found: list[Match]) -> list[str]:
@@ -172,13 +176,3 @@ def _weight_clamps(found: list[Match]) -> dict[str, int]:
         if isinstance(fmt, MXFormat) and not site.weight.is_meta:
             total.update(scale_clamps(site.weight, fmt, site.site.input_axis))
     return dict(total)
-
-
-def hooks_of(module: nn.Module) -> list[Any]:
-    """mxlab's quantizers among a module's hooks."""
-    owners = [getattr(hook, "__self__", hook) for hook in module._forward_pre_hooks.values()]
-    return [owner for owner in owners if isinstance(owner, AttentionQuantizer | ExpertsQuantizer)]
-
-
-def _experts_quantizers(model: nn.Module) -> list[ExpertsQuantizer]:
-    return [q for module in model.modules() for q in hooks_of(module) if isinstance(q, ExpertsQuantizer)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -74,15 +74,27 @@ class Match:
         return [self.weight] if self.is_in_place else []
 
     @property
+    def bias(self) -> Tensor:
+        """The bias of a linear layer that has one."""
+        return getattr(self.module, "bias")  # noqa: B009 (its type is not known)
+
+    @property
+    def roles(self) -> set[str]:
+        """The roles that have a format in some phase."""
+        return {role for formats in self.by_phase.values() for role in formats}
+
+    @property
     def formats(self) -> Mapping[str, Format]:
         """The formats, by role; those of prefill where decode has others."""
         return self.by_phase["prefill"]
 
     @property
     def all_formats(self) -> dict[str, Format]:
-        """The formats, by role, of decode with ``decode `` before the role where they are others than in prefill."""
-        others = {f"decode {r}": f for r, f in self.by_phase["decode"].items() if self.formats.get(r) != f}
-        return {**self.formats, **others}
+        """The formats by role; where the phases differ, with the phase before the role: ``decode weight``."""
+        of = self.by_phase
+        common = {role: fmt for role, fmt in of["prefill"].items() if of["decode"].get(role) == fmt}
+        apart = {f"{phase} {r}": f for phase in PHASES for r, f in of[phase].items() if r not in common}
+        return {**common, **apart}
 
 
 def match(model: nn.Module, recipe: Recipe) -> list[Match]:
@@ -91,23 +103,21 @@ def match(model: nn.Module, recipe: Recipe) -> list[Match]:
     Raises:
         ConversionError: a rule that matches nothing, or what cannot serve its roles.
     """
-    found = {site.name: site for site in sites.find(model)}
-    types = {name: type(module).__name__ for name, module in model.named_modules()}
-    types |= {name: "" for name in found if name not in types}  # experts' weights are no modules
-    chooser = _Chooser(model, recipe, found)
-    chosen = {name: chooser.choose(name, type) for name, type in types.items()}
+    chooser = _Chooser(model, recipe)
+    chosen = {name: chooser.choose(name) for name in chooser.names}
     chooser.check_all_used()
-    _check_biases(recipe, [(chooser.sites[name], rules) for name, rules in chosen.items() if any(rules.values())])
-    matches = [_match(model, chooser.sites[n], rules, recipe) for n, rules in chosen.items() if any(rules.values())]
+    chosen = {name: rules for name, rules in chosen.items() if any(rules.values())}
+    _check_biases(recipe, [(chooser.sites[name], rules) for name, rules in chosen.items()])
+    matches = [_match(model, chooser.sites[name], rules) for name, rules in chosen.items()]
     _check_tied(matches)
     return matches
 
 
 class _Chooser:
-    """Finds the rules of one module after the other, and remembers which rules were of use."""
+    """Finds the rules of one site after the other, and remembers which rules were of use."""
 
-    def __init__(self, model: nn.Module, recipe: Recipe, found: dict[str, Site]) -> None:
-        self.sites = dict(found)
+    def __init__(self, model: nn.Module, recipe: Recipe) -> None:
+        self.sites = {site.name: site for site in sites.find(model)}
         self._model, self._recipe = model, recipe
         self._unused = set(range(len(recipe.rules)))
         count = sites.layer_count(model)
@@ -116,26 +126,32 @@ class _Chooser:
         except SpecError as e:
             raise ConversionError(f"recipe {recipe.name}: {e}") from None
 
-    def choose(self, name: str, type: str) -> dict[Phase, Rule | None]:
-        """The rule of a module in each phase; None where there is none, or one that skips."""
-        return {phase: self._first(name, type, phase) for phase in PHASES}
+    @property
+    def names(self) -> list[str]:
+        """Of all sites, and of the modules that are none, in the order of the modules."""
+        by_module: dict[str, list[str]] = {name: [] for name, _ in self._model.named_modules()}
+        for site in self.sites.values():
+            by_module[site.module_name].append(site.name)
+        return [name for module, found in by_module.items() for name in found or [module]]
+
+    def choose(self, name: str) -> dict[Phase, Rule | None]:
+        """The rule of a site in each phase; None where there is none, or one that skips."""
+        return {phase: self._first(name, phase) for phase in PHASES}
 
     def check_all_used(self) -> None:
         if not self._unused:
             return
         recipe, rule = self._recipe, self._recipe.rules[min(self._unused)]
         raise ConversionError(
-            f"recipe {recipe.name}: {rule} matches no module of {type(self._model).__name__}, or only such as an "
+            f"recipe {recipe.name}: {rule} matches no module of {type(self._model).__name__}"
+            f"{' that could be quantized' if rule.skip else ''}, or only such as an "
             f"earlier rule took; its linear layers are named like {_examples(self.sites)}"
         )
 
-    def _first(self, name: str, type: str, phase: Phase) -> Rule | None:
+    def _first(self, name: str, phase: Phase) -> Rule | None:
+        site = self.sites.get(name)
         for i, rule in enumerate(self._recipe.rules):
-            layers = self._layers[i]
-            if not rule.is_for(phase) or (layers is not None and sites.layer_of(name) not in layers):
-                continue
-            site = self.sites.get(name)
-            if not rule.matches(name, type, site.part if site and _is_meant(rule, site) else ""):
+            if not rule.is_for(phase) or not self._matches(i, rule, name, site):
                 continue
             self._unused.discard(i)
             if rule.skip:
@@ -143,6 +159,15 @@ class _Chooser:
             self.sites[name] = _serving(self._model, name, site, rule)
             return rule
         return None
+
+    def _matches(self, number: int, rule: Rule, name: str, site: Site | None) -> bool:
+        layers = self._layers[number]
+        if (layers is not None and sites.layer_of(name) not in layers) or (rule.skip and site is None):
+            return False
+        if site is None:
+            return rule.matches(name, type(self._model.get_submodule(name)).__name__)
+        kind, part = type(site.module).__name__, site.part if _is_meant(rule, site) else ""
+        return rule.matches(name, kind, part) or rule.matches(site.module_name, kind)
 
 
 def _is_meant(rule: Rule, site: Site) -> bool:
@@ -153,21 +178,34 @@ def _is_meant(rule: Rule, site: Site) -> bool:
 def _serving(model: nn.Module, name: str, site: Site | None, rule: Rule) -> Site:
     """The site, once it is clear that it can serve the roles of the rule that names it."""
     if rule.is_attention:
-        return _serving_attention(model, name, rule)
+        return _serving_attention(model, site.module_name if site else name, rule)
     if site is None or site.kind == "attention":
         kind = type(model.get_submodule(name)).__name__
         raise ConversionError(
             f"{name} is a {kind}: only torch.nn.Linear, Conv1D and experts have a weight and an activation to "
             f"quantize; let {rule} match those alone"
         )
+    if problem := _problem(site, rule):
+        raise ConversionError(problem)
+    return site
+
+
+def _problem(site: Site, rule: Rule) -> str:
+    """Why a layer cannot serve a rule that names it, and the remedy; empty where it can."""
+    name = site.module_name
+    if site.obstacle:
+        return (
+            f"{name} is a {type(site.module).__name__} ({site.obstacle}), which mxlab cannot convert: put a rule with "
+            f"name = '{name}' and skip = true before {rule}"
+        )
     if site.kind == "experts" and (rule.bias or rule.output):
-        raise ConversionError(f"{name}: bias and output of experts cannot be quantized; take them out of {rule}")
-    if site.kind == "linear" and not is_convertible(site.module):
-        raise ConversionError(
+        return f"{name}: bias and output of experts and routers cannot be quantized; take them out of {rule}"
+    if not is_convertible(site.module):
+        return (
             f"the forward of {name} was replaced by other code, which would bypass the quantization: convert the model "
             f"first, or leave {name} out of {rule}"
         )
-    return site
+    return ""
 
 
 def _check_biases(recipe: Recipe, chosen: list[tuple[Site, Mapping[Phase, Rule | None]]]) -> None:
@@ -203,7 +241,7 @@ def _serving_attention(model: nn.Module, name: str, rule: Rule) -> Site:
     return sites.attention(name, module)
 
 
-def _match(model: nn.Module, site: Site, rules: Mapping[Phase, Rule | None], recipe: Recipe) -> Match:
+def _match(model: nn.Module, site: Site, rules: Mapping[Phase, Rule | None]) -> Match:
     by_phase: dict[Phase, dict[str, Format]] = {phase: _formats(site, rule) for phase, rule in rules.items()}
     if site.kind == "attention":
         return Match(site, by_phase)
@@ -213,8 +251,8 @@ def _match(model: nn.Module, site: Site, rules: Mapping[Phase, Rule | None], rec
             f"the weight of {site.name} is a {type(weight.data).__name__} of {weight.dtype}: mxlab quantizes "
             "float32, bfloat16 and float16; load the unquantized checkpoint in one of them"
         )
-    tied = next(_sharing(model, site, weight), None) if any("weight" in f for f in by_phase.values()) else None
-    return Match(site, by_phase, tied)
+    found = Match(site, by_phase)
+    return replace(found, tied_to=next(_sharing(model, site, weight), None)) if "weight" in found.roles else found
 
 
 def _sharing(model: nn.Module, site: Site, weight: Tensor) -> Iterator[str]:
@@ -230,16 +268,17 @@ def _check_tied(matches: list[Match]) -> None:
 
 
 def check_finite(matches: list[Match]) -> None:
-    """Raise ConversionError at the first weight, of those to be quantized, that holds NaN or infinities."""
+    """Raise ConversionError at the first weight or bias, of those to be quantized, that holds NaN or infinities."""
     for m in matches:
-        if m.kind == "attention" or m.weight.is_meta or not any("weight" in f for f in m.by_phase.values()):
-            continue
-        weight = m.weight.detach()
-        if not torch.isfinite(weight.sum()) and (bad := int((~torch.isfinite(weight)).sum())):  # the sum may overflow
-            raise ConversionError(
-                f"the weight of {m.name} holds {bad} values that are NaN or infinite, which would take their whole "
-                "blocks with them: repair the checkpoint, or skip the layer"
-            )
+        for role in m.roles.intersection(("weight", "bias")):
+            values = (m.weight if role == "weight" else m.bias).detach()
+            if values.is_meta or torch.isfinite(values.sum()):
+                continue
+            if bad := int((~torch.isfinite(values)).sum()):  # the sum may have overflowed
+                raise ConversionError(
+                    f"the {role} of {m.name} holds {bad} values that are NaN or infinite, which would take their whole "
+                    "blocks with them: repair the checkpoint, or skip the layer"
+                )
 
 
 def _examples(found: Mapping[str, Site]) -> str:

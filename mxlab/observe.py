@@ -9,10 +9,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from mxlab.conversion import Conversion
-from mxlab.convert import hooks_of
 from mxlab.formats import MXFormat
 from mxlab.matching import Match
 from mxlab.nn.attention import AttentionQuantizer
+from mxlab.nn.inside import computer_of
 from mxlab.numerics import scale_clamps
 from mxlab.quantizers import Format
 
@@ -56,9 +56,8 @@ class ScaleClampCounter:
 
     @staticmethod
     def _set_observer(site: Match, observer: Any) -> None:
-        for quantizer in hooks_of(site.module):
-            if isinstance(quantizer, AttentionQuantizer):
-                quantizer.observer = observer
+        if isinstance(quantizer := computer_of(site.module), AttentionQuantizer):
+            quantizer.observer = observer
 
     def to_dict(self) -> dict[str, dict[str, int]]:
         """The counts as plain values for JSON."""

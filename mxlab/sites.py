@@ -22,26 +22,29 @@ Kind = Literal["linear", "experts", "attention"]
 
 # What transformers calls the cache in an attention's forward.
 CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past")
-# The projections of a mixture of experts, each a parameter (experts, out, in), or (experts, in, out).
+# The projections of a mixture of experts, each a parameter (experts, out, in), or (experts, in, out), in their order.
 EXPERT_WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
 
 _ATTENTION = re.compile(r"Attention|Attn")
+_EXPERTS = re.compile(r"Expert")
+_ROUTER = re.compile(r"Router|MoEGate")
 _LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 
 
 @dataclass(frozen=True)
 class Site:
-    """A linear layer, one weight of the experts, or an attention: a place that a rule can choose.
+    """A linear layer, a weight of experts or of a router, or an attention: a place that a rule can choose.
 
     Attributes:
         name: qualified name of the module; of experts, of the parameter.
-        module: what is replaced or hooked.
-        kind: ``linear``, ``experts`` or ``attention``.
+        module: what is replaced, or whose forward is.
+        kind: ``linear``, ``experts`` (routers too) or ``attention``.
         part: what it is for.
         layer: the decoder layer it lies in; None outside of them.
         weight: name of the weight among the module's parameters; none of an attention.
         input_axis: the axis of the weight that the product sums over.
         shape: of the weight; of an attention, (K/V heads, head_dim) where known.
+        obstacle: why mxlab cannot convert it; empty where it can.
     """
 
     name: str
@@ -52,19 +55,24 @@ class Site:
     weight: str = ""
     input_axis: int = -1
     shape: tuple[int, ...] = ()
+    obstacle: str = ""
+
+    @property
+    def module_name(self) -> str:
+        """Qualified name of the module."""
+        return self.name.removesuffix(f".{self.weight}") if self.kind == "experts" else self.name
 
 
 def find(model: nn.Module) -> Iterator[Site]:
     """Every site of ``model``, in the order of its modules; nothing is changed."""
     attentions = {name for name, module in model.named_modules() if _ATTENTION.search(type(module).__name__)}
     for name, module in model.named_modules():
-        layer = layer_of(name)
-        if is_linear(module):
-            yield _linear(name, module, layer, _part(model, name, layer, attentions))
-        elif is_experts(module):
-            yield from _experts(name, module, layer)
-        elif name in attentions and cache_argument(module) and not _inner(model, name, attentions):
+        if name in attentions and cache_argument(module) and not _inner(model, name, attentions):
             yield attention(name, module)
+        elif isinstance(module, nn.Linear | Conv1D):
+            yield _linear(name, module, _part(model, name, attentions))
+        else:
+            yield from _own_weights(name, module, _part(model, name, attentions))
 
 
 def attention(name: str, module: nn.Module) -> Site:
@@ -83,15 +91,14 @@ def layer_count(model: nn.Module) -> int:
     return 1 + max((n for name, _ in model.named_modules() if (n := layer_of(name)) is not None), default=-1)
 
 
-def is_linear(module: nn.Module) -> bool:
-    """Whether mxlab can convert it: a torch.nn.Linear or a Conv1D, but not a class derived from them."""
-    return type(module) in (nn.Linear, Conv1D)
-
-
-def is_experts(module: nn.Module) -> bool:
-    """Whether transformers marks it as experts with 3-D weights, whose products can be told apart."""
-    weights = _expert_weights(module) if hasattr(type(module), "_apply_gate") else []
-    return bool(weights) and all(w.ndim == 3 for _, w in weights)
+def multiplied(module: nn.Module) -> tuple[str, ...]:
+    """The parameters that the forward of experts or of a router multiplies by, in its order; none of other modules."""
+    own = {name: p.ndim for name, p in module.named_parameters(recurse=False)}
+    if _ROUTER.search(type(module).__name__):
+        return ("weight",) if own.get("weight") == 2 else ()
+    if hasattr(type(module), "_apply_gate"):  # transformers computes them, in one of several ways
+        return tuple(name for name in EXPERT_WEIGHTS if own.get(name) == 3)
+    return ()
 
 
 def cache_argument(attention: nn.Module) -> str | None:
@@ -101,33 +108,41 @@ def cache_argument(attention: nn.Module) -> str | None:
 
 def takes(module: nn.Module, argument: str) -> bool:
     """Whether the module's forward has that argument."""
-    return argument in inspect.signature(module.forward).parameters
+    return argument in inspect.signature(type(module).forward).parameters
 
 
-def _linear(name: str, module: nn.Module, layer: int | None, part: Part) -> Site:
-    assert isinstance(module, nn.Linear | Conv1D)
-    axis = 0 if isinstance(module, Conv1D) else -1
-    return Site(name, module, "linear", part, layer, "weight", axis, tuple(module.weight.shape))
+def _linear(name: str, module: nn.Linear | Conv1D, part: Part) -> Site:
+    axis, shape = 0 if isinstance(module, Conv1D) else -1, tuple(module.weight.shape)
+    obstacle = "" if type(module) in (nn.Linear, Conv1D) else "a class derived from a linear layer's"
+    return Site(name, module, "linear", part, layer_of(name), "weight", axis, shape, obstacle)
 
 
-def _experts(name: str, module: nn.Module, layer: int | None) -> Iterator[Site]:
+def _own_weights(name: str, module: nn.Module, part: Part) -> Iterator[Site]:
+    """The weights of experts and routers, and others that are multiplied by where mxlab cannot follow."""
+    names, obstacle = multiplied(module), ""
     axis = -2 if getattr(module, "is_transposed", False) else -1
-    for weight, parameter in _expert_weights(module):
-        yield Site(f"{name}.{weight}", module, "experts", "mlp", layer, weight, axis, tuple(parameter.shape))
+    if not names and (isinstance(module, nn.MultiheadAttention) or _is_like_experts(module)):
+        names = [n for n, p in module.named_parameters(recurse=False) if p.ndim > 1 and "bias" not in n]
+        obstacle = "its products are none that mxlab knows"
+    for weight in names:
+        shape = tuple(getattr(module, weight).shape)
+        site = name if weight == "weight" else f"{name}.{weight}"
+        yield Site(site, module, "experts", part, layer_of(name), weight, axis, shape, obstacle)
 
 
-def _expert_weights(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    return [(name, p) for name, p in module.named_parameters(recurse=False) if name in EXPERT_WEIGHTS]
+def _is_like_experts(module: nn.Module) -> bool:
+    return any(pattern.search(type(module).__name__) for pattern in (_EXPERTS, _ROUTER))
 
 
-def _part(model: nn.Module, name: str, layer: int | None, attentions: set[str]) -> Part:
-    if layer is None:
+def _part(model: nn.Module, name: str, attentions: set[str]) -> Part:
+    if layer_of(name) is None:
         return "head"
-    if any(_within(name, attention) for attention in attentions):
+    if name in attentions or any(_within(name, attention) for attention in attentions):
         return "attention"
-    parent = model.get_submodule(name.rpartition(".")[0])
-    is_router = name.endswith("gate") and hasattr(parent, "experts")
-    return "router" if is_router or "Router" in type(parent).__name__ else "mlp"
+    module, parent = model.get_submodule(name), model.get_submodule(name.rpartition(".")[0])
+    is_gate = name.endswith("gate") and hasattr(parent, "experts")
+    is_router = is_gate or any(_ROUTER.search(type(m).__name__) for m in (module, parent))
+    return "router" if is_router else "mlp"
 
 
 def _within(name: str, ancestor: str) -> bool:
@@ -140,5 +155,19 @@ def _inner(model: nn.Module, name: str, attentions: set[str]) -> list[str]:
 
 
 def _kv_shape(attention: nn.Module) -> tuple[int, ...]:
-    head_dim, k_proj = getattr(attention, "head_dim", None), getattr(attention, "k_proj", None)
-    return (k_proj.out_features // head_dim, head_dim) if head_dim and isinstance(k_proj, nn.Linear) else ()
+    names = ("head_dim", "head_size", "attention_head_size")
+    head_dim = next((n for name in names if isinstance(n := getattr(attention, name, None), int)), 0)
+    if not head_dim:
+        return ()
+    k_proj, heads = getattr(attention, "k_proj", None), getattr(attention, "num_key_value_heads", None)
+    if isinstance(k_proj, nn.Linear):
+        heads = k_proj.out_features // head_dim
+    heads = heads or _heads(attention)
+    return (heads, head_dim) if heads else ()
+
+
+def _heads(attention: nn.Module) -> int:
+    config = getattr(attention, "config", None)
+    names = ("num_key_value_heads", "num_heads", "n_heads", "num_attention_heads")
+    found = (getattr(owner, name, None) for name in names for owner in (attention, config))
+    return next((n for n in found if isinstance(n, int)), 0)

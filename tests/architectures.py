@@ -7,7 +7,9 @@ from typing import Any
 import torch
 import transformers
 
-VOCABULARY, HIDDEN, LAYERS, HEADS = 64, 32, 2, 4
+VOCABULARY, HIDDEN, LAYERS, HEADS, EXPERTS = 64, 32, 2, 4, 4
+# Before its version 5, transformers keeps experts as modules with three linear layers each.
+IS_OLD = transformers.__version__.startswith("4.")
 
 _LLAMA: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -32,7 +34,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], int, int]] = {
     "phi": ("PhiConfig", _LLAMA, 2, 4),
     "phi3": ("Phi3Config", _LLAMA, 2, 2),
     "mistral": ("MistralConfig", _LLAMA, 3, 4),
-    "mixtral": ("MixtralConfig", {**_LLAMA, "num_local_experts": 4}, 2, 4),
+    "mixtral": ("MixtralConfig", {**_LLAMA, "num_local_experts": EXPERTS}, 3 * EXPERTS if IS_OLD else 2, 4),
     "mpt": ("MptConfig", {**_GPT, "d_model": HIDDEN, "n_heads": HEADS, "n_layers": LAYERS, "max_seq_len": 64}, 2, 2),
     "gpt_neox": ("GPTNeoXConfig", _NO_GQA, 2, 2),
     "gpt_neo": (
@@ -64,6 +66,8 @@ MODELS: dict[str, tuple[str, dict[str, Any], int, int]] = {
     "bert": ("BertConfig", _NO_GQA, 2, 4),
 }
 ENCODERS = ("bert",)
+CAUSAL = tuple(name for name in MODELS if name not in ENCODERS)
+WITH_ROPE = ("llama", "qwen2", "qwen2.5", "qwen3", "phi", "phi3", "mistral", "mixtral", "gpt_neox", "gemma", "gemma2")
 
 
 def build(name: str, **config: Any) -> Any:
@@ -78,6 +82,17 @@ def build(name: str, **config: Any) -> Any:
             if p.ndim > 1:
                 p.normal_(0, 0.3)
     return model.eval()
+
+
+def tokens(length: int = 10, batch: int = 2) -> torch.Tensor:
+    """Random token ids (batch, length), none of them padding."""
+    return torch.randint(1, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(1))
+
+
+def run(model: Any, ids: torch.Tensor | None = None, **more: Any) -> torch.Tensor:
+    """The model's logits."""
+    with torch.no_grad():
+        return model(input_ids=tokens() if ids is None else ids, **more).logits
 
 
 def counts(name: str) -> tuple[int, int]:

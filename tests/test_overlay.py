@@ -22,6 +22,7 @@ from torch import nn
 import mxlab
 from mxlab.errors import SpecError
 from mxlab.nn.attention import AttentionQuantizer
+from mxlab.nn.inside import computer_of
 from mxlab.nn.linear import MxLinear
 from mxlab.nn.quantizer import LinearQuantizer
 
@@ -75,8 +76,7 @@ def projections(model: nn.Module) -> dict[str, MxLinear]:
 
 
 def kv_quantizers(model: nn.Module) -> list[AttentionQuantizer]:
-    hooks = [h for m in model.modules() for h in m._forward_pre_hooks.values()]
-    return [h for h in hooks if isinstance(h, AttentionQuantizer)]
+    return [c for m in model.modules() if isinstance(c := computer_of(m), AttentionQuantizer)]
 
 
 @contextmanager

@@ -1,16 +1,18 @@
-"""A mixture of experts whose weights are 3-D parameters, computed with quantized operands."""
+"""Modules that multiply by parameters of their own, experts and routers, computed with quantized operands."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mxlab.errors import ConversionError
+from mxlab.nn.inside import Inside
 from mxlab.nn.phase import PassPhase
-from mxlab.nn.products import ExpertProducts
+from mxlab.nn.products import ParameterProducts
 from mxlab.nn.quantizer import LinearQuantizer
 from mxlab.rules import Phase
 
@@ -18,63 +20,103 @@ Quantizers = Mapping[Phase, LinearQuantizer]
 
 
 class ExpertsQuantizer:
-    """Forward hooks on an experts module that quantize the operands of its two projections.
+    """Takes the place of the forward of an experts module, or of a router, and quantizes its products' operands.
 
     Weights are put on the grid once, in place, in evaluation; one that is trained, or has changed since, or has a
-    format of its own for each phase, is quantized on the fly. Weights have the axis they are summed over last, or
-    (``is_transposed``) last but one.
+    format of its own for each phase, is quantized on the fly. ``weights`` names all parameters that the module
+    multiplies by, in the order in which it does; they have the axis they are summed over last, or (``is_transposed``)
+    last but one.
     """
 
-    def __init__(self, name: str, experts: nn.Module, is_transposed: bool, phase: PassPhase) -> None:
-        self._name, self._experts, self._phase = name, experts, phase
+    def __init__(
+        self, name: str, module: nn.Module, weights: tuple[str, ...], is_transposed: bool, phase: PassPhase
+    ) -> None:
+        self._name, self._module, self._weights, self._phase = name, module, weights, phase
         self._axis = -2 if is_transposed else -1
         self._quantizers: dict[str, Quantizers] = {}
-        self._frozen: dict[str, tuple[int, int]] = {}
-        self._calls: list[ExpertProducts] = []
+        self._frozen: dict[str, _Mark | int] = {}  # in a copy of the module, a checksum of what was frozen
+        Inside(module, self).install()
+        module.register_load_state_dict_post_hook(self._forget)
 
     def add(self, weight: str, quantizers: Quantizers) -> None:
-        """Quantize the projection of that parameter; the first call attaches the hooks."""
-        if not self._quantizers:
-            self._experts.register_forward_pre_hook(self._enter)
-            self._experts.register_forward_hook(self._leave, always_call=True)
+        """Quantize the projection of that parameter."""
         self._quantizers[weight] = quantizers
 
     def freeze(self) -> None:
         """Put the weights on the grid, in place, those that can be."""
         for name, quantizers in self._quantizers.items():
-            weight = getattr(self._experts, name)
-            is_trained = self._experts.training and weight.requires_grad
+            weight = getattr(self._module, name)
+            is_trained = self._module.training and weight.requires_grad
             if is_trained or weight.is_meta or len({q.weight_kind for q in quantizers.values()}) > 1:
                 continue
             with torch.no_grad():
                 weight.copy_(quantizers["prefill"].on_weight(weight, self._axis))
-            self._frozen[name] = _fingerprint(weight)
+            self._frozen[name] = _Mark(weight)
 
-    def _enter(self, *_: Any) -> None:
-        frozen = {name for name, mark in self._frozen.items() if mark == _fingerprint(getattr(self._experts, name))}
-        names = [name for name in ("gate_up_proj", "up_proj", "down_proj") if hasattr(self._experts, name)]
+    def compute(self, forward: Callable, *args: Any, **kwargs: Any) -> Any:
+        """The module's output, its operands quantized.
 
-        def round(operand: str, is_second: bool, x: Tensor, axis: int) -> Tensor:
-            name = names[is_second]
-            if name not in self._quantizers:
-                return x
-            mx = self._quantizers[name][self._phase.current]
-            if operand == "input":
-                return mx.on_activation(x, axis=axis)
-            return x if name in frozen else mx.on_weight(x, axis)
-
-        self._calls.append(ExpertProducts(round))
-        self._calls[-1].__enter__()
-
-    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        products = self._calls.pop()
-        products.__exit__(None, None, None)
-        if products.seen % 2 or (not products.seen and isinstance(output, Tensor) and output.numel()):
+        Raises:
+            ConversionError: the module multiplies in a way that was not seen.
+        """
+        products = ParameterProducts(self._round, len(self._weights))
+        with products:
+            output = forward(*args, **kwargs)
+        is_nothing = isinstance(output, Tensor) and not output.numel()
+        if products.seen % len(self._weights) or not (products.seen or is_nothing):
             raise ConversionError(
                 f"{self._name} computes its products where mxlab cannot see them: use "
-                "model.set_experts_implementation('eager')"
+                "model.set_experts_implementation('eager'), or leave it out"
             )
+        return output
+
+    def _round(self, operand: str, product: int, x: Tensor, axis: int) -> Tensor:
+        name = self._weights[product]
+        if name not in self._quantizers:
+            return x
+        mx = self._quantizers[name][self._phase.current]
+        if operand == "input":
+            return mx.on_activation(x, axis=axis)
+        return x if self._is_frozen(name) else mx.on_weight(x, axis)
+
+    def _is_frozen(self, name: str) -> bool:
+        mark, weight = self._frozen.get(name), getattr(self._module, name)
+        if mark is None:
+            return False
+        if torch.compiler.is_compiling():  # there, neither versions nor values can be compared
+            if self._module.training and weight.requires_grad and torch.is_grad_enabled():
+                del self._frozen[name]
+            return name in self._frozen
+        if isinstance(mark, int):
+            mark = _Mark(weight) if _checksum(weight) == mark else None
+        if mark is None or not mark.is_of(weight):
+            del self._frozen[name]
+            return False
+        self._frozen[name] = mark
+        return True
+
+    def _forget(self, *_: Any) -> None:
+        """Weights were loaded: they are not on the grid."""
+        self._frozen.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        frozen = {name: _checksum(getattr(self._module, name)) for name in list(self._frozen) if self._is_frozen(name)}
+        return {**self.__dict__, "_frozen": frozen}
 
 
-def _fingerprint(weight: Tensor) -> tuple[int, int]:
-    return weight.data_ptr(), 0 if weight.is_inference() else weight._version
+class _Mark:
+    """Recognises a parameter for as long as its values are the same, be they moved or cast."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self._weight, self._version = weakref.ref(weight), _version(weight)
+
+    def is_of(self, weight: Tensor) -> bool:
+        return self._weight() is weight and self._version == _version(weight)
+
+
+def _version(weight: Tensor) -> int:
+    return 0 if weight.is_inference() else weight._version
+
+
+def _checksum(weight: Tensor) -> int:
+    return 0 if weight.is_meta else int(weight.detach().contiguous().view(torch.uint8).sum(dtype=torch.int64))

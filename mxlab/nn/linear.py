@@ -105,7 +105,7 @@ class MxConv1D(QuantizedLayer, Conv1D):
 
     def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         rows = x.view(-1, x.shape[-1])
-        y = rows @ weight if bias is None else torch.addmm(bias, rows, weight)
+        y = torch.mm(rows, weight) if bias is None else torch.addmm(bias, rows, weight)
         return y.view(*x.shape[:-1], -1)
 
 

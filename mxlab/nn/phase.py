@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 from torch import nn
@@ -9,23 +10,30 @@ from torch import nn
 from mxlab.rules import Phase
 
 
-class PassPhase:
+class PassPhase(threading.local):
     """Knows, during a forward pass of the model it is attached to, which phase of generation that is.
 
-    ``decode`` is a pass that adds one token to a cache which holds others; every other is ``prefill``.
+    ``decode`` is a pass that adds one token to a cache which holds others; every other, and whatever runs outside of a
+    pass, is ``prefill``. Threads have a phase each.
     """
 
-    def __init__(self) -> None:
-        self.current: Phase = "prefill"
+    current: Phase = "prefill"
 
     def attach(self, model: nn.Module) -> None:
         """Look at every call of ``model`` from now on."""
-        model.register_forward_pre_hook(self, with_kwargs=True)
+        model.register_forward_pre_hook(self._begin, with_kwargs=True)
+        model.register_forward_hook(self._end, always_call=True)
 
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Set the phase from the arguments of the model's forward."""
         cache = kwargs.get("past_key_values")
         named = (kwargs.get(name) for name in ("input_ids", "inputs_embeds"))
         tokens = next((x for x in (*args[:1], *named) if x is not None), None)
         is_decode = cache is not None and tokens is not None and tokens.shape[1] == 1 and cache.get_seq_length() > 0
         self.current = "decode" if is_decode else "prefill"
+
+    def _end(self, *_: Any) -> None:
+        self.current = "prefill"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PassPhase, ()  # a copy begins outside of a pass; copies of layers that share one share one

@@ -14,15 +14,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._ops import OpOverloadPacket
 from torch.overrides import TorchFunctionMode
 
 # Rounds the operand of that role along that axis.
 Round = Callable[[str, Tensor, int], Tensor]
 
-_MATMULS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm)
+_BMMS = (torch.bmm, Tensor.bmm)
+_MATMULS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, *_BMMS)
 _ADDED_MATMULS = (torch.baddbmm, Tensor.baddbmm)
 _SOFTMAXES = (F.softmax, torch.softmax, Tensor.softmax)
 _GROUPED = tuple(f for f in (getattr(F, "grouped_mm", None), getattr(torch, "_grouped_mm", None)) if f is not None)
+
+_FALLBACK = "grouped_mm_fallback"  # transformers' own operator
 
 
 class AttentionProducts(TorchFunctionMode):
@@ -32,10 +36,10 @@ class AttentionProducts(TorchFunctionMode):
     the operands met, by role.
     """
 
-    def __init__(self, round: Round) -> None:
+    def __init__(self, round: Round, seen: Counter[str]) -> None:
         super().__init__()
-        self.seen: Counter[str] = Counter()
         self._round = round
+        self._seen = seen
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -44,49 +48,52 @@ class AttentionProducts(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             args, kwargs = self._with(args, kwargs, 0, "query", "q")
         elif func in _MATMULS:
-            args, kwargs = self._with(args, kwargs, 0, "input", "p" if self.seen["softmax"] else "q")
+            args, kwargs = self._with(args, kwargs, 0, "input", "p" if self._seen["softmax"] else "q")
         elif func in _ADDED_MATMULS:
-            args, kwargs = self._with(args, kwargs, 1, "batch1", "p" if self.seen["softmax"] else "q")
+            args, kwargs = self._with(args, kwargs, 1, "batch1", "p" if self._seen["softmax"] else "q")
         elif func in _SOFTMAXES:
             args, kwargs = self._with(args, kwargs, 0, "input", "softmax")
         return func(*args, **kwargs)
 
     def _with(self, args: tuple, kwargs: dict, index: int, name: str, role: str) -> tuple[tuple, dict]:
-        self.seen[role] += 1
+        self._seen[role] += 1
         return replaced(args, kwargs, index, name, lambda x: self._round(role, x, -1))
 
 
-class ExpertProducts(TorchFunctionMode):
-    """Rounds both operands of the products in one call of a mixture of experts.
+class ParameterProducts(TorchFunctionMode):
+    """Rounds both operands of the products in one call of a module that multiplies by parameters of its own.
 
-    Whichever way transformers computes them (expert by expert, batched or grouped), the products alternate between the
-    first projection and the second. ``round`` is told ``input`` or ``weight`` and whether it is the second projection.
+    Whichever way transformers computes a mixture of experts (expert by expert, batched or grouped), its ``count``
+    projections take turns. ``round`` is told ``input`` or ``weight`` and which projection it is.
     """
 
-    def __init__(self, round: Callable[[str, bool, Tensor, int], Tensor]) -> None:
+    def __init__(self, round: Callable[[str, int, Tensor, int], Tensor], count: int) -> None:
         super().__init__()
         self.seen = 0
         self._round = round
+        self._count = count
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        is_grouped = func in _GROUPED or "grouped_mm" in getattr(func, "__name__", "")
+        is_grouped = func in _GROUPED or (isinstance(func, OpOverloadPacket) and func.__name__ == _FALLBACK)
         if func is F.linear:
             args = self._pair(args, inputs=0, input_axis=-1, weight_axis=-1)
-        elif is_grouped or (func is torch.bmm and args[0].shape[-2] == 1):  # (S, 1, in) @ (S, in, out)
+        elif is_grouped or (func in _BMMS and args[0].shape[-2] == 1):  # (S, 1, in) @ (S, in, out)
             args = self._pair(args, inputs=0, input_axis=-1, weight_axis=-2)
-        elif func is torch.bmm:  # (S, out, in) @ (S, in, 1)
+        elif func in _BMMS:  # (S, out, in) @ (S, in, 1)
             args = self._pair(args, inputs=1, input_axis=-2, weight_axis=-1)
+        elif func in _MATMULS:  # (tokens, in) @ (in, out)
+            args = self._pair(args, inputs=0, input_axis=-1, weight_axis=-2)
         return func(*args, **kwargs)
 
     def _pair(self, args: tuple, inputs: int, input_axis: int, weight_axis: int) -> tuple:
-        is_second = self.seen % 2 == 1
+        product = self.seen % self._count
         self.seen += 1
         pair = list(args)
-        pair[inputs] = self._round("input", is_second, pair[inputs], input_axis)
-        pair[1 - inputs] = self._round("weight", is_second, pair[1 - inputs], weight_axis)
+        pair[inputs] = self._round("input", product, pair[inputs], input_axis)
+        pair[1 - inputs] = self._round("weight", product, pair[1 - inputs], weight_axis)
         return tuple(pair)
 
 
