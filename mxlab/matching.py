@@ -106,8 +106,9 @@ def match(model: nn.Module, recipe: Recipe) -> list[Match]:
     chooser = _Chooser(model, recipe)
     chosen = {name: chooser.choose(name) for name in chooser.names}
     chooser.check_all_used()
-    _check_biases(recipe, [(chooser.sites[name], rules) for name, rules in chosen.items() if any(rules.values())])
-    matches = [_match(model, chooser.sites[n], rules) for n, rules in chosen.items() if any(rules.values())]
+    chosen = {name: rules for name, rules in chosen.items() if any(rules.values())}
+    _check_biases(recipe, [(chooser.sites[name], rules) for name, rules in chosen.items()])
+    matches = [_match(model, chooser.sites[name], rules) for name, rules in chosen.items()]
     _check_tied(matches)
     return matches
 
