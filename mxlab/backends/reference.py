@@ -118,6 +118,11 @@ _STEPS_UP: dict[ScaleRule, Callable[[Tensor, ElementFormat], Tensor]] = {
 }
 
 
+def scales(blocks: Tensor, fmt: MXFormat) -> Tensor:
+    """The scale of each of (..., n_blocks, block): (..., n_blocks, 1), as float32."""
+    return exp2(shared_exponent(blocks.abs().amax(-1, keepdim=True), fmt))
+
+
 def block_scale(amax: Tensor, exponent: Tensor, fmt: MXFormat) -> Tensor:
     """The factor that takes a block back: 2^exponent; NaN where the block has no scale; 0 where it is flushed."""
     scale = exp2(exponent)
