@@ -34,10 +34,20 @@ def draw(inspection: Inspection, folder: Path) -> list[Image]:
     """Draw every figure into ``folder``."""
     figures = (
         (sqnr, "sqnr.png", "SQNR by layer", "Dark is bad. White: nothing changed, or nothing is quantized there."),
-        (layers, "layers.png", "What each layer costs", "Alone: only this layer is quantized, beyond the unquantized "
-         "model. Saved: the whole recipe beyond the recipe without this layer. Bars without a height: not a number."),
-        (exponents, "exponents.png", "Exponents", "Left: of the elements beside their block's scale; grey is what the "
-         "element format holds, subnormals left of the line. Right: of the scales."),
+        (
+            layers,
+            "layers.png",
+            "What each layer costs",
+            "Alone: only this layer is quantized, beyond the unquantized "
+            "model. Saved: the whole recipe beyond the recipe without this layer. Bars without a height: not a number.",
+        ),
+        (
+            exponents,
+            "exponents.png",
+            "Exponents",
+            "Left: of the elements beside their block's scale; grey is what the "
+            "element format holds, subnormals left of the line. Right: of the scales.",
+        ),
     )
     images = []
     for plot, name, title, caption in figures:

@@ -17,17 +17,18 @@ SCHEMA = 1
 WORST = 5  # layers, and operands of each role, that the page and the screen show
 
 _COST_WORDS = (
-    "`ce` is cross-entropy, `kl` the KL divergence from the unquantized model, both in nats per token with the standard "
-    "error of the difference, token by token. `alone`: only this part is quantized, beyond the unquantized model. "
-    "`saved`: the whole recipe beyond the recipe without this part. Shares are of the whole recipe's cost and need not "
-    "add up to 100 %: the interaction is what the whole costs beyond the sum of its parts alone. A dash stands for a "
-    "model whose logits were not numbers."
+    "`ce` is cross-entropy, `kl` the KL divergence from the unquantized model, both in nats per token; errors are "
+    "those of the difference, token by token. `alone`: only this part is quantized, beyond the unquantized model. "
+    "`saved`: the whole recipe beyond the recipe without this part. Shares are of what the whole recipe costs and "
+    "need not add up to 100 %: the interaction is what the whole costs beyond the sum of its parts alone. A dash: "
+    "the logits were not numbers."
 )
 _STATISTICS_WORDS = (
-    "Operands are those of the unquantized model. SQNR is 10 log10(sum of x² / sum of (x - Q(x))²), a dash where nothing "
-    "changed; the outlier ratio is the largest magnitude over the root mean square. Saturated elements are larger than "
-    "the largest element times the scale, flushed ones became zero; their noise is their part of the sum of (x - Q(x))². "
-    "Clamped blocks want a smaller scale than there is, lost elements became NaN because theirs is too large."
+    "Operands are those of the unquantized model. SQNR is 10 log10(sum of x² / sum of (x - Q(x))²), a dash where "
+    "nothing changed; the outlier ratio is the largest magnitude over the root mean square. Saturated elements lie "
+    "beyond the largest one times the scale, flushed ones became zero; their noise is their part of the sum of (x - "
+    "Q(x))². Clamped blocks want a smaller scale than there is, lost elements became NaN because theirs would be "
+    "too large."
 )
 
 
@@ -69,7 +70,7 @@ def _what(inspection: Inspection, origin: Mapping[str, Any]) -> str:
     windows, window = inspection.rows
     found = inspection.sensitivity
     return (
-        f"{windows} windows of {window} tokens of {origin['text']['name']}, {found.tokens} predicted; {origin['dtype']}, "
-        f"{inspection.recipe.numerics} numerics. Cross-entropy of the unquantized model: {found.cross_entropy:.4f} nats "
-        "per token."
+        f"{windows} windows of {window} tokens of {origin['text']['name']}, {found.tokens} predicted; "
+        f"{origin['dtype']}, {inspection.recipe.numerics} numerics. Cross-entropy of the unquantized model: "
+        f"{found.cross_entropy:.4f} nats per token."
     )

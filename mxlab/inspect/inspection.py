@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -81,7 +81,7 @@ def inspect(model: Any, recipe: Recipe | str | Path, rows: Tensor, track: Track 
     so it is in all passes, that of the unquantized model too.
 
     Args:
-        model: an unquantized Hugging Face causal LM in evaluation mode. Memory must hold two more copies of it at a time.
+        model: an unquantized Hugging Face causal LM in evaluation mode; one more copy of it must fit into memory.
         recipe: a Recipe, the name of a shipped one, or a TOML file.
         rows: (windows, tokens) of token ids.
         track: wraps the lists of passes, to show how far it is (such as rich's ``Progress.track``).

@@ -42,8 +42,8 @@ def first_windows(ids: Tensor, windows: int, window: int) -> Tensor:
     """
     if len(ids) < windows * window:
         raise MetricError(
-            f"the text has {len(ids)} tokens, fewer than {windows} windows of {window}: give a longer text, or fewer or "
-            "shorter windows"
+            f"the text has {len(ids)} tokens, fewer than {windows} windows of {window}: give a longer text, or fewer "
+            "or shorter windows"
         )
     return ids[: windows * window].view(windows, window)
 

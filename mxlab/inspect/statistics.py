@@ -31,7 +31,7 @@ class Statistics:
         signal: sum of x^2.
         noise: sum of (x - Q(x))^2, blocks that became NaN left out.
         amax: largest |x|.
-        saturated: elements with |x| / scale above the largest element.
+        saturated: elements with x / scale beyond the largest element, or the smallest.
         flushed: elements other than zero that became zero.
         lost: elements that became NaN, because their block wants a larger scale than there is.
         saturated_noise: the part of ``noise`` that saturated elements make.
@@ -116,9 +116,10 @@ def measure(x: Tensor, fmt: MXFormat, numerics: Numerics, axis: int = -1) -> Sta
     quantized = cut.split(quantize(x, fmt, axis=axis, numerics=numerics).float())
     scale = reference.scales(blocks, fmt)  # (..., blocks, 1)
     elements = blocks / scale
-    saturated = elements.abs() > fmt.element_format.max
-    flushed = (quantized == 0) & (blocks != 0)
     lost = quantized.isnan()
+    low, high = fmt.limits
+    saturated = ((elements < low) | (elements > high)) & ~lost
+    flushed = (quantized == 0) & (blocks != 0)
     noise = (blocks.double() - quantized).square_().masked_fill_(lost, 0.0)
     clamps = scale_clamps(x, fmt, axis)
     return Statistics(

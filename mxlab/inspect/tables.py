@@ -64,7 +64,9 @@ def worst_operands(inspection: Inspection, count: int) -> Table:
 def kinds(inspection: Inspection) -> Table:
     """The operands of all layers together."""
     found = inspection.by(lambda o: (o.projection, o.role, o.format))
-    return _statistics("operand_kinds", "What the formats do to the operands of all layers", ["projection"], found.items())
+    return _statistics(
+        "operand_kinds", "What the formats do to the operands of all layers", ["projection"], found.items()
+    )
 
 
 def _costs(slug: str, title: str, group: str, parts: Iterable[Part], whole: Cost | None) -> Table:
