@@ -20,6 +20,7 @@ from rich.table import Table
 from mxlab import recipe as recipes
 from mxlab.bench import command as bench
 from mxlab.errors import MxlabError, SpecError
+from mxlab.inspect.command import inspect
 from mxlab.recipe import Recipe
 from mxlab.specs import ENVIRONMENT_VARIABLE, MxSpecs, override, parse_assignment
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(bench.app, name="bench")
+app.command()(inspect)
 console = Console()
 stderr = Console(stderr=True)
 

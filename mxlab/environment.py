@@ -20,6 +20,7 @@ _SOURCES = (".py", ".cpp", ".h", ".cu")
 _IRRELEVANT = (
     "_packed",
     "bench",
+    "inspect",
     "report",
     "cli.py",
     "doctor.py",

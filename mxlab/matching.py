@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -111,6 +111,27 @@ def match(model: nn.Module, recipe: Recipe) -> list[Match]:
     matches = [_match(model, chooser.sites[name], rules) for name, rules in chosen.items()]
     _check_tied(matches)
     return matches
+
+
+def spelled_out(recipe: Recipe, matches: Sequence[Match]) -> Recipe:
+    """The recipe with a rule for each of its sites, by name, in place of its own: the same model is quantized alike.
+
+    What is left when some of these rules are taken away, or some of their formats, means what it says: no later rule
+    steps in (:mod:`mxlab.restrict`).
+    """
+    rules = tuple(
+        Rule(name=m.name, phase=phase, **formats)  # pyright: ignore[reportArgumentType]
+        for m in matches
+        for phase, formats in _phases(m)
+    )
+    return replace(recipe, rules=rules)
+
+
+def _phases(match: Match) -> list[tuple[Phase | None, Mapping[str, Format]]]:
+    """The formats of each phase that has some; those of both at once, under None, where they are the same."""
+    if match.by_phase["prefill"] == match.by_phase["decode"]:
+        return [(None, match.formats)]
+    return [(phase, formats) for phase, formats in match.by_phase.items() if formats]
 
 
 class _Chooser:

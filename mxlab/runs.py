@@ -57,14 +57,14 @@ def run(
     """
     options = request.recipe.options if options is None else options
     key = key or run_key(request)
-    with _partial(stage_folder) as folder:
-        _write_before(folder, request, command or shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]))
+    with partial(stage_folder) as folder:
+        write_origin(folder, request.recipe, command)
         with _logged(folder / "output.log"):
             outcome, batch_size = _evaluate(request, folder, load)
         key = {**key, "revision": models.revision(request.model)}  # this run may have fetched the model
         record = {"stage": stage_folder.name, "options": options, "quantized": bool(request.recipe.rules), "key": key}
         _write_after(folder, outcome, {**record, "batch_size": batch_size})
-        return _publish(folder, stage_folder, label(request.recipe))
+        return publish(folder, stage_folder, label(request.recipe))
 
 
 def _evaluate(request: Evaluation, folder: Path, load: Load) -> tuple[Outcome, int]:
@@ -147,12 +147,14 @@ def label(recipe: Recipe) -> str:
     return f"bs{options['block_size']}_sb{options['scale_bits']}_cc{custom_cuda}"
 
 
-def _write_before(folder: Path, request: Evaluation, command: str) -> None:
+def write_origin(folder: Path, recipe: Recipe, command: str | None = None) -> None:
+    """Write what a result comes from: the command (None for this process's), the environment and the recipe."""
+    command = command or shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     described = environment.describe()
     _write(folder / "command.txt", command + "\n")
     _write(folder / "env.txt", environment.as_text(described))
     _write(folder / "env.json", _json(described))
-    _write(folder / "recipe.toml", request.recipe.to_toml())
+    _write(folder / "recipe.toml", recipe.to_toml())
 
 
 def _write_after(folder: Path, outcome: Outcome, record: dict[str, Any]) -> None:
@@ -162,7 +164,7 @@ def _write_after(folder: Path, outcome: Outcome, record: dict[str, Any]) -> None
 
 
 @contextlib.contextmanager
-def _partial(stage_folder: Path) -> Iterator[Path]:
+def partial(stage_folder: Path) -> Iterator[Path]:
     """A hidden folder beside the run directories; gone afterwards, unless it was renamed."""
     folder = stage_folder / f"{_HOST_PARTIAL}{os.getpid()}"
     try:
@@ -200,7 +202,7 @@ def _alive(pid: int) -> bool:
     return pid != os.getpid()
 
 
-def _publish(folder: Path, stage_folder: Path, name: str) -> Path:
+def publish(folder: Path, stage_folder: Path, name: str) -> Path:
     """Rename the whole run to its place; a name that is taken by another run waits for the next second."""
     now = datetime.datetime.now()
     while True:

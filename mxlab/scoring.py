@@ -117,7 +117,7 @@ def evaluate(request: TextRequest, folder: Path, load: Load = models.load) -> Ou
     start = time.perf_counter()
     text = texts.load(request.text, request.data_dir)
     loaded = load(request.model, request.dtype, request.device)
-    _check_context(loaded.model, request.window)
+    check_context(loaded.model, request.window)
     ids = texts.encode(loaded.tokenizer, text)
     windows = sliding_windows(len(ids), request.window, request.stride, request.windows)
     reference = _Predict(_copy(loaded.model)) if request.compare else None
@@ -153,7 +153,8 @@ class _Predict:
         return logits
 
 
-def _check_context(model: Any, window: int) -> None:
+def check_context(model: Any, window: int) -> None:
+    """Raise SpecError where a window of so many tokens is longer than the model's context."""
     context = getattr(model.config, "max_position_embeddings", None) or window
     if window > context:
         raise SpecError(f"window is {window} tokens, and the model's context {context}: give a shorter window")

@@ -394,7 +394,7 @@ def test_a_name_taken_by_another_process_is_not_overwritten(tmp_path):
         folder.mkdir()
         (folder / "run.json").write_text(str(i), encoding="utf-8")
         whole.append(folder)
-    threads = [threading.Thread(target=runs._publish, args=(folder, tmp_path, "x")) for folder in whole]
+    threads = [threading.Thread(target=runs.publish, args=(folder, tmp_path, "x")) for folder in whole]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -404,7 +404,7 @@ def test_a_name_taken_by_another_process_is_not_overwritten(tmp_path):
 
 def test_a_folder_that_vanished_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError):
-        runs._publish(tmp_path / ".partial-1", tmp_path, "x")
+        runs.publish(tmp_path / ".partial-1", tmp_path, "x")
 
 
 # ---- finding

@@ -140,10 +140,14 @@ def round_to_float_scale(blocks: Tensor, amax: Tensor, fmt: MXFormat, noise: Ten
     raises s to 2^-6, the smallest normal number); without one y = x / s. Every operation is one of float32.
     """
     t = tensor_scale(blocks, fmt)
-    s = wanted_scale(amax, t, fmt).clamp_(fmt.scale_grid.min, fmt.scale_grid.max)
-    s = torch.where(amax.isfinite(), s, torch.nan)
+    s = torch.where(amax.isfinite(), held_scale(amax, t, fmt), torch.nan)
     y = blocks * (t.reciprocal() / s) if fmt.scale_format.tensor_bits else blocks / s
     return round_to_element(y, fmt, noise).mul_(t * s)
+
+
+def held_scale(amax: Tensor, tensor_scale: Tensor, fmt: MXFormat) -> Tensor:
+    """The scale of each block, held to the positive values of its format."""
+    return wanted_scale(amax, tensor_scale, fmt).clamp_(fmt.scale_grid.min, fmt.scale_grid.max)
 
 
 def wanted_scale(amax: Tensor, tensor_scale: Tensor, fmt: MXFormat) -> Tensor:
@@ -172,6 +176,21 @@ def out_of_range(blocks: Tensor, fmt: MXFormat) -> tuple[Tensor, Tensor, Tensor]
         return counts, counts & (wanted == 0), counts & (wanted > fmt.scale_grid.max)
     exponent = unclamped_exponent(amax, fmt)
     return counts, counts & (exponent < -fmt.scale_emax), counts & (exponent > fmt.scale_emax)
+
+
+# Both
+
+
+def scales(blocks: Tensor, fmt: MXFormat) -> Tensor:
+    """What the elements of each of (..., n_blocks, block) are multiples of: (..., n_blocks, 1), as float32.
+
+    That of a block which becomes NaN, because it wants a larger one, is the largest there is.
+    """
+    amax = blocks.abs().amax(-1, keepdim=True)
+    if not fmt.scale_format.is_float:
+        return exp2(shared_exponent(blocks, amax, fmt))
+    t = tensor_scale(blocks, fmt)
+    return t * held_scale(amax, t, fmt)
 
 
 # Elements

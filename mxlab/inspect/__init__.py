@@ -1,0 +1,1 @@
+"""What quantization does to one model, and which role, layer or projection is to blame: ``mxlab inspect``."""

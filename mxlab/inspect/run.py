@@ -1,0 +1,56 @@
+"""One inspection as a folder: complete or absent, like the run directories of :mod:`mxlab.runs`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from mxlab import models, runs, texts
+from mxlab.errors import MetricError
+from mxlab.inspect import files
+from mxlab.inspect.inspection import Inspection, inspect
+from mxlab.inspect.sensitivity import Track, untracked
+from mxlab.scoring import TextRequest, check_context
+from mxlab.texts import Text
+
+
+def run(request: TextRequest, stage_folder: Path, track: Track = untracked) -> tuple[Path, Inspection]:
+    """Inspect the model of ``request`` on the first windows of its text, into a new folder of ``stage_folder``.
+
+    Raises:
+        MxlabError: as :func:`mxlab.inspect.inspection.inspect`; SourceError where the model or the text cannot be had;
+            MetricError where the text is too short; RunError where the folder cannot be written.
+    """
+    with runs.partial(stage_folder) as folder:
+        runs.write_origin(folder, request.recipe)
+        text = texts.load(request.text, request.data_dir)
+        loaded = models.load(request.model, request.dtype, request.device)
+        check_context(loaded.model, request.window)
+        rows = first_windows(texts.encode(loaded.tokenizer, text), request.windows or 1, request.window)
+        inspection = inspect(loaded.model, request.recipe, rows, track)
+        files.write(inspection, _origin(request, text), folder)
+        return runs.publish(folder, stage_folder, request.recipe.name), inspection
+
+
+def first_windows(ids: Tensor, windows: int, window: int) -> Tensor:
+    """The first tokens of a text as (windows, tokens of a window).
+
+    Raises:
+        MetricError: there are not as many.
+    """
+    if len(ids) < windows * window:
+        raise MetricError(
+            f"the text has {len(ids)} tokens, fewer than {windows} windows of {window}: give a longer text, or fewer "
+            "or shorter windows"
+        )
+    return ids[: windows * window].view(windows, window)
+
+
+def _origin(request: TextRequest, text: Text) -> dict[str, Any]:
+    return {
+        "model": models.identity(request.model),
+        "dtype": request.dtype,
+        "text": {"name": text.name, "sha256": text.sha256, "origin": text.origin},
+    }
