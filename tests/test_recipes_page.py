@@ -30,11 +30,8 @@ def test_every_architecture_is_in_the_table():
 def test_a_row(name):
     linears, roles = rows()[name]
     model = architectures.build(name)
-    found = list(sites.find(model))
-    counts = [
-        sum(s.part == part and s.kind != "attention" and s.layer == 0 for s in found) for part in ("mlp", "attention")
-    ]
-    assert linears == ", ".join(map(str, counts))
+    parts = [site.part for site in sites.find(model) if site.kind != "attention" and site.layer == 0]
+    assert linears == f"{parts.count('mlp')}, {parts.count('attention')}"
     assert roles.split(", ") == [role for role in ATTENTION_ROLES if serves(name, role)]
 
 
