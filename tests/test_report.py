@@ -434,11 +434,11 @@ def test_failures_of_a_sweep_are_listed(tree, report):
 
 def test_a_failure_that_was_made_good_is_left_out(tree, report):
     key = {"recipe": "abc", "limit": None}
-    add(tree / "ex1" / "one", run={"stage": "ex1", "options": {}, "key": key})
+    add(tree / "ex1" / "one", run={"stage": "ex1", "options": {}, "key": {**key, "revision": "0123"}})
     failure = {"label": "x", "error": "e", "time": "t", "traceback": "..."}
     lines = {
         "ex1": [
-            {"key": {**key, "code": "older"}},
+            {"key": {**key, "code": "older", "revision": None}},
             {"key": dict(reversed(key.items()))},
             {"key": {**key, "limit": 2}, "label": "other"},
             {},
