@@ -24,7 +24,8 @@ class ScaleClampCounter:
     """
 
     def __init__(self, conversion: Conversion) -> None:
-        roles = {r for site in conversion.sites for r, fmt in site.formats.items() if isinstance(fmt, MXFormat)}
+        formats = [item for site in conversion.sites for by_role in site.by_phase.values() for item in by_role.items()]
+        roles = {role for role, fmt in formats if isinstance(fmt, MXFormat)} - {"bias", "output"}
         self.counts = {role: Counter(blocks=0, clamped=0, overflowed=0) for role in sorted(roles)}
         self._sites = conversion.sites
         if "weight" in roles:

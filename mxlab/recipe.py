@@ -65,6 +65,11 @@ class Elementwise:
         check_choice("weight_rounding", self.weight_rounding, ROUNDINGS)
         check_choice("output_rounding", self.output_rounding, ROUNDINGS)
 
+    @property
+    def is_used(self) -> bool:
+        """Whether anything is rounded."""
+        return bool(self.bfloat or self.fp)
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -72,6 +77,10 @@ class Recipe:
 
     ``name`` is a label: it is not part of the hash. ``algorithms`` holds the tables of the algorithms to run before
     quantizing, by name.
+
+    Raises:
+        SpecError: a name that is no folder's, rules without effect, a format that the numerics do not have.
+        FormatError: unknown numerics or algorithms.
     """
 
     name: str
@@ -94,6 +103,18 @@ class Recipe:
             )
         for algorithm in self.algorithms:
             check_choice("algorithm", algorithm, ALGORITHMS)
+        self._check_effect()
+
+    def _check_effect(self) -> None:
+        for rule in self.rules:
+            if not (rule.skip or rule.formats or self.elementwise.is_used):
+                raise SpecError(
+                    f"{rule} gives no format, and nothing is rounded element-wise: give one, or skip = true"
+                )
+        if self.rules and all(rule.skip for rule in self.rules):
+            raise SpecError(
+                "every rule skips, so nothing is quantized: give formats, or no rules for the model as it is"
+            )
 
     @property
     def hash(self) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 from mxlab.errors import FormatError, SpecError
 from mxlab.formats import ROUNDINGS, MXFormat, check_choice, check_int, element, elementwise_format, suggestion
 from mxlab.recipe import Elementwise, Recipe
-from mxlab.rules import Rule
+from mxlab.rules import KV_ROLES, Rule
 
 ENVIRONMENT_VARIABLE = "MX_SPECS_JSON"
 # Where `mxlab run` asks its child to write what was quantized.
@@ -161,14 +161,14 @@ def override(recipe: Recipe, options: Mapping[str, Any]) -> Recipe:
     for name in filter(_is_inert, options):
         raise SpecError(f"{name} has no effect on the layers that mxlab replaces: leave it out")
     given = {name: _checked(name, value) for name, value in options.items()}
-    if given.get("quantize_linear") is False:
-        recipe = replace(recipe, rules=tuple(r for r in recipe.rules if r.is_attention))
-    else:
-        recipe = _with_linear_formats(recipe, given)
+    elementwise = _elementwise(recipe.elementwise, given)
+    rules = _with_linear_formats(recipe, given)
     if "kv_elem_format" in given:
-        recipe = _with_kv_format(recipe, given["kv_elem_format"])
-    recipe = recipe.map_formats(**_format_changes(given))
-    recipe = replace(recipe, elementwise=_elementwise(recipe.elementwise, given))
+        rules = _with_kv_format(recipe, rules, given["kv_elem_format"])
+    rules = tuple(r for r in rules if r.skip or r.formats or elementwise.is_used)
+    if all(r.skip for r in rules):
+        rules = ()
+    recipe = replace(recipe, rules=rules, elementwise=elementwise).map_formats(**_format_changes(given))
     if "custom_cuda" in given:
         recipe = replace(recipe, numerics="exact" if given["custom_cuda"] else "microxcaling")
     return recipe
@@ -234,26 +234,37 @@ def _checked(name: str, value: Any) -> Any:
     return value
 
 
-def _with_linear_formats(recipe: Recipe, given: Mapping[str, Any]) -> Recipe:
+def _with_linear_formats(recipe: Recipe, given: Mapping[str, Any]) -> tuple[Rule, ...]:
     """Set the element formats of weights and activations, in a rule of their own where the recipe has none."""
+    if given.get("quantize_linear") is False:
+        return tuple(r for r in recipe.rules if r.skip or r.is_attention)
     chosen = {role: given[key] for role, key in _LINEAR_OPTIONS.items() if key in given}
-    linear = [r for r in recipe.rules if not r.is_attention]
-    if not linear and (given.get("quantize_linear") or any(chosen.values())):
-        linear = [Rule(LINEARS)]
-    linear = [replace(r, **{role: _reformat(recipe, r, role, name) for role, name in chosen.items()}) for r in linear]
-    return replace(recipe, rules=(*linear, *(r for r in recipe.rules if r.is_attention)))
+    rules = recipe.rules
+    if all(r.skip or r.is_attention for r in rules) and (given.get("quantize_linear") or any(chosen.values())):
+        rules = (*(r for r in rules if r.skip), Rule(LINEARS), *(r for r in rules if not r.skip))
+    return tuple(
+        r
+        if r.skip or r.is_attention
+        else replace(r, **{role: _reformat(recipe, r, role, name) for role, name in chosen.items()})
+        for r in rules
+    )
 
 
 _LINEAR_OPTIONS = {"weight": "w_elem_format", "activation": "a_elem_format"}
 
 
-def _with_kv_format(recipe: Recipe, name: str | None) -> Recipe:
-    others = tuple(r for r in recipe.rules if not r.is_attention)
-    if name is None:
-        return replace(recipe, rules=others)
-    attention = [r for r in recipe.rules if r.is_attention] or [Rule(ATTENTIONS)]
-    changed = (replace(r, **{role: _reformat(recipe, r, role, name) for role in ("k", "v")}) for r in attention)
-    return replace(recipe, rules=(*others, *changed))
+def _with_kv_format(recipe: Recipe, rules: tuple[Rule, ...], name: str | None) -> tuple[Rule, ...]:
+    """Set the element format of K and V in all rules of attentions, or in a new one; other roles stay."""
+    if name is not None and not any(r.is_attention for r in rules):
+        rules = (*rules, Rule(part="attention") if any(r.part for r in rules) else Rule(ATTENTIONS))
+        changed = rules[-1:]
+    else:
+        changed = tuple(r for r in rules if r.is_attention)
+    return tuple(
+        replace(r, **{role: _reformat(recipe, r, role, name) for role in KV_ROLES}) if r in changed else r
+        for r in rules
+        if name is not None or set(r.formats) - set(KV_ROLES) or not r.is_attention
+    )
 
 
 def _reformat(recipe: Recipe, rule: Rule, role: str, name: str | None) -> MXFormat | None:

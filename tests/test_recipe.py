@@ -48,10 +48,11 @@ elementwise = st.builds(
 )
 
 
-def _known(numerics: str, rules: tuple[Rule, ...], **more) -> Recipe:
-    """A recipe whose numerics know its formats."""
+def _known(numerics: str, rules: tuple[Rule, ...], elementwise: Elementwise, **more) -> Recipe:
+    """A recipe whose rules have an effect, and whose numerics know its formats."""
+    rules = tuple(rule for rule in rules if rule.formats or elementwise.is_used)
     plain = all(f.scale == "e8m0" and f.scale_rule in ("floor", "none") for r in rules for f in r.formats.values())
-    return Recipe(numerics=numerics if plain else "exact", rules=rules, **more)
+    return Recipe(numerics=numerics if plain else "exact", rules=rules, elementwise=elementwise, **more)
 
 
 any_recipe = st.builds(

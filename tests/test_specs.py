@@ -11,7 +11,9 @@ import pytest
 from mxlab import recipe as recipes
 from mxlab.errors import FormatError, SpecError
 from mxlab.formats import ROUNDINGS, MXFormat
-from mxlab.recipe import Elementwise, Recipe, Rule
+from mxlab.quantizers import parse_format
+from mxlab.recipe import Elementwise, Recipe
+from mxlab.rules import Rule
 from mxlab.specs import ATTENTIONS, LINEARS, OPTIONS, MxSpecs, add_arguments, override, parse_assignment
 
 DEFAULTS = {
@@ -383,3 +385,45 @@ def test_options_need_no_torch():
 
     code = "import sys, mxlab.specs, mxlab.launcher; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent).returncode == 0
+
+
+# ---- overrides of recipes with the other kinds of rules
+
+
+def test_overrides_leave_skip_rules_where_they_are():
+    skip, mlp, attention = (
+        Rule(part="mlp", layers="0", skip=True),
+        Rule(part="mlp", weight=MXFormat("fp4")),
+        Rule(part="attention", k=MXFormat("int8"), q=MXFormat("int8")),
+    )
+    recipe = Recipe("mine", (skip, mlp, attention))
+    changed = override(recipe, {"w_elem_format": "int4", "block_size": 16, "kv_elem_format": "fp4"})
+    assert changed.rules[0] == skip
+    assert str(changed.rules[1].weight) == "int4@16"
+    assert {role: str(fmt) for role, fmt in changed.rules[2].formats.items()} == {
+        "k": "fp4_e2m1@16",
+        "v": "fp4_e2m1@16",
+        "q": "int8@16",
+    }
+    assert override(recipe, {"quantize_linear": False}).rules == (skip, attention)
+    without_kv = override(recipe, {"kv_elem_format": None})
+    assert [set(rule.formats) for rule in without_kv.rules] == [set(), {"weight"}, {"q"}]
+
+
+def test_new_kv_rules_fit_the_architecture_that_parts_fit():
+    recipe = override(Recipe("mine", (Rule(part="mlp", weight=MXFormat("fp4")),)), {"kv_elem_format": "int8"})
+    assert recipe.rules[1].part == "attention"
+
+
+def test_options_of_other_formats_are_errors():
+    recipe = Recipe("mine", (Rule(part="mlp", weight=parse_format("integer,width=8,frac=4")),))
+    with pytest.raises(SpecError, match=r"block_size cannot be set for integer.*not a microscaling format"):
+        override(recipe, {"block_size": 16})
+    assert str(override(recipe, {"w_elem_format": "int4"}).rules[0].weight) == "int4@32"
+
+
+def test_a_rule_without_effect_is_an_error():
+    with pytest.raises(SpecError, match=r"gives no format, and nothing is rounded element-wise"):
+        Recipe("mine", (Rule(part="mlp"),))
+    with pytest.raises(SpecError, match="every rule skips"):
+        Recipe("mine", (Rule(part="mlp", skip=True),))
