@@ -438,13 +438,13 @@ def test_worst_operands_of_each_role(inspection):
     assert worst[1].statistics.sqnr_db <= min(
         o.statistics.sqnr_db for o in inspection.operands if o.role == "weight" and o not in worst
     )
-    assert [row[1] for row in tables.worst_operands(inspection, 1).rows] == ["k", "v", "weight", "activation"]
+    assert [row[1] for row in tables.worst_operands(inspection, 1).rows] == ["weight", "activation", "k", "v"]
 
 
 def test_the_heat_maps(inspection):
     drawn = figures.sqnr(inspection)
     shown = {axes.get_title(loc="left"): axes for axes in drawn.axes if axes.get_title(loc="left")}
-    assert list(shown) == ["K, V and other operands of attentions", "Weights", "Activations"]
+    assert list(shown) == ["Weights", "Activations", "K, V and other operands of attentions"]
     weights = shown["Weights"].images[0].get_array()
     assert weights.shape == (8, 3)  # seven projections and the head; two layers and outside
     assert int(weights.mask.sum()) == 7 + 2  # the head lies outside, the others inside

@@ -9,7 +9,7 @@ from pathlib import Path
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from mxlab.formats import MXFormat
 from mxlab.inspect.inspection import Inspection
@@ -122,8 +122,11 @@ def layers(inspection: Inspection) -> Figure:
     parts = inspection.sensitivity.of("layer")
     figure = Figure(figsize=(_WIDTH, 4.6), dpi=DPI, layout="constrained")
     upper, lower = figure.subplots(2, sharex=True)
-    for place, color, label in ((-0.2, _BLUE, "alone"), (0.2, _ORANGE, "saved")):
-        costs = [part.alone if label == "alone" else part.saved for part in parts]
+    sides = (
+        (-0.2, _BLUE, "alone: only this layer is quantized", [part.alone for part in parts]),
+        (0.2, _ORANGE, "saved: by leaving out this layer", [part.saved for part in parts]),
+    )
+    for place, color, label, costs in sides:
         _bars(upper, [cost and cost.kl for cost in costs], place, color, label)
         _bars(lower, [cost and cost.cross_entropy for cost in costs], place, color, label)
     upper.set_ylabel("KL divergence (nats/token)")
@@ -160,6 +163,7 @@ def exponents(inspection: Inspection) -> Figure:
         left.set_title(f"{role}, {fmt}", loc="left", fontsize=9)
         left.set_ylabel("Elements")
         right.set_ylabel("Blocks")
+        right.xaxis.set_major_locator(MaxNLocator(integer=True))
     every[-1, 0].set_xlabel("floor(log2 |element / scale|)")
     every[-1, 1].set_xlabel("floor(log2 scale)")
     return figure

@@ -19,6 +19,7 @@ from mxlab.inspect.operands import Operand, collect
 from mxlab.inspect.sensitivity import Sensitivity, Track, sensitivity, untracked
 from mxlab.inspect.statistics import Statistics
 from mxlab.recipe import Recipe
+from mxlab.rules import ROLES
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -37,9 +38,9 @@ class Inspection:
     notes: tuple[str, ...]
 
     def by(self, key: Callable[[Operand], Key]) -> dict[Key, Statistics]:
-        """The statistics of all operands with the same key, together."""
+        """The statistics of all operands with the same key, together; those of weights first."""
         found: defaultdict[Key, Statistics] = defaultdict(Statistics)
-        for operand in self.operands:
+        for operand in sorted(self.operands, key=lambda o: ROLES.index(o.role)):
             found[key(operand)] += operand.statistics
         return dict(found)
 
@@ -50,7 +51,8 @@ class Inspection:
     @property
     def roles(self) -> list[str]:
         """The roles that are quantized."""
-        return list(dict.fromkeys(operand.role for operand in self.operands))
+        present = {operand.role for operand in self.operands}
+        return [role for role in ROLES if role in present]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON: histograms for each projection, other figures for each module."""
