@@ -20,7 +20,7 @@ ALL_ROLES = (*ROLES, ELEMENTWISE)
 
 def only_roles(recipe: Recipe, roles: Collection[str]) -> Recipe:
     """Only these of :data:`ALL_ROLES` are quantized."""
-    rounds = ELEMENTWISE in roles
+    rounds = ELEMENTWISE in roles and recipe.elementwise.is_used
     rules = tuple(
         kept
         for rule in _spelled_out(recipe)

@@ -380,7 +380,7 @@ def test_other_architectures(name):
 # ---- errors
 
 
-@pytest.mark.parametrize("rules", [(), (Rule(part="all", phase="decode", weight=FP4),), (Rule(part="all"),)])
+@pytest.mark.parametrize("rules", [(), (Rule(part="all", phase="decode", weight=FP4),)])
 def test_nothing_to_inspect(llama, rules):
     with pytest.raises(SpecError, match="recipe empty gives no operand of this model a format in prefill"):
         inspect(llama, Recipe("empty", rules), ROWS)
