@@ -49,7 +49,7 @@ def test_modules():
     "rule", [Rule(modules=".*up", weight=FP4), Rule(part="mlp", weight=FP4), Rule(name="layers.0.up", skip=True)]
 )
 def test_recipes_that_choose_by_pattern_are_refused(rule):
-    recipe = Recipe("loose", (rule,))
+    recipe = Recipe("loose", (LINEAR, rule))
     for restrict in (only_roles, without_roles, only_modules, without_modules):
         with pytest.raises(SpecError, match=r"recipe loose: the rule for .* does not quantize one named module"):
             restrict(recipe, ("weight",))
