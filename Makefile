@@ -31,7 +31,7 @@ figs: setup
 	rm -rf results/smollm2-135m/report
 	.venv/bin/mxlab report results/smollm2-135m --out results/smollm2-135m/report
 	cp results/smollm2-135m/report/figs/*.png figs/
-	$(PYTHON) docs/fill.py docs/results.md
+	for page in results inspect recipes; do $(PYTHON) docs/fill.py docs/$$page.md || exit 1; done
 	$(PYTHON) docs/formats.py
 
 # DATA is a folder with lambada_openai.jsonl; without one, the embedded passages are read.

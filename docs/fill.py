@@ -33,9 +33,16 @@ def table(file: Path, columns: list[str]) -> str:
 def cell(row: dict[str, str], name: str) -> str:
     """A value with the digits its size deserves: 0.1327 ± 0.0095, 268.3 ± 22.9."""
     if not (error := row.get(f"{name}_stderr")):
-        return row[name]
+        return row[name] if len(row[name]) < 8 else _shortened(row[name])
     digits = 4 if float(row[name]) < 1 else 1
     return f"{float(row[name]):.{digits}f} ± {float(error):.{digits}f}"
+
+
+def _shortened(text: str) -> str:
+    try:
+        return f"{float(text):.4g}"
+    except ValueError:
+        return text
 
 
 def main(path: str, *options: str) -> None:

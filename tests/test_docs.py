@@ -17,9 +17,10 @@ def fill():
     return module
 
 
-def test_the_tables_of_the_results_page_are_those_of_the_files(fill):
-    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    assert page.count("<!-- table ") == len(fill.TABLE.findall(page)) > 4
+@pytest.mark.parametrize(("name", "tables"), [("results", 8), ("inspect", 2), ("recipes", 1)])
+def test_the_tables_of_a_page_are_those_of_the_files(fill, name, tables):
+    page = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
+    assert page.count("<!-- table ") == len(fill.TABLE.findall(page)) >= tables
     assert fill.fill(page) == page
 
 
