@@ -7,7 +7,6 @@ import os
 import shlex
 import sys
 from dataclasses import replace
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,6 +20,7 @@ from mxlab import recipe as recipes
 from mxlab.bench import command as bench
 from mxlab.errors import MxlabError, SpecError
 from mxlab.inspect.command import inspect
+from mxlab.options import Dtype
 from mxlab.recipe import Recipe
 from mxlab.specs import ENVIRONMENT_VARIABLE, MxSpecs, override, parse_assignment
 
@@ -33,14 +33,6 @@ app.add_typer(bench.app, name="bench")
 app.command()(inspect)
 console = Console()
 stderr = Console(stderr=True)
-
-
-class Dtype(StrEnum):
-    """The dtypes a model can compute in."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
 
 
 Model = Annotated[str, typer.Option("--model", help="A hub name, a folder, or smollm2 (embedded).")]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,6 +15,7 @@ from rich.table import Table
 
 from mxlab import recipe as recipes
 from mxlab.errors import SpecError
+from mxlab.options import Dtype
 from mxlab.specs import ENVIRONMENT_VARIABLE
 
 if TYPE_CHECKING:
@@ -23,14 +23,6 @@ if TYPE_CHECKING:
 
 console = Console()
 stderr = Console(stderr=True)
-
-
-class Dtype(StrEnum):
-    """The dtypes a model can compute in."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
 
 
 def inspect(
