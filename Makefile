@@ -31,6 +31,7 @@ figs: setup
 	rm -rf results/smollm2-135m/report
 	.venv/bin/mxlab report results/smollm2-135m --out results/smollm2-135m/report
 	cp results/smollm2-135m/report/figs/*.png figs/
+	$(PYTHON) docs/tiers.py results/wikitext2/tiers results/wikitext2/tiers.csv
 	for page in results inspect recipes; do $(PYTHON) docs/fill.py docs/$$page.md || exit 1; done
 	$(PYTHON) docs/formats.py
 
