@@ -23,7 +23,7 @@ ROLES = LINEAR_ROLES + ATTENTION_ROLES
 SELECTORS = ("modules", "type", "name", "part")
 _FLAGS = ("skip", "bias_optional")
 
-_LAYERS = re.compile(r"(?P<first>\d+)(-(?P<last>\d+))?|(?P<from_end>-\d+)")
+_LAYERS = re.compile(r"(?P<first>[0-9]+)(-(?P<last>[0-9]+))?|(?P<from_end>-[0-9]+)")
 
 
 @dataclass(frozen=True)
