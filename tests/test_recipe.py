@@ -23,7 +23,7 @@ formats = st.builds(
     element=st.sampled_from([*ELEMENTS, "int5", "fp7_e3m3"]),
     block_size=st.integers(0, 10_000),
     scale_bits=st.integers(0, 8),
-    scale_rule=st.sampled_from(["floor", "ceil", "even", "rceil", "none"]),
+    scale_rule=st.sampled_from(["floor", "none"]),  # the other rules are not in all numerics
     rounding=st.sampled_from(ROUNDINGS),
     flush_fp32_subnorms=st.booleans(),
 )
@@ -33,8 +33,8 @@ patterns = st.one_of(
 )
 optional = st.none() | formats
 rules = st.one_of(
-    st.builds(Rule, modules=patterns, weight=optional, activation=optional),
-    st.builds(Rule, modules=patterns, k=optional, v=optional),
+    st.builds(Rule, modules=patterns, weight=formats, activation=optional),
+    st.builds(Rule, modules=patterns, k=optional, v=formats),
 )
 widths = st.one_of(
     st.tuples(st.sampled_from([0, *range(10, 33)]), st.just(0)), st.tuples(st.just(0), st.sampled_from(range(7, 30)))
