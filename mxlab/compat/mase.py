@@ -103,6 +103,8 @@ def read(values: Table, name: str, source: str) -> MaseConfig:
         notes += selector.notes
     algorithms = _algorithms(tables, by, list(chosen.values()), notes)
     label = re.sub(r"[^\w .+=,-]", "_", name).lstrip("_ .+=,-") or "mase"
+    if all(rule.skip for rule in rules):
+        rules = []  # a file that quantizes nothing
     return MaseConfig(Recipe(label, tuple(rules), algorithms=algorithms), tuple(dict.fromkeys(notes)))
 
 
