@@ -131,7 +131,7 @@ def _install(model: nn.Module, recipe: Recipe, found: list[Match]) -> Conversion
     for parent, inputs in installer.shared.items():
         inputs.attach(model.get_submodule(parent))
     if any(site.by_phase["prefill"] != site.by_phase["decode"] for site in found):
-        installer.phase.attach(getattr(model, "base_model", model))
+        installer.phase.attach(model)
     return Conversion(model, recipe, tuple(found), remarks=tuple(remarks))
 
 

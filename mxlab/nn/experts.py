@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from mxlab.errors import ConversionError
 from mxlab.nn.inside import Inside
+from mxlab.nn.mark import Mark
 from mxlab.nn.phase import PassPhase
 from mxlab.nn.products import ParameterProducts
 from mxlab.nn.quantizer import LinearQuantizer
@@ -34,7 +34,7 @@ class ExpertsQuantizer:
         self._name, self._module, self._weights, self._phase = name, module, weights, phase
         self._axis = -2 if is_transposed else -1
         self._quantizers: dict[str, Quantizers] = {}
-        self._frozen: dict[str, _Mark | int] = {}  # in a copy of the module, a checksum of what was frozen
+        self._frozen: dict[str, Mark | int] = {}  # in a copy of the module, a checksum of what was frozen
         Inside(module, self).install()
         module.register_load_state_dict_post_hook(self._forget)
 
@@ -51,7 +51,7 @@ class ExpertsQuantizer:
                 continue
             with torch.no_grad():
                 weight.copy_(quantizers["prefill"].on_weight(weight, self._axis))
-            self._frozen[name] = _Mark(weight)
+            self._frozen[name] = Mark(weight)
 
     def compute(self, forward: Callable, *args: Any, **kwargs: Any) -> Any:
         """The module's output, its operands quantized.
@@ -88,7 +88,7 @@ class ExpertsQuantizer:
                 del self._frozen[name]
             return name in self._frozen
         if isinstance(mark, int):
-            mark = _Mark(weight) if _checksum(weight) == mark else None
+            mark = Mark(weight) if _checksum(weight) == mark else None
         if mark is None or not mark.is_of(weight):
             del self._frozen[name]
             return False
@@ -102,20 +102,6 @@ class ExpertsQuantizer:
     def __getstate__(self) -> dict[str, Any]:
         frozen = {name: _checksum(getattr(self._module, name)) for name in list(self._frozen) if self._is_frozen(name)}
         return {**self.__dict__, "_frozen": frozen}
-
-
-class _Mark:
-    """Recognises a parameter for as long as its values are the same, be they moved or cast."""
-
-    def __init__(self, weight: Tensor) -> None:
-        self._weight, self._version = weakref.ref(weight), _version(weight)
-
-    def is_of(self, weight: Tensor) -> bool:
-        return self._weight() is weight and self._version == _version(weight)
-
-
-def _version(weight: Tensor) -> int:
-    return 0 if weight.is_inference() else weight._version
 
 
 def _checksum(weight: Tensor) -> int:

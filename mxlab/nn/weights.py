@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mxlab.nn.mark import Mark
 from mxlab.nn.quantizer import LinearQuantizer
 from mxlab.rules import Phase
-
-Fingerprint = tuple[int, int]
 
 
 class OnGrid(nn.Module):
@@ -26,9 +25,9 @@ class OnGrid(nn.Module):
     quantizers: Mapping[Phase, LinearQuantizer]
     in_place: bool
     _is_master: bool
-    _frozen_at: Fingerprint | None
+    _frozen_at: Mark | None
     _watched: int | None
-    _copies: dict[str, tuple[Fingerprint, Tensor]]
+    _copies: dict[str, tuple[Mark, Tensor]]
 
     def _start(self, quantizers: Mapping[Phase, LinearQuantizer], is_tied: bool) -> None:
         """Set up a module that has just become of this class."""
@@ -49,12 +48,12 @@ class OnGrid(nn.Module):
             return
         with torch.no_grad():
             self.weight.copy_(self._quantizer.on_weight(self.weight, self.input_axis))
-        self._frozen_at = self._fingerprint()
+        self._frozen_at = Mark(self.weight)
 
     @property
     def is_frozen(self) -> bool:
         """Whether the weight was put on the grid and has not changed since."""
-        return self._frozen_at is not None and self._frozen_at == self._fingerprint()
+        return self._frozen_at is not None and self._frozen_at.is_in_place(self.weight)
 
     @property
     def _quantizer(self) -> LinearQuantizer:
@@ -93,10 +92,10 @@ class OnGrid(nn.Module):
         if self.in_place or passes_gradient or self._is_offloaded:
             return mx.on_weight(self.weight, self.input_axis)
         made_from, copy = self._copies.get(mx.weight_kind, (None, None))
-        if copy is None or made_from != self._fingerprint():
+        if copy is None or made_from is None or not made_from.is_in_place(self.weight):
             with torch.no_grad():
                 copy = mx.on_weight(self.weight.detach(), self.input_axis)
-            self._copies[mx.weight_kind] = self._fingerprint(), copy
+            self._copies[mx.weight_kind] = Mark(self.weight), copy
         return copy
 
     def _watch_for_gradients(self) -> None:
@@ -108,16 +107,11 @@ class OnGrid(nn.Module):
     def _got_gradient(self, _: Tensor) -> None:
         self._is_master = True
 
-    def _fingerprint(self) -> Fingerprint:
-        # In-place changes raise the version; loading, casting and moving replace the storage.
-        weight = self.weight
-        return weight.data_ptr(), 0 if weight.is_inference() else weight._version
-
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         frozen = self.is_frozen
         super()._apply(fn, recurse)
         # The same values elsewhere: quantizing them again would move them under numerics that are not idempotent.
-        self._frozen_at = self._fingerprint() if frozen else None
+        self._frozen_at = Mark(self.weight) if frozen else None
         self._copies.clear()
         return self
 
@@ -137,4 +131,4 @@ class OnGrid(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._frozen_at = self._fingerprint() if state["_frozen_at"] else None
+        self._frozen_at = Mark(self.weight) if state["_frozen_at"] else None
