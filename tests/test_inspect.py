@@ -26,6 +26,7 @@ from mxlab.inspect.sensitivity import Estimate
 from mxlab.inspect.statistics import measure
 from mxlab.matching import match, spelled_out
 from mxlab.metrics import next_token_loss, sqnr_db
+from mxlab.quantizers import parse_format
 from mxlab.recipe import Elementwise, Recipe
 from mxlab.rules import Rule
 
@@ -218,6 +219,18 @@ def test_infinite_operands_are_named(llama):
         model.model.layers[1].mlp.up_proj.weight.fill_(1e38)
     with pytest.raises(MetricError, match=r"the activation of model\.layers\.1\.mlp\.down_proj, in the unquantized"):
         collect(model, WEIGHTS_KV, ROWS.split(1))
+
+
+def test_formats_beside_microscaling(llama, tmp_path):
+    fixed = parse_format("integer,width=6,frac=4")
+    found = inspect(llama, Recipe("fixed", (Rule(part="mlp", layers="0", weight=fixed, activation=FP8),)), ROWS)
+    weight = next(o for o in found.operands if o.role == "weight").statistics
+    expected = llama.model.layers[0].mlp.gate_proj.weight.detach()
+    assert weight.sqnr_db == pytest.approx(sqnr_db(expected, numerics.quantize(expected, fixed)), rel=1e-9)
+    assert weight.values
+    assert not weight.scales
+    files.write(found, {"model": "m", "dtype": "float32", "text": {"name": "t"}}, tmp_path)
+    assert (tmp_path / "exponents.png").stat().st_size > 10_000
 
 
 # ---- parts

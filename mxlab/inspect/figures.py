@@ -157,9 +157,11 @@ def exponents(inspection: Inspection) -> Figure:
     figure = Figure(figsize=(_WIDTH, 1.55 * len(found) + 0.5), dpi=DPI, layout="constrained")
     every = figure.subplots(len(found), 2, squeeze=False, width_ratios=(5, 3))
     for (left, right), ((role, fmt), statistics) in zip(every, found.items(), strict=True):
-        _histogram(left, statistics.elements)
+        is_scaled = bool(statistics.scales)
+        _histogram(left, statistics.elements if is_scaled else statistics.values)
         _histogram(right, statistics.scales)
-        _mark_range(left, MXFormat.parse(fmt))
+        if is_scaled:
+            _mark_range(left, MXFormat.parse(fmt))
         left.set_title(f"{role}, {fmt}", loc="left", fontsize=9)
         left.set_ylabel("Elements")
         right.set_ylabel("Blocks")
