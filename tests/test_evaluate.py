@@ -13,6 +13,7 @@ import pytest
 from mxlab import recipe
 from mxlab.errors import ConversionError, FormatError, SpecError
 from mxlab.evaluate import Request, evaluate
+from mxlab.formats import MXFormat
 from mxlab.outcome import Outcome
 from mxlab.recipe import Recipe, Rule
 from mxlab.specs import override
@@ -159,7 +160,7 @@ def test_a_context_longer_than_the_models_is_said(tiny_llama, tmp_path, caplog):
 
 def test_a_recipe_that_does_not_fit(tiny_llama, tmp_path):
     with pytest.raises(ConversionError, match=r"matches no module .* model\.layers\.0\.self_attn\.q_proj"):
-        tiny(tmp_path / "o", tiny_llama, Recipe("r", (Rule("nothing"),)))
+        tiny(tmp_path / "o", tiny_llama, Recipe("r", (Rule("nothing", weight=MXFormat("fp4")),)))
     assert not list((tmp_path / "o").glob("metrics_*"))
 
 

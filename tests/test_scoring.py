@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from mxlab import models, recipe, runs
 from mxlab.errors import ConversionError, FormatError, MetricError, SourceError, SpecError
+from mxlab.formats import MXFormat
 from mxlab.outcome import Outcome
 from mxlab.pool import Pool
 from mxlab.recipe import Recipe, Rule
@@ -164,7 +165,7 @@ def test_windows_that_do_not_fit(tiny_llama, tmp_path):
 
 def test_a_recipe_or_a_text_that_does_not_fit(tiny_llama, tmp_path):
     with pytest.raises(ConversionError, match="matches no module"):
-        score(replace(tiny(tiny_llama), recipe=Recipe("r", (Rule("nothing"),))), tmp_path)
+        score(replace(tiny(tiny_llama), recipe=Recipe("r", (Rule("nothing", weight=MXFormat("fp4")),))), tmp_path)
     with pytest.raises(SourceError, match="no text 'nothing'"):
         score(tiny(tiny_llama, text="nothing"), tmp_path)
 
