@@ -49,7 +49,7 @@ setup:
 setup-dev:
 	env -u VIRTUAL_ENV ./install.sh --dev
 
-$(OLD)/.complete: pyproject.toml CMakeLists.txt $(wildcard mxlab/backends/csrc/*) | setup-dev
+$(OLD)/.complete: pyproject.toml CMakeLists.txt $(wildcard mxlab/numerics/kernels/csrc/*) | setup-dev
 	test -d $(OLD) || $(PYTHON) -m venv $(OLD)
 	$(OLD)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(OLD)/bin/python -m pip install --quiet --disable-pip-version-check transformers==$(OLD_TRANSFORMERS) accelerate hypothesis pytest tomli-w

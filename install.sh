@@ -75,7 +75,7 @@ has() {
 }
 
 has_native() {
-    "$python" -P -c 'import mxlab.backends._native' 2>/dev/null
+    "$python" -P -c 'import mxlab.numerics.kernels._native' 2>/dev/null
 }
 
 # Whether CMake would find a C++ compiler.
@@ -120,7 +120,7 @@ set_up() {
     # What was installed, from which folder and by which files; --dev includes the rest.
     local stamp extras="" wanted
     stamp="$("$python" -c 'import sys; print(sys.prefix)')/.mxlab-setup"
-    wanted="$(cd -- "$root" && cat -- pyproject.toml constraints.txt install.sh CMakeLists.txt mxlab/backends/csrc/* | cksum) $root"
+    wanted="$(cd -- "$root" && cat -- pyproject.toml constraints.txt install.sh CMakeLists.txt mxlab/numerics/kernels/csrc/* | cksum) $root"
     [[ "$dev" == yes ]] && extras="[dev]"
     if has mxlab torch transformers lm_eval && grep -qxF -e "$extras $wanted" -e "[dev] $wanted" "$stamp" 2>/dev/null &&
         ! lacks_native; then
@@ -154,7 +154,7 @@ work_on_patch() {
             say "warning: mxlab is not installed for $python; a Llama under MX_SPECS_JSON needs it: $python -m pip install -e '$root'" >&2
         export PYTHONPATH="${PYTHONPATH:+$PYTHONPATH:}$root"
     fi
-    "$python" -P -m mxlab.patching "$@"
+    "$python" -P -m mxlab.hf.patch "$@"
 }
 
 dev=no

@@ -32,7 +32,7 @@ class LlamaModel(upstream.LlamaModel):
     def __init__(self, config):
         super().__init__(config)
         if "MX_SPECS_JSON" in os.environ:
-            from mxlab.overlay import convert_llama
+            from mxlab.hf.patched_llama import convert_llama
 
             convert_llama(self)
 

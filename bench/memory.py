@@ -23,17 +23,17 @@ def measure(recipe: str, limit: int) -> float:
 
 def child(recipe: str, folder: str, limit: int) -> None:
     """Evaluate, then print the process's own peak."""
-    from mxlab import recipe as recipes
-    from mxlab import runs
-    from mxlab.evaluate import Request
+    from mxlab.eval.tasks import Request
+    from mxlab.experiments import runs
+    from mxlab.recipe import load_recipe
 
-    runs.run(Request(recipes.load(recipe), limit=limit), Path(folder) / recipe)
+    runs.run(Request(load_recipe(recipe), limit=limit), Path(folder) / recipe)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 
 def main() -> None:
     """Measure every recipe and write the peaks and their ratios to the baseline's."""
-    from mxlab import environment
+    from mxlab.experiments import provenance
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--limit", type=int, default=32, help="rows of the embedded passages")
@@ -43,7 +43,7 @@ def main() -> None:
     ratios = {recipe: peak / peaks["baseline"] for recipe, peak in peaks.items()}
     for recipe in RECIPES:
         print(f"{recipe:10} {peaks[recipe]:7.0f} MiB  {ratios[recipe]:.3f} x baseline")
-    result = {"environment": environment.describe(), "limit": arguments.limit, "peak_mib": peaks, "ratio": ratios}
+    result = {"environment": provenance.describe(), "limit": arguments.limit, "peak_mib": peaks, "ratio": ratios}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 

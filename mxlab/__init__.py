@@ -7,23 +7,24 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mxlab.convert import Conversion, apply
     from mxlab.formats import ElementFormat, MXFormat
+    from mxlab.model.apply import apply
+    from mxlab.model.conversion import Conversion
     from mxlab.numerics import quantize, quantize_, round_elementwise
     from mxlab.recipe import Recipe
-    from mxlab.rules import Rule
-    from mxlab.specs import MxSpecs
+    from mxlab.recipe.mx_specs import MxSpecs
+    from mxlab.recipe.rule import Rule
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "Conversion": "mxlab.convert",
+    "Conversion": "mxlab.model.conversion",
     "ElementFormat": "mxlab.formats",
     "MXFormat": "mxlab.formats",
-    "MxSpecs": "mxlab.specs",
+    "MxSpecs": "mxlab.recipe.mx_specs",
     "Recipe": "mxlab.recipe",
-    "Rule": "mxlab.rules",
-    "apply": "mxlab.convert",
+    "Rule": "mxlab.recipe.rule",
+    "apply": "mxlab.model.apply",
     "quantize": "mxlab.numerics",
     "quantize_": "mxlab.numerics",
     "round_elementwise": "mxlab.numerics",

@@ -2,14 +2,14 @@
 
 import os
 
+from support.paths import ROOT
+
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
-
-ROOT = Path(__file__).parent.parent
 
 # The same examples on every run, and no limit on the time of one: a slow machine is not a failure.
 settings.register_profile("mxlab", derandomize=True, deadline=None, database=None, max_examples=60)
@@ -31,7 +31,7 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    from mxlab import models
+    from mxlab.sources import models
 
     tokenizer = AutoTokenizer.from_pretrained(models.embedded_folder())
     config = LlamaConfig(

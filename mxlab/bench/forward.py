@@ -11,13 +11,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from mxlab import recipe as recipes
 from mxlab.bench import mxpackage, subjects, targets
 from mxlab.bench.results import PLAIN, Outcome, Row
 from mxlab.bench.settings import ATTENTIONS, TextSettings, check_choices, check_dtypes, check_numerics
 from mxlab.bench.stats import spread
 from mxlab.bench.timing import Timings, Twin, alternate, clock_for
-from mxlab.formats import Numerics, check_int
+from mxlab.checks import check_int
+from mxlab.compat.recipes import load_any_recipe
+from mxlab.formats import Numerics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +48,7 @@ class ForwardSettings(TextSettings):
         check_choices("attention", self.attentions, ATTENTIONS)
         check_numerics(self.numerics)
         for name in self.recipes:
-            recipes.load(name)
+            load_any_recipe(name)
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def _variants(settings: ForwardSettings, models: dict[tuple[str, str], Any], ids
     if settings.place.type == "cpu" and mxpackage.is_there():
         plain = models["baseline", PLAIN]
         for name in settings.recipes:
-            guest = mxpackage.computing(plain, recipes.load(name), lambda model: _forward(model, ids))
+            guest = mxpackage.computing(plain, load_any_recipe(name), lambda model: _forward(model, ids))
             if guest:
                 call = Twin(f"{name} {guest.name}", guest.call, guest.optional, guest.patience)
                 found.append(_Variant(name, guest.name, call))

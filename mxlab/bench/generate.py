@@ -10,13 +10,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from mxlab import recipe as recipes
 from mxlab.bench import subjects, targets
 from mxlab.bench.results import PLAIN, Outcome, Row
 from mxlab.bench.settings import TextSettings, check_dtypes, check_numerics
 from mxlab.bench.stats import spread
 from mxlab.bench.timing import Twin, alternate, clock_for
-from mxlab.formats import Numerics, check_int
+from mxlab.checks import check_int
+from mxlab.compat.recipes import load_any_recipe
+from mxlab.formats import Numerics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +38,7 @@ class GenerateSettings(TextSettings):
         check_dtypes(self.dtypes)
         check_numerics(self.numerics)
         for name in self.recipes:
-            recipes.load(name)
+            load_any_recipe(name)
 
 
 def measure(settings: GenerateSettings) -> Iterator[tuple[str, Outcome]]:

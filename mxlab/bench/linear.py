@@ -11,19 +11,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from mxlab import recipe as recipes
 from mxlab.bench import mxpackage
 from mxlab.bench.results import PLAIN, Outcome, Row
 from mxlab.bench.settings import Settings, check_dtypes, check_numerics, parse_shape
 from mxlab.bench.stats import spread
 from mxlab.bench.subjects import variant
 from mxlab.bench.timing import Twin, alternate, clock_for
+from mxlab.checks import check_int
+from mxlab.compat.recipes import load_any_recipe
 from mxlab.errors import SpecError
-from mxlab.formats import Numerics, check_int
-from mxlab.nn.linear import MxLinear
-from mxlab.nn.quantizer import LinearQuantizer
+from mxlab.formats import Numerics
+from mxlab.model.nn.linear import MxLinear
+from mxlab.model.nn.operands import LinearQuantizer
 from mxlab.recipe import Recipe, Rule
-from mxlab.rules import PHASES
+from mxlab.recipe.rule import PHASES
 
 _NAME = "model.layers.0.self_attn.q_proj"  # as which a recipe's rules know the layer
 
@@ -49,7 +50,7 @@ class LinearSettings(Settings):
             check_int("tokens", count, 1, None, "a whole number, 1 or more")
         check_dtypes(self.dtypes)
         check_numerics(self.numerics)
-        _rule(recipes.load(self.recipe))
+        _rule(load_any_recipe(self.recipe))
 
 
 def measure(settings: LinearSettings) -> Iterator[tuple[str, Outcome]]:
@@ -72,7 +73,9 @@ def _outcome(settings: LinearSettings, shape: str, dtype: str, tokens: int) -> O
     if settings.place.type == "cpu" and mxpackage.is_there():
         holder = nn.ModuleDict({"q_proj": plain})
         recipe = Recipe(
-            "linear", (_rule(recipes.load(settings.recipe)),), elementwise=recipes.load(settings.recipe).elementwise
+            "linear",
+            (_rule(load_any_recipe(settings.recipe)),),
+            elementwise=load_any_recipe(settings.recipe).elementwise,
         )
         guest = mxpackage.computing(holder, recipe, lambda module: module.get_submodule("q_proj")(x))
         twins += [guest] if guest else []

@@ -12,13 +12,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mxlab import recipe as recipes
 from mxlab.bench.results import Outcome, Row
 from mxlab.bench.settings import TextSettings, check_dtypes
 from mxlab.bench.stats import spread
 from mxlab.bench.timing import Effort, Twin, alternate, clock_for
-from mxlab.evaluate import Request, evaluate
-from mxlab.formats import check_int
+from mxlab.checks import check_int
+from mxlab.compat.recipes import load_any_recipe
+from mxlab.eval.tasks import Request, evaluate
 
 PLAIN = "baseline"
 WHOLE, FORWARD = "whole run", "forward passes"
@@ -40,7 +40,7 @@ class LmEvalSettings(TextSettings):
         check_int("limit", self.limit, 1, None, "a whole number, 1 or more")
         check_int("batch", self.batch, 1, None, "a whole number, 1 or more")
         for name in self.recipes:
-            recipes.load(name)
+            load_any_recipe(name)
 
 
 def measure(settings: LmEvalSettings) -> Iterator[tuple[str, Outcome]]:
@@ -61,7 +61,7 @@ def measure(settings: LmEvalSettings) -> Iterator[tuple[str, Outcome]]:
 
 def _run(settings: LmEvalSettings, name: str, forward: dict[str, list[float]], limit: int) -> None:
     request = Request(
-        recipe=recipes.load(name),
+        recipe=load_any_recipe(name),
         model=settings.model,
         tasks=(settings.task,),
         limit=limit,

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 import mxlab
 from mxlab.bench.timing import Twin
-from mxlab.formats import MXFormat
-from mxlab.quantizers import Format
+from mxlab.formats import MXFormat, NumberFormat
 from mxlab.recipe import Recipe, Rule
 
 NAME = "mx package"
@@ -82,7 +81,7 @@ def _linear(layer: nn.Linear, rule: Rule, recipe: Recipe) -> nn.Module:
     return made
 
 
-def _specs(weight: Format | None, activation: Format | None) -> dict[str, Any]:
+def _specs(weight: NumberFormat | None, activation: NumberFormat | None) -> dict[str, Any]:
     fmt = weight or activation
     assert isinstance(fmt, MXFormat)
     assert weight is None or isinstance(weight, MXFormat)

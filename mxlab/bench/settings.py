@@ -9,11 +9,13 @@ from typing import Any, ClassVar, Self
 
 import torch
 
-from mxlab import data, models
 from mxlab.bench.shapes import RANDOM
 from mxlab.bench.timing import Effort
+from mxlab.checks import check_choice, check_int
 from mxlab.errors import SpecError
-from mxlab.formats import NUMERICS, MXFormat, check_choice, check_int
+from mxlab.formats import NUMERICS, MXFormat
+from mxlab.sources import models
+from mxlab.sources import tasks as data
 
 LAMBADA = "lambada_openai"
 ATTENTIONS = ("eager", "sdpa")

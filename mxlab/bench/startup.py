@@ -12,12 +12,12 @@ from typing import ClassVar
 
 import torch
 
-from mxlab import models
-from mxlab import recipe as recipes
 from mxlab.bench import subjects, targets
 from mxlab.bench.results import Outcome, Row
 from mxlab.bench.settings import Settings, check_dtypes
-from mxlab.convert import apply
+from mxlab.compat.recipes import load_any_recipe
+from mxlab.model.apply import apply
+from mxlab.sources import models
 
 _IMPORT = "import time; start = time.perf_counter(); import mxlab; print(time.perf_counter() - start)"
 
@@ -37,7 +37,7 @@ class ConvertSettings(Settings):
         super().__post_init__()
         check_dtypes(self.dtypes)
         for name in self.recipes:
-            recipes.load(name)
+            load_any_recipe(name)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,13 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mxlab import assets, data, models
-from mxlab import recipe as recipes
+from mxlab import shipped
 from mxlab.bench.settings import LAMBADA
 from mxlab.bench.shapes import RANDOM
-from mxlab.convert import apply
+from mxlab.compat.recipes import load_any_recipe
 from mxlab.errors import SourceError
+from mxlab.model.apply import apply
 from mxlab.recipe import Recipe
+from mxlab.sources import models
+from mxlab.sources import tasks as data
 
 _RANDOM_LENGTH = 128
 
@@ -31,14 +33,14 @@ class Subject:
 
 
 def load(name: str, dtype: str, device: str) -> Subject:
-    """A model of :data:`mxlab.bench.shapes.RANDOM`, or one that :func:`mxlab.models.load` knows.
+    """A model of :data:`mxlab.bench.shapes.RANDOM`, or one that :func:`mxlab.sources.models.load_model` knows.
 
     Raises:
         SourceError: no such model.
     """
     if name in RANDOM:
         return Subject(_random_model(RANDOM[name], getattr(torch, dtype), torch.device(device)), None)
-    loaded = models.load(name, dtype, device)
+    loaded = models.load_model(name, dtype, device)
     return Subject(loaded.model, loaded.tokenizer)
 
 
@@ -65,7 +67,7 @@ def texts(data_dir: Path | None, count: int) -> list[str]:
     Raises:
         SourceError: a file that is missing, cannot be read, or has fewer rows.
     """
-    file = assets.TASKS / "passages.jsonl" if data_dir is None else data_dir / data.LOCAL[LAMBADA].file
+    file = shipped.PACKAGE / "passages.jsonl" if data_dir is None else data_dir / data.LOCAL[LAMBADA].file
     try:
         with file.open(encoding="utf-8") as lines:
             found = [json.loads(line)["text"] for line, _ in zip(filter(str.strip, lines), range(count), strict=False)]
@@ -82,7 +84,7 @@ def variant(name: str, numerics: str) -> Recipe:
     Raises:
         SpecError: no such recipe.
     """
-    return replace(recipes.load(name), numerics=numerics)
+    return replace(load_any_recipe(name), numerics=numerics)
 
 
 def converted(model: Any, recipe: Recipe) -> Any:

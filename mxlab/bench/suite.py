@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from mxlab import environment
 from mxlab.bench import forward, generate, linear, lmeval, machine, quantize, startup
 from mxlab.bench.results import Document, Outcome
 from mxlab.bench.settings import Settings
 from mxlab.bench.timing import threads
+from mxlab.experiments import provenance
 
 Note = Callable[[str], None]
 
@@ -44,7 +44,7 @@ def perform(name: str, settings: Settings, command: str, note: Note = lambda _: 
     start = time.perf_counter()
     outcome = Outcome()
     with threads(settings.threads):
-        described = environment.describe()
+        described = provenance.describe()
         for case, found in BENCHMARKS[name].measure(settings):
             note(case)
             outcome.add(found)

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mxlab import models
 from mxlab.bench.subjects import texts
 from mxlab.errors import SourceError
+from mxlab.sources import models
 
 _TOKENS = (4, 512)
 _LAYER = 15  # of 30
@@ -35,7 +35,7 @@ class Values:
 def _record() -> dict[int, tuple[str, Tensor]]:
     """By width: what a query and a down projection in the middle of SmolLM2 read, a row a token of the passages."""
     try:
-        loaded = models.load(models.EMBEDDED, "float32", "cpu")
+        loaded = models.load_model(models.EMBEDDED, "float32", "cpu")
     except SourceError:
         return {}  # not installed: the results say what the numbers are
     layer = loaded.model.model.layers[_LAYER]

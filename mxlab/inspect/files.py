@@ -10,7 +10,7 @@ from typing import Any
 from mxlab.inspect import figures, tables
 from mxlab.inspect.inspection import Inspection
 from mxlab.inspect.parts import GROUPS
-from mxlab.report.document import Block, Heading, Image, Items, Text, write_csv
+from mxlab.report.document import Block, Heading, Image, Items, Paragraph, write_csv
 from mxlab.report.markdown import render_markdown
 
 SCHEMA = 1
@@ -49,16 +49,16 @@ def write(inspection: Inspection, origin: Mapping[str, Any], folder: Path) -> No
 def _page(inspection: Inspection, origin: Mapping[str, Any], images: Sequence[Image]) -> list[Block]:
     return [
         Heading(1, f"{origin['model']} under {inspection.recipe.name}"),
-        Text(_what(inspection, origin)),
+        Paragraph(_what(inspection, origin)),
         *([Items(inspection.notes)] if inspection.notes else []),
         Heading(2, "What the parts cost"),
-        Text(_COST_WORDS),
+        Paragraph(_COST_WORDS),
         tables.costs(inspection, "role"),
         tables.costs(inspection, "projection"),
         tables.costliest(inspection, "layer", WORST),
         images[1],
         Heading(2, "What the formats do"),
-        Text(_STATISTICS_WORDS),
+        Paragraph(_STATISTICS_WORDS),
         tables.kinds(inspection),
         tables.worst_operands(inspection, WORST),
         images[0],

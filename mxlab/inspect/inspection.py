@@ -12,14 +12,14 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from mxlab import recipe as recipes
-from mxlab.convert import Conversion, apply
+from mxlab.compat.recipes import load_any_recipe
 from mxlab.errors import SpecError
 from mxlab.inspect.operands import Operand, collect
 from mxlab.inspect.sensitivity import Sensitivity, Track, sensitivity, untracked
 from mxlab.inspect.statistics import Statistics
+from mxlab.model.apply import Conversion, apply
 from mxlab.recipe import Recipe
-from mxlab.rules import ROLES
+from mxlab.recipe.rule import ROLES
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -93,7 +93,7 @@ def inspect(model: Any, recipe: Recipe | str | Path, rows: Tensor, track: Track 
         ConversionError: the recipe does not fit the model.
         MetricError: an operand or the logits of the unquantized model hold NaN or infinities.
     """
-    chosen = recipes.load(recipe)
+    chosen = load_any_recipe(recipe)
     conversion = apply(copy.deepcopy(model), chosen)
     if not any(site.formats for site in conversion.sites):
         raise SpecError(

@@ -15,20 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mxlab import sites
 from mxlab.errors import MetricError
-from mxlab.formats import Numerics
+from mxlab.formats import NumberFormat, Numerics
 from mxlab.inspect.statistics import Statistics, measure
-from mxlab.matching import Match, match
-from mxlab.nn.attention import AttentionQuantizer
-from mxlab.nn.experts import ExpertsQuantizer
-from mxlab.nn.phase import PassPhase
-from mxlab.nn.quantizer import LinearQuantizer
-from mxlab.quantizers import Format
+from mxlab.model import sites
+from mxlab.model.nn.attention import AttentionQuantizer
+from mxlab.model.nn.experts import ExpertsQuantizer
+from mxlab.model.nn.operands import LinearQuantizer
+from mxlab.model.nn.phase import PassPhase
+from mxlab.model.plan import Match, match
 from mxlab.recipe import Recipe
 
 # What is told of a tensor: its role, its format, itself, and the axis of its blocks.
-Observe = Callable[[str, Format, Tensor, int], None]
+Observe = Callable[[str, NumberFormat, Tensor, int], None]
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ class _Collector:
     """Adds up the statistics of what it sees, by module, role and format."""
 
     def __init__(self, numerics: Numerics) -> None:
-        self.found: dict[tuple[str, str, Format], Statistics] = {}
+        self.found: dict[tuple[str, str, NumberFormat], Statistics] = {}
         self._numerics: Numerics = numerics
         self._experts: dict[str, ExpertsQuantizer] = {}  # by the module's name
 
@@ -127,7 +126,7 @@ class _Collector:
         watcher.observer = partial(self._observe, site.name)
         watcher.attach(site.name, site.module, argument)
 
-    def _observe(self, name: str, role: str, fmt: Format, x: Tensor, axis: int = -1) -> None:
+    def _observe(self, name: str, role: str, fmt: NumberFormat, x: Tensor, axis: int = -1) -> None:
         try:
             self.found[name, role, fmt] += measure(x, fmt, self._numerics, axis)
         except MetricError as e:

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from torch import nn
 
 from mxlab.inspect.operands import projection_of
-from mxlab.matching import Match, match, spelled_out
-from mxlab.nn.quantizer import LinearQuantizer
+from mxlab.model.nn.operands import LinearQuantizer
+from mxlab.model.plan import Match, match, spelled_out
 from mxlab.recipe import Recipe
-from mxlab.restrict import ELEMENTWISE, only_modules, only_roles, without_modules, without_roles
-from mxlab.rules import ROLES
+from mxlab.recipe.rule import ROLES
+from mxlab.recipe.subset import ELEMENTWISE, only_modules, only_roles, without_modules, without_roles
 
 GROUPS = ("role", "layer", "projection")  # the ways to cut a recipe into parts
 OUTSIDE = "outside"  # the layer of a module that lies in none

@@ -1,4 +1,4 @@
-"""One inspection as a folder: complete or absent, like the run directories of :mod:`mxlab.runs`."""
+"""One inspection as a folder: complete or absent, like the run directories of :mod:`mxlab.experiments.runs`."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ from typing import Any
 
 from torch import Tensor
 
-from mxlab import models, runs, texts
+from mxlab import rundir
 from mxlab.errors import MetricError
+from mxlab.eval.text import TextRequest, check_context
+from mxlab.experiments import runs
 from mxlab.inspect import files
 from mxlab.inspect.inspection import Inspection, inspect
 from mxlab.inspect.sensitivity import Track, untracked
-from mxlab.scoring import TextRequest, check_context
-from mxlab.texts import Text
+from mxlab.sources import models, texts
+from mxlab.sources.texts import CorpusText
 
 
 def run(request: TextRequest, stage_folder: Path, track: Track = untracked) -> tuple[Path, Inspection]:
@@ -23,15 +25,15 @@ def run(request: TextRequest, stage_folder: Path, track: Track = untracked) -> t
         MxlabError: as :func:`mxlab.inspect.inspection.inspect`; SourceError where the model or the text cannot be had;
             MetricError where the text is too short; RunError where the folder cannot be written.
     """
-    with runs.partial(stage_folder) as folder:
+    with runs.new_run(stage_folder) as folder:
         runs.write_origin(folder, request.recipe)
-        text = texts.load(request.text, request.data_dir)
-        loaded = models.load(request.model, request.dtype, request.device)
+        text = texts.load_text(request.text, request.data_dir)
+        loaded = models.load_model(request.model, request.dtype, request.device)
         check_context(loaded.model, request.window)
         rows = first_windows(texts.encode(loaded.tokenizer, text), request.windows or 1, request.window)
         inspection = inspect(loaded.model, request.recipe, rows, track)
         files.write(inspection, _origin(request, text), folder)
-        return runs.publish(folder, stage_folder, request.recipe.name), inspection
+        return rundir.publish(folder, stage_folder, request.recipe.name), inspection
 
 
 def first_windows(ids: Tensor, windows: int, window: int) -> Tensor:
@@ -48,7 +50,7 @@ def first_windows(ids: Tensor, windows: int, window: int) -> Tensor:
     return ids[: windows * window].view(windows, window)
 
 
-def _origin(request: TextRequest, text: Text) -> dict[str, Any]:
+def _origin(request: TextRequest, text: CorpusText) -> dict[str, Any]:
     return {
         "model": models.identity(request.model),
         "dtype": request.dtype,

@@ -11,10 +11,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from mxlab.convert import apply
 from mxlab.errors import MetricError
+from mxlab.eval.metrics import Loss, kl_divergence, token_nll
 from mxlab.inspect.parts import GROUPS, Cut, cut
-from mxlab.metrics import Loss, kl_divergence, token_nll
+from mxlab.model.apply import apply
 from mxlab.recipe import Recipe
 
 

@@ -11,11 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mxlab.backends import reference
 from mxlab.errors import MetricError
-from mxlab.formats import MXFormat, Numerics
-from mxlab.numerics import quantize, scale_clamps
-from mxlab.quantizers import Format
+from mxlab.formats import MXFormat, NumberFormat, Numerics
+from mxlab.numerics import quantize, reference, scale_clamps
 
 _OF_ZERO = -150  # stands for the exponent of a zero: below that of any float32
 HISTOGRAMS = ("values", "elements", "scales")
@@ -102,7 +100,7 @@ class Statistics:
         return {name: dict(sorted(getattr(self, name).items())) for name in HISTOGRAMS}
 
 
-def measure(x: Tensor, fmt: Format, numerics: Numerics, axis: int = -1) -> Statistics:
+def measure(x: Tensor, fmt: NumberFormat, numerics: Numerics, axis: int = -1) -> Statistics:
     """The statistics of one tensor, any shape, that is quantized in blocks along ``axis``.
 
     Raises:
@@ -114,7 +112,7 @@ def measure(x: Tensor, fmt: Format, numerics: Numerics, axis: int = -1) -> Stati
     return _scaled(x, fmt, numerics, axis) if isinstance(fmt, MXFormat) else _unscaled(x, fmt, axis)
 
 
-def _unscaled(x: Tensor, fmt: Format, axis: int) -> Statistics:
+def _unscaled(x: Tensor, fmt: NumberFormat, axis: int) -> Statistics:
     """Of a format that is not microscaling: what can be said without a scale."""
     exact, quantized = x.double(), quantize(x, fmt, axis=axis).double()
     lost = quantized.isnan()

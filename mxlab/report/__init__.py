@@ -6,14 +6,14 @@ Reads what lm-eval and mxlab wrote, ours or a published tree, and never imports 
 from dataclasses import dataclass
 from pathlib import Path
 
+from mxlab import rundir
 from mxlab.errors import ReportError
-from mxlab.report.comparisons import draw_comparisons
 from mxlab.report.document import Table, write_csv
+from mxlab.report.dot_plots import draw_comparisons
 from mxlab.report.figures import draw_figures
 from mxlab.report.markdown import render_markdown
 from mxlab.report.page import render_page
 from mxlab.report.read import read_tree
-from mxlab.report.run import METRICS, metrics_files
 from mxlab.report.sections import report
 
 __all__ = ["ReportPaths", "write_report"]
@@ -57,8 +57,10 @@ def write_report(results_dir: Path, out_dir: Path) -> ReportPaths:
 def _make_folders(out_dir: Path) -> None:
     folders = (out_dir / "figs", out_dir / "tables")
     for folder in (*folders, out_dir, *out_dir.resolve().parents):
-        if metrics_files(folder):
-            raise ReportError(f"{folder} is a run directory (it holds {METRICS}): write the report elsewhere, with -o")
+        if rundir.metrics_files(folder):
+            raise ReportError(
+                f"{folder} is a run directory (it holds {rundir.METRICS}): write the report elsewhere, with -o"
+            )
     for folder in folders:
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -24,7 +24,7 @@ class Heading:
 
 
 @dataclass(frozen=True)
-class Text:
+class Paragraph:
     """A paragraph."""
 
     text: str
@@ -77,7 +77,7 @@ class Table:
     rows: tuple[tuple[Cell, ...], ...]
 
 
-Block = Heading | Text | Items | Code | Image | Table
+Block = Heading | Paragraph | Items | Code | Image | Table
 
 
 def cell_text(cell: Cell) -> str:

@@ -10,7 +10,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from mxlab.report.compare import by_evaluation, compare
+from mxlab.report.comparability import by_evaluation, compare
 from mxlab.report.document import Image
 from mxlab.report.options import Option, option_rank, option_text
 from mxlab.report.read import Tree

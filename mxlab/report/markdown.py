@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from mxlab.report.document import Block, Code, Column, Heading, Image, Items, Table, Text, cell_text
+from mxlab.report.document import Block, Code, Column, Heading, Image, Items, Paragraph, Table, cell_text
 
 RULES = {"left": "---", "center": ":---:", "right": "---:"}
 
@@ -17,7 +17,7 @@ def _render(block: Block, folder: Path) -> str:
     match block:
         case Heading(level, text):
             return f"{'#' * level} {_inline(text)}"
-        case Text(text):
+        case Paragraph(text):
             return _inline(text)
         case Items(items):
             return "\n".join(f"- {_inline(item)}" for item in items)

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable
 from html import escape
 
-from mxlab.report.document import Block, Code, Heading, Image, Items, Table, Text, cell_text
+from mxlab.report.document import Block, Code, Heading, Image, Items, Paragraph, Table, cell_text
 
 STYLE = """
 :root { --ink: #1c2530; --soft: #5b6673; --line: #d9dee4; --wash: #f5f7f9; --link: #0b3c6f; }
@@ -66,7 +66,7 @@ def _render(block: Block) -> str:
     match block:
         case Heading(level, text):
             return f'<h{level} id="{_anchor(text)}">{_inline(text)}</h{level}>'
-        case Text(text):
+        case Paragraph(text):
             return f"<p>{_inline(text)}</p>"
         case Items(items):
             return f"<ul>{''.join(f'<li>{_inline(item)}</li>' for item in items)}</ul>"

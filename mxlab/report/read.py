@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mxlab import rundir
 from mxlab.errors import ReportError
 from mxlab.report.options import options_rank
-from mxlab.report.run import DATED, METRICS, Result, Run, metrics_files, read_run
+from mxlab.report.run import DATED, Result, Run, read_run
 
-RUN_FILES = ("command.txt", "env.txt", "run.json", "output.log")
-FAILURES = "failures.jsonl"
+RUN_FILES = (rundir.COMMAND, rundir.ENVIRONMENT_TEXT, rundir.RECORD, rundir.LOG)
 LOG_TAIL = 160  # characters of a log's last line: enough for an exception, not for a progress bar's history
 
 
@@ -90,7 +90,7 @@ def read_tree(root: Path) -> Tree:
         raise ReportError(f"{root} is no folder. {_REMEDY}")
     root = root.resolve()
     folders = list(_walk(root))
-    holders = [folder for folder in folders if metrics_files(folder)]
+    holders = [folder for folder in folders if rundir.metrics_files(folder)]
     results: list[Result] = []
     incomplete = [_without_metrics(folder, root) for folder in folders if _lacks_metrics(folder, holders)]
     for folder in holders:
@@ -102,7 +102,7 @@ def read_tree(root: Path) -> Tree:
     finished = [(result.run.stage_folder, _lasting(result.run.key)) for result in results]
     standing = tuple(f for folder, f in failures if not f.key or (folder, _lasting(f.key)) not in finished)
     if not (results or incomplete or failures):
-        raise ReportError(f"{root} holds no run: no {METRICS} in it or in a folder below it. {_REMEDY}")
+        raise ReportError(f"{root} holds no run: no {rundir.METRICS} in it or in a folder below it. {_REMEDY}")
     return Tree(
         name=root.name,
         results=tuple(sorted(_label_stages(results, root), key=_order)),
@@ -115,7 +115,7 @@ def read_tree(root: Path) -> Tree:
 
 _REMEDY = (
     "A results folder has a folder for each stage (baseline, ex1, ex2, ...), which holds run directories with "
-    f"{METRICS} as lm-eval writes them: make one with `mxlab demo` or `mxlab sweep`."
+    f"{rundir.METRICS} as lm-eval writes them: make one with `mxlab demo` or `mxlab sweep`."
 )
 
 
@@ -143,7 +143,7 @@ def _lacks_metrics(folder: Path, holders: list[Path]) -> bool:
 
 def _without_metrics(folder: Path, root: Path) -> Incomplete:
     files = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_file())) or "nothing"
-    why = f"no `{METRICS}`; it holds {files}"
+    why = f"no `{rundir.METRICS}`; it holds {files}"
     log = folder / "output.log"
     if log.is_file():
         lines = re.split(r"[\r\n]+", log.read_text(encoding="utf-8", errors="replace").strip())
@@ -152,7 +152,7 @@ def _without_metrics(folder: Path, root: Path) -> Incomplete:
 
 
 def _superseded(folder: Path, root: Path) -> list[str]:
-    *older, newest = metrics_files(folder)
+    *older, newest = rundir.metrics_files(folder)
     if not older:
         return []
     others = ", ".join(f"`{path.name}`" for path in older)
@@ -160,7 +160,7 @@ def _superseded(folder: Path, root: Path) -> list[str]:
 
 
 def _failures(folder: Path, root: Path) -> Iterator[Failure]:
-    path = folder / FAILURES
+    path = folder / rundir.FAILURES
     if not path.is_file():
         return
     where = _relative(folder, root)
@@ -171,7 +171,7 @@ def _failures(folder: Path, root: Path) -> Iterator[Failure]:
             record = json.loads(line)
             yield Failure(where, str(record["label"]), str(record["error"]), str(record["time"]), record.get("key"))
         except (ValueError, KeyError, TypeError):
-            yield Failure(where, f"{FAILURES}, line {number}", f"unreadable line: {line}", "")
+            yield Failure(where, f"{rundir.FAILURES}, line {number}", f"unreadable line: {line}", "")
 
 
 def _label_stages(results: list[Result], root: Path) -> list[Result]:

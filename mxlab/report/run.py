@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from mxlab import rundir
 from mxlab.errors import ReportError
 from mxlab.report.options import Option, Options, in_order, options_of_name
 
 T = TypeVar("T")
 
-METRICS = "metrics_*.json"
 BASELINE = "baseline"
-SCHEMA = 1
 PERPLEXITIES = ("perplexity", "word_perplexity")  # the first which a task has is its ppl
 DIGEST = 12  # digits of a data file's sha256: enough to tell files apart
 
@@ -113,17 +112,12 @@ class Result:
         return tuple(name for name, metric in metrics.items() if metric and metric.is_nan)
 
 
-def metrics_files(folder: Path) -> list[Path]:
-    """The metrics in a folder, oldest first: lm-eval puts the date into the name."""
-    return sorted(folder.glob(METRICS))
-
-
 def read_run(folder: Path) -> list[Result]:
     """Read a directory (absolute path) which holds metrics: one result a task, from the newest file.
 
     Raises ReportError, which names the file and what is wrong with it, where a file cannot be read.
     """
-    source = metrics_files(folder)[-1]
+    source = rundir.metrics_files(folder)[-1]
     metrics = _Fields(_load(source), source.name)
     samples = metrics.take("n-samples", dict) if metrics.record.get("n-samples") else {}
     counts = {task: _Fields(samples[task], f"{source.name}: n-samples of {task}") for task in samples}
@@ -224,7 +218,7 @@ def _digest(data: Any, task: str) -> str | None:
 
 
 def _read_directory(folder: Path, metrics: dict[str, Any]) -> Run:
-    record = _read_record(folder / "run.json")
+    record = _read_record(folder / rundir.RECORD)
     key = record.get("key") or {}
     config = _Fields(metrics.get("config") or {}, "config of the metrics").record
     dtype = _text(config.get("model_dtype") or key.get("dtype"))
@@ -241,8 +235,8 @@ def _read_directory(folder: Path, metrics: dict[str, Any]) -> Run:
         batch_size=_text(config.get("batch_size") or key.get("batch_size")),
         device=_device(_text(config.get("device")), str(metrics.get("pretty_env_info"))),
         clamps=record.get("scale_clamps") or {},
-        environment=_environment(folder / "env.txt", metrics),
-        command=_read_if_there(folder / "command.txt"),
+        environment=_environment(folder / rundir.ENVIRONMENT_TEXT, metrics),
+        command=_read_if_there(folder / rundir.COMMAND),
     )
 
 
@@ -251,8 +245,8 @@ def _read_record(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     record = _load(path)
-    if record.get("schema") != SCHEMA:
-        raise ReportError(f"{path.name}: schema is {record.get('schema')!r}, this report reads {SCHEMA}")
+    if record.get("schema") != rundir.SCHEMA:
+        raise ReportError(f"{path.name}: schema is {record.get('schema')!r}, this report reads {rundir.SCHEMA}")
     fields = _Fields(record, path.name)
     fields.take("stage", str)
     if record.get("quantized") is not None:

@@ -5,8 +5,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
 from mxlab.report import tables
-from mxlab.report.compare import Difference, compare, identical_groups, identity_sentence, metrics_text
-from mxlab.report.document import Block, Code, Heading, Image, Items, Text
+from mxlab.report.comparability import Difference, compare, identical_groups, identity_sentence, metrics_text
+from mxlab.report.document import Block, Code, Heading, Image, Items, Paragraph
 from mxlab.report.read import Tree
 from mxlab.report.run import Result, Run
 
@@ -17,7 +17,7 @@ def report(tree: Tree, images: Images) -> list[Block]:
     """All of a tree's report; ``images`` are its figures by stage."""
     return [
         Heading(1, "Microscaling (MX) quantization: results"),
-        Text(_overview(tree)),
+        Paragraph(_overview(tree)),
         *_headline(tree),
         *_sweeps(tree, images),
         *_comparability(tree),
@@ -42,14 +42,14 @@ def _overview(tree: Tree) -> str:
 def _headline(tree: Tree) -> list[Block]:
     blocks: list[Block] = [Heading(2, "Headline results")]
     if not tree.results:
-        return [*blocks, Text("No run is complete: see Incomplete runs.")]
+        return [*blocks, Paragraph("No run is complete: see Incomplete runs.")]
     note = (
         "examples/sec = n_effective / total_evaluation_time_seconds, with n_effective summed over the tasks of a run. "
         "Of equal accuracies the one with the shorter evaluation time is shown."
     )
     others = sorted({name for result in tree.results for name in result.other_metrics})
-    unseen = [Text(f"Other metrics, not shown: {', '.join(others)}.")] if others else []
-    return [*blocks, tables.headline(tree), *unseen, Text(note)]
+    unseen = [Paragraph(f"Other metrics, not shown: {', '.join(others)}.")] if others else []
+    return [*blocks, tables.headline(tree), *unseen, Paragraph(note)]
 
 
 def _sweeps(tree: Tree, images: Images) -> list[Block]:
@@ -57,13 +57,13 @@ def _sweeps(tree: Tree, images: Images) -> list[Block]:
     for number, stage in enumerate(filter(tree.swept, tree.stages), start=1):
         table = tables.sweep(tree, stage, f"2.{number}")
         blocks.append(Heading(2, re.sub(r"^ex(\d+)$", r"Exercise \1", stage)))
-        blocks.append(table or Text("The options of its runs are unknown: see Table 3."))
+        blocks.append(table or Paragraph("The options of its runs are unknown: see Table 3."))
         blocks += images.get(stage, ())
     unknown = tables.unknown(tree)
     if unknown:
         blocks += [
             Heading(2, "Runs of unknown configuration"),
-            Text(
+            Paragraph(
                 "These runs are in no sweep table: neither a `run.json` nor the name of their folder gives the options."
             ),
             unknown,
@@ -74,7 +74,10 @@ def _sweeps(tree: Tree, images: Images) -> list[Block]:
 def _comparability(tree: Tree) -> list[Block]:
     blocks: list[Block] = [Heading(2, "Comparability")]
     if not tree.baselines:
-        return [*blocks, Text("Without a readable baseline run nothing can be compared with the unquantized model.")]
+        return [
+            *blocks,
+            Paragraph("Without a readable baseline run nothing can be compared with the unquantized model."),
+        ]
     groups: defaultdict[tuple[str, tuple[Difference, ...]], list[Result]] = defaultdict(list)
     verdicts: dict[tuple[Difference, ...], str] = {}
     for result in tree.results:
@@ -88,8 +91,8 @@ def _comparability(tree: Tree) -> list[Block]:
         else f"{_who(tree, results)}: comparable with the baseline in speed and accuracy."
         for (_, differences), results in groups.items()
     ]
-    compared = Items(tuple(items)) if items else Text("There are no other runs to compare.")
-    return [*blocks, *(Text(_setting(baseline)) for baseline in tree.baselines), compared]
+    compared = Items(tuple(items)) if items else Paragraph("There are no other runs to compare.")
+    return [*blocks, *(Paragraph(_setting(baseline)) for baseline in tree.baselines), compared]
 
 
 def _setting(baseline: Result) -> str:
@@ -110,13 +113,13 @@ def _identical(tree: Tree) -> list[Block]:
     groups = identical_groups(tree.results)
     heading = Heading(2, "Numerically identical runs")
     if not groups:
-        return [heading, Text("No two runs of a stage have the same accuracy and perplexity to the last bit.")]
+        return [heading, Paragraph("No two runs of a stage have the same accuracy and perplexity to the last bit.")]
     why = (
         "Accuracy and perplexity of these runs agree to the last bit. This is expected of runs which differ only in "
         "scale_bits, if every shared scale fits into the smaller number of bits; scales that do not are counted below."
     )
     items = (f"{tables.stage_title(group[0].run.stage)}: {_identity(group)}." for group in groups)
-    return [heading, Text(why), Items(tuple(items))]
+    return [heading, Paragraph(why), Items(tuple(items))]
 
 
 def _identity(group: Sequence[Result]) -> str:
@@ -127,14 +130,14 @@ def _clamps(tree: Tree) -> list[Block]:
     heading = Heading(3, "Clamped shared scales")
     table = tables.clamps(tree)
     if table is None:
-        return [heading, Text("Not recorded: no `run.json` counts them.")]
+        return [heading, Paragraph("Not recorded: no `run.json` counts them.")]
     meaning = (
         "Blocks whose shared scale fell below the range of scale_bits (clamped to its lowest value) or above it "
         "(overflowed)."
     )
     missing = [run for run in tree.runs if not (run.clamps or run.is_baseline)]
-    lacking = [Text(f"Not recorded: {_listed([_name(run) for run in missing])}.")] if missing else []
-    return [heading, Text(meaning), table, *lacking]
+    lacking = [Paragraph(f"Not recorded: {_listed([_name(run) for run in missing])}.")] if missing else []
+    return [heading, Paragraph(meaning), table, *lacking]
 
 
 def _incomplete(tree: Tree) -> list[Block]:
@@ -143,8 +146,8 @@ def _incomplete(tree: Tree) -> list[Block]:
     items = [f"`{incomplete.folder}`: {incomplete.why}." for incomplete in tree.incomplete]
     items += [f"{note}." for note in tree.superseded]
     blocks = [*([Items(tuple(items))] if items else []), *([table] if table else [])]
-    blocks = blocks or [Text("None: every run directory holds one readable metrics file.")]
-    return [heading, *blocks, *([Text(_retried(tree.retried))] if tree.retried else [])]
+    blocks = blocks or [Paragraph("None: every run directory holds one readable metrics file.")]
+    return [heading, *blocks, *([Paragraph(_retried(tree.retried))] if tree.retried else [])]
 
 
 def _retried(number: int) -> str:
@@ -159,7 +162,7 @@ def _environments(tree: Tree) -> list[Block]:
         groups[run.environment].append(run)
     blocks: list[Block] = [Heading(2, "Appendix A: Environments")]
     for environment, runs in groups.items():
-        blocks += [Text(f"{_runs_by_stage(tree, runs)}:"), Code(environment or "empty env.txt")]
+        blocks += [Paragraph(f"{_runs_by_stage(tree, runs)}:"), Code(environment or "empty env.txt")]
     return blocks
 
 

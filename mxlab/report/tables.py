@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 
-from mxlab.report.compare import by_evaluation, compare
+from mxlab.report.comparability import by_evaluation, compare
 from mxlab.report.document import Cell, Column, Table
 from mxlab.report.options import SWEPT, brief, further_options, option_text
 from mxlab.report.read import Tree

@@ -9,20 +9,13 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from mxlab.backends import microxcaling, operators, reference
+from mxlab.checks import check_choice
 from mxlab.compat.mx.formats import _get_format_params, _get_max_norm
 from mxlab.compat.mx.specs import resolved
 from mxlab.errors import FormatError
-from mxlab.formats import (
-    ROUNDINGS,
-    ElementFormat,
-    Numerics,
-    Rounding,
-    Specials,
-    check_choice,
-    elementwise_format,
-)
-from mxlab.numerics import round_elementwise
+from mxlab.formats import ROUNDINGS, ElementFormat, Numerics, Rounding, elementwise_format
+from mxlab.formats.elements import Specials
+from mxlab.numerics import microxcaling, operators, reference, round_elementwise
 
 
 def numerics_of(custom_cuda: bool) -> Numerics:

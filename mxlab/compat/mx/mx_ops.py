@@ -8,13 +8,14 @@ from typing import Any
 
 from torch import Tensor
 
+from mxlab.checks import check_choice, check_int
 from mxlab.compat.mx.elemwise_ops import numerics_of
 from mxlab.compat.mx.formats import row
 from mxlab.compat.mx.specs import mx_assert_test, resolved
 from mxlab.errors import FormatError
-from mxlab.formats import MXFormat, Rounding, check_choice, check_int
+from mxlab.formats import MXFormat, Rounding
 from mxlab.numerics import quantize
-from mxlab.specs import SHARED_EXP_METHODS
+from mxlab.recipe.mx_specs import SHARED_EXP_METHODS
 
 
 def quantize_mx_op(

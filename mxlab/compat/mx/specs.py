@@ -1,6 +1,6 @@
 """microxcaling's options as its scripts hand them around: a dictionary with defaults, and what fills it in.
 
-The options are those of :data:`mxlab.specs.OPTIONS`, with microxcaling's own defaults: nothing is quantized.
+The options are those of :data:`mxlab.recipe.mx_specs.OPTIONS`, with microxcaling's own defaults: nothing is quantized.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from collections.abc import Mapping, MutableMapping
 from dataclasses import Field
 from typing import Any, ClassVar
 
+from mxlab.checks import suggestion
 from mxlab.errors import SpecError
-from mxlab.formats import suggestion
-from mxlab.specs import OPTIONS
+from mxlab.recipe.mx_specs import OPTIONS
 
 logger = logging.getLogger("mxlab")
 

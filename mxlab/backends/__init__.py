@@ -1,1 +1,0 @@
-"""Implementations of the numerics; :mod:`mxlab.numerics` chooses one."""

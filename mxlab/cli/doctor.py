@@ -1,0 +1,119 @@
+"""``mxlab doctor``: what is in place, and what is not."""
+
+from __future__ import annotations
+
+import os
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+from mxlab.errors import MxlabError
+from mxlab.experiments import provenance
+from mxlab.hf import patch
+from mxlab.recipe.mx_specs import ENVIRONMENT_VARIABLE, MxSpecs
+from mxlab.sources import download_cache
+
+_HUB_TIMEOUT = 5  # seconds
+
+
+def checks(data_dir: Path | None = None) -> Iterator[tuple[str, bool, str]]:
+    """One line of the report after another: what was looked at, whether it is well, and what was found."""
+    yield "mxlab", True, provenance.code_version()
+    yield from _versions()
+    yield "patch", *_patch()
+    yield "MX_SPECS_JSON", *_specs()
+    yield "kernels", *_cpu_kernels()
+    yield "device", True, _device()
+    yield from _gpu_kernels()
+    yield "hub", *_hub()
+    yield (
+        "token",
+        True,
+        "HF_TOKEN is set" if os.environ.get("HF_TOKEN") else "HF_TOKEN is not set (gated models need it)",
+    )
+    yield "embedded model", *_embedded_model()
+    yield "data", *_data(data_dir)
+
+
+def _versions() -> Iterator[tuple[str, bool, str]]:
+    described = provenance.describe()
+    for name in ("python", "torch", "transformers", "lm_eval"):
+        yield name, described[name] != "not installed", described[name]
+
+
+def _patch() -> tuple[bool, str]:
+    try:
+        status = patch.status()
+    except MxlabError as e:
+        return False, str(e)
+    return status.state in ("stock", "patched"), str(status)
+
+
+def _specs() -> tuple[bool, str]:
+    try:
+        specs = MxSpecs.from_environment()
+    except MxlabError as e:
+        return False, str(e)
+    return True, "is not set: a patched Llama is stock Llama" if specs is None else os.environ[ENVIRONMENT_VARIABLE]
+
+
+def _device() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+    return f"CPU, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+
+
+def _cpu_kernels() -> tuple[bool, str]:
+    from mxlab.numerics.kernels import native
+
+    if reason := native.missing():
+        return False, f"are not there ({reason}): quantizing in eager torch, slowly; {native.remedy()}"
+    return True, f"native, for {native.instruction_set()}"
+
+
+def _gpu_kernels() -> Iterator[tuple[str, bool, str]]:
+    import torch
+
+    from mxlab.numerics.kernels import cuda
+
+    if not torch.cuda.is_available():
+        return
+    if reason := cuda.missing():
+        yield "GPU", False, f"are not there ({reason}): quantizing in eager torch, slowly; {cuda.remedy()}"
+    else:
+        yield "GPU", True, "compiled by NVRTC when they are first used"
+
+
+def _hub() -> tuple[bool, str]:
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False, "switched off by HF_HUB_OFFLINE: models and data come from folders, the cache or mxlab itself"
+    try:
+        urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=_HUB_TIMEOUT).close()
+    except (urllib.error.URLError, OSError) as e:
+        return False, f"cannot be reached ({getattr(e, 'reason', e)}): use smollm2, a folder, and --data-dir"
+    return True, f"{constants.ENDPOINT} can be reached"
+
+
+def _embedded_model() -> tuple[bool, str]:
+    from mxlab.sources import models
+
+    try:
+        models.gguf_file()
+    except MxlabError as e:
+        return False, str(e)
+    converted = (download_cache.folder() / "models").is_dir()
+    return True, f"{models.EMBEDDED} is installed" + ("" if converted else "; converted at its first use (15 s)")
+
+
+def _data(data_dir: Path | None) -> tuple[bool, str]:
+    from mxlab.sources import tasks as data
+
+    if data_dir is None:
+        return True, f"{data.PASSAGES} is embedded; lambada_openai and wikitext come from the hub without --data-dir"
+    missing = [task.file for task in data.LOCAL.values() if not (data_dir / task.file).is_file()]
+    return not missing, f"{data_dir}: " + (f"{', '.join(missing)} missing" if missing else "complete")

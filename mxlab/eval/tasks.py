@@ -1,0 +1,187 @@
+"""One evaluation: load a model, convert it, score it with lm-eval's own HFLM and ``simple_evaluate``."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lm_eval.evaluator import simple_evaluate
+from lm_eval.loggers import EvaluationTracker
+from lm_eval.models import huggingface
+
+from mxlab.checks import check_choice, check_int
+from mxlab.errors import RunError, SpecError
+from mxlab.eval.request import LoadModel, Outcome
+from mxlab.model.apply import apply
+from mxlab.model.observe import ScaleClampCounter
+from mxlab.recipe import Recipe
+from mxlab.sources import models
+from mxlab.sources import tasks as data
+
+logger = logging.getLogger("mxlab")
+_HFLM: Any = huggingface.HFLM  # lm-eval's registry hides its type
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to evaluate, and how.
+
+    Attributes:
+        recipe: what to quantize.
+        model: a hub name, a folder, or ``smollm2``.
+        tasks: names of lm-eval tasks, or ``mxlab_passages``.
+        limit: rows of each task: a count (1 or more), a fraction (below 1), or None for all, as in lm-eval.
+        batch_size: rows of a batch.
+        dtype: float32, bfloat16 or float16.
+        device: auto, cpu, cuda, cuda:0, ...
+        data_dir: a folder with the data of ``lambada_openai`` and ``wikitext``; None for the hub.
+        max_length: longest context in tokens.
+
+    Raises:
+        SpecError: a value out of range.
+    """
+
+    recipe: Recipe
+    model: str = models.EMBEDDED
+    tasks: tuple[str, ...] = (data.PASSAGES,)
+    limit: float | None = None
+    batch_size: int = 16
+    dtype: str = "bfloat16"
+    device: str = "auto"
+    data_dir: Path | None = None
+    max_length: int = 2048
+
+    def __post_init__(self) -> None:
+        limit = self.limit
+        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int | float) or not _usable(limit)):
+            raise SpecError(f"limit is {limit!r}: it must be a whole number of rows, or a fraction between 0 and 1")
+        for name in ("model", "device"):
+            if not isinstance(value := getattr(self, name), str) or not value:
+                raise SpecError(f"{name} is {value!r}: it must be a name")
+        if not self.tasks or not all(isinstance(task, str) and task for task in self.tasks):
+            raise SpecError(f"tasks is {self.tasks!r}: name at least one task")
+        check_int("batch_size", self.batch_size, 1, None, "a whole number, 1 or more")
+        check_int("max_length", self.max_length, 2, None, "a whole number of tokens, 2 or more")
+        check_choice("dtype", self.dtype, models.DTYPES)
+
+    @property
+    def sources(self) -> tuple[Hashable, ...]:
+        """The model and the data it needs."""
+        return self.model, self.tasks, self.data_dir
+
+    def key(self) -> dict[str, Any]:
+        """What tells it from others; raises SourceError where a data file is missing."""
+        return {
+            "recipe": self.recipe.hash,
+            "model": models.identity(self.model),
+            "revision": models.revision(self.model),
+            "tasks": list(self.tasks),
+            "data": data.digests(self.tasks, self.data_dir),
+            "limit": self.limit,
+            "dtype": self.dtype,
+            "batch_size": self.batch_size,
+            "max_length": self.max_length,
+        }
+
+    def evaluate(self, folder: Path, load: LoadModel = models.load_model) -> Outcome:
+        """Score the tasks; see :func:`evaluate`."""
+        return evaluate(self, folder, load)
+
+
+def evaluate(request: Request, folder: Path, load: LoadModel = models.load_model) -> Outcome:
+    """Run ``request``; lm-eval's metrics go to ``folder`` as ``metrics_<time>.json``, exactly as lm-eval writes them.
+
+    Raises:
+        SourceError: the model or the data cannot be had.
+        ConversionError: the recipe does not fit the model.
+        RunError: the metrics could not be written.
+    """
+    # The tracker's clock starts with it; total_evaluation_time_seconds includes loading, as on lm-eval's command line.
+    tracker = EvaluationTracker(output_path=str(folder / "metrics.json"))
+    tasks = data.load_tasks(request.tasks, request.data_dir)
+    loaded = load(request.model, request.dtype, request.device)
+    conversion = apply(loaded.model, request.recipe)
+    counter = ScaleClampCounter(conversion)
+    lm = _TimedHFLM(
+        pretrained=loaded.model,
+        tokenizer=loaded.tokenizer,
+        batch_size=request.batch_size,
+        max_length=_context(loaded.model, request.max_length),
+    )
+    results: Any = simple_evaluate(
+        model=lm,
+        model_args={"pretrained": request.model},
+        tasks=list(request.tasks),
+        task_manager=tasks.manager,
+        batch_size=request.batch_size,
+        device=str(loaded.model.device),
+        limit=request.limit,
+        log_samples=False,
+        evaluation_tracker=tracker,
+    )
+    if results is None:
+        raise RunError("lm-eval gave no results: this process is not the first of its group")
+    tracker.save_results_aggregated(results=results)
+    metrics_file = _written(folder)
+    return Outcome(metrics_file, results["results"], conversion, lm.forward_seconds, counter.to_dict())
+
+
+class _TimedHFLM(_HFLM):
+    """lm-eval's HFLM, with the seconds spent inside the model's forward pass beside it."""
+
+    forward_seconds = 0.0
+
+    def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
+        return super().loglikelihood(requests, disable_tqdm=disable_tqdm or _bars_are_hidden())
+
+    def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> Any:
+        return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm or _bars_are_hidden())
+
+    def _model_call(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self._timed(super()._model_call, *args, **kwargs)
+
+    def _model_generate(self, *args: Any, **kwargs: Any) -> Any:
+        return self._timed(super()._model_generate, *args, **kwargs)
+
+    def _timed(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        result = call(*args, **kwargs)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.forward_seconds += time.perf_counter() - start
+        return result
+
+
+def _bars_are_hidden() -> bool:
+    """tqdm's own switch, which lm-eval overrides where it makes its bars."""
+    return os.environ.get("TQDM_DISABLE") == "1"
+
+
+def _usable(limit: float) -> bool:
+    return math.isfinite(limit) and limit > 0 and (limit < 1 or limit == int(limit))
+
+
+def _context(model: Any, wanted: int) -> int:
+    """The context to score with: what was asked for, or what the model has where that is shorter."""
+    has = getattr(model.config, "max_position_embeddings", wanted)
+    if has < wanted:
+        logger.warning("the model's context is %d tokens: --max-length %d is cut to it", has, wanted)
+    return min(has, wanted)
+
+
+def _written(folder: Path) -> Path:
+    """lm-eval's metrics file; its tracker swallows write errors, so look."""
+    files = sorted(folder.glob("metrics_*.json"))
+    try:
+        json.loads(files[-1].read_text(encoding="utf-8"))
+    except (IndexError, OSError, ValueError) as e:
+        raise RunError(f"lm-eval could not write its metrics to {folder}: is the disk full? ({e})") from None
+    return files[-1]

@@ -1,0 +1,23 @@
+"""``mxlab demo``: the whole of it on the embedded model and passages, without a network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mxlab.experiments.sweep import Summary, Sweep, Track, run_sweep
+from mxlab.sources.models import EMBEDDED
+from mxlab.sources.tasks import PASSAGES
+
+_SETTINGS = {"model": EMBEDDED, "tasks": [PASSAGES], "dtype": "bfloat16"}
+_BLOCK_SIZES = {"block_size": [16, 32, 64]}
+
+SWEEPS = (
+    Sweep("baseline", "baseline", _SETTINGS),
+    Sweep("ex1", "ex1", _SETTINGS, _BLOCK_SIZES),
+    Sweep("ex2", "ex2", _SETTINGS, _BLOCK_SIZES),
+)
+
+
+def run_demo(out: Path, track: Track) -> Summary:
+    """Baseline, Ex1 and Ex2 over three block sizes, into ``out``; runs that are there already are kept."""
+    return sum((run_sweep(sweep, out, track=track) for sweep in SWEEPS), Summary())

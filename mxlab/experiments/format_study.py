@@ -1,0 +1,266 @@
+"""Formats side by side: one model on one text, each format in each role, a row for each.
+
+The rows are appended to ``rows.jsonl`` as they are made, so that a comparison that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+
+from mxlab import shipped
+from mxlab.checks import check_choice, check_int, check_keys
+from mxlab.errors import FormatError, MxlabError, RunError, SpecError
+from mxlab.eval.metrics import Loss, TokenScores
+from mxlab.eval.windows import Predict, score_windows, sliding_windows
+from mxlab.experiments import provenance
+from mxlab.formats import SCALE_RULES, MXFormat
+from mxlab.model.apply import apply
+from mxlab.recipe import Recipe
+from mxlab.recipe.rule import Rule
+from mxlab.sources import models, texts
+from mxlab.sources.model_pool import Pool
+
+logger = logging.getLogger("mxlab")
+
+UNQUANTIZED = "unquantized"
+# Which roles of linear layers and of attentions take the format.
+ROLES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "weights": (("weight",), ()),
+    "activations": (("activation",), ()),
+    "kv": ((), ("k", "v")),
+    "all": (("weight", "activation"), ("k", "v")),
+}
+_ROWS, _STUDY = "rows.jsonl", "study.json"
+
+
+@dataclass(frozen=True)
+class FormatStudy:
+    """What to compare, on what.
+
+    Attributes:
+        formats: as they are written in a recipe; each is combined with every scale rule it can have.
+        scale_rules: names of scale rules. A format with a floating-point scale has its own; ``mase_int`` is for
+            integers.
+        roles: of the decoder layers' linear layers and attentions: weights, activations, kv, or all of them.
+        text, windows, window, batch_size, model, dtype: as in :class:`mxlab.eval.text.TextRequest`.
+        compare: whether to give each row its divergence from the unquantized model.
+
+    Raises:
+        SpecError, FormatError: a name that is not known, or a number out of range.
+    """
+
+    formats: tuple[str, ...]
+    scale_rules: tuple[str, ...] = ("floor",)
+    roles: tuple[str, ...] = tuple(ROLES)
+    text: str = "wikitext2"
+    windows: int | None = None
+    window: int = 512
+    batch_size: int = 4
+    model: str = models.EMBEDDED
+    dtype: str = "bfloat16"
+    compare: bool = True
+
+    def __post_init__(self) -> None:
+        for rule in self.scale_rules:
+            check_choice("scale_rules", rule, SCALE_RULES)
+        for role in self.roles:
+            check_choice("roles", role, tuple(ROLES))
+        check_int("window", self.window, 2, None, "a whole number of tokens, 2 or more")
+        if not list(self.points()):
+            raise SpecError("there is nothing to compare: name formats, scale_rules they can have, and roles")
+
+    def points(self) -> Iterator[tuple[MXFormat, str]]:
+        """Every format under every rule it can have, in every role."""
+        for text in self.formats:
+            for fmt in _with_rules(MXFormat.parse(text), self.scale_rules):
+                for role in self.roles:
+                    yield fmt, role
+
+
+@dataclass(frozen=True)
+class StudyRow:
+    """One format in one role. Cross-entropy and KL divergence are nats per token; ``error`` says what failed."""
+
+    format: str
+    role: str
+    recipe: str = ""
+    bits_per_parameter: float | None = None
+    perplexity: float | None = None
+    cross_entropy: float | None = None
+    kl_divergence: float | None = None
+    top1_agreement: float | None = None
+    tokens: int = 0
+    seconds: float = 0.0
+    error: str = ""
+
+
+def load_study(path: str | Path) -> FormatStudy:
+    """A comparison from a TOML file with the fields of :class:`FormatStudy`, or a shipped one by name (``formats``).
+
+    Raises:
+        SpecError: no such file, not TOML, an unknown key, or a value that is not what the key asks for.
+    """
+    values = shipped.read_toml(shipped.find("study", path), str(path))
+    check_keys(values, [f.name for f in fields(FormatStudy)], str(path))
+    plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    try:
+        return FormatStudy(**plain)
+    except (FormatError, SpecError, TypeError) as e:
+        raise SpecError(f"{path}: {e}") from None
+
+
+def recipe_of(fmt: MXFormat, role: str) -> Recipe:
+    """``fmt`` in that role of every decoder layer, MLP and attention; all else in high precision."""
+    linear, attention = ROLES[role]
+    rules = [Rule(part=part, **dict.fromkeys(linear, fmt)) for part in ("mlp", "attention") if linear]  # pyright: ignore
+    if attention:
+        rules.append(Rule(part="attention", **dict.fromkeys(attention, fmt)))  # pyright: ignore
+    return Recipe(f"{fmt.element} {role}", tuple(rules))
+
+
+def run(
+    comparison: FormatStudy,
+    out: Path,
+    command: str,
+    data_dir: Path | None = None,
+    device: str = "auto",
+    track: Callable[[list], Iterable] = iter,
+) -> list[StudyRow]:
+    """Make every row of ``comparison`` that ``out`` does not hold yet; one that fails is recorded, the rest goes on.
+
+    Raises:
+        RunError: ``out`` holds another comparison, or cannot be written.
+        SourceError, MetricError: the model or the text cannot be had, or the text is too short.
+    """
+    text = texts.load_text(comparison.text, data_dir)
+    data = {"text_sha256": text.sha256, "model_id": models.identity(comparison.model)}
+    _open(out, {**asdict(comparison), **data}, command)
+    scorer = _Scorer(comparison, text, device)
+    done = read(out)
+    known = {(row.format, row.role) for row in done if not row.error}
+    points: list[tuple[MXFormat | None, str]] = [(None, ""), *comparison.points()]
+    for fmt, role in track([point for point in points if (str(point[0] or UNQUANTIZED), point[1]) not in known]):
+        row = scorer.row(fmt, role)
+        logger.info("%s %s: %s", row.format, row.role, row.error or f"perplexity {row.perplexity:.4g}")
+        with (out / _ROWS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(row)) + "\n")
+    return read(out)
+
+
+def read(folder: Path) -> list[StudyRow]:
+    """The rows of a comparison, the last one made of each point. Raises RunError where one cannot be read."""
+    file = folder / _ROWS
+    rows: dict[tuple[str, str], StudyRow] = {}
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines() if file.exists() else [], 1):
+        try:
+            row = StudyRow(**json.loads(line))
+        except (ValueError, TypeError) as e:
+            raise RunError(f"{file}, line {number} is not a row of a comparison: {e}; remove the line") from None
+        rows[row.format, row.role] = row
+    return list(rows.values())
+
+
+class _Scorer:
+    """Scores one recipe after the other on the same windows of the same model."""
+
+    def __init__(self, comparison: FormatStudy, text: texts.CorpusText, device: str) -> None:
+        self._pool, self._comparison, self._device = Pool(), comparison, device
+        loaded = self._load()
+        self._ids = texts.encode(loaded.tokenizer, text)
+        self._windows = sliding_windows(len(self._ids), comparison.window, None, comparison.windows)
+        self._reference = _remembered(_predict(loaded.model)) if comparison.compare else None
+
+    def row(self, fmt: MXFormat | None, role: str) -> StudyRow:
+        """The row of a format in a role; of the unquantized model where there is none."""
+        start = time.perf_counter()
+        recipe = Recipe(UNQUANTIZED) if fmt is None else recipe_of(fmt, role)
+        head: dict[str, Any] = {"format": str(fmt or UNQUANTIZED), "role": role, "recipe": recipe.hash}
+        try:
+            loaded = self._load()
+            bits = apply(loaded.model, recipe).bits_per_parameter
+            scores = self._scores(_predict(loaded.model))
+        except Exception as e:  # one bad row, of whatever kind, must not end the others
+            message = str(e) if isinstance(e, MxlabError) else f"{type(e).__name__}: {e}"
+            return StudyRow(**head, error=message)
+        return StudyRow(
+            **head, bits_per_parameter=bits, **_measures(scores), seconds=round(time.perf_counter() - start, 2)
+        )
+
+    def _load(self) -> models.LoadedModel:
+        return self._pool.load(self._comparison.model, self._comparison.dtype, self._device)
+
+    def _scores(self, predict: Predict) -> TokenScores:
+        return score_windows(predict, self._ids, self._windows, self._comparison.batch_size, self._reference)
+
+
+def _with_rules(fmt: MXFormat, rules: Iterable[str]) -> Iterator[MXFormat]:
+    """The format under each rule it can have; as it is where its scale has a rule of its own."""
+    if fmt.scale != "e8m0":
+        yield fmt
+        return
+    for rule in rules:
+        if rule == "max" or (rule == "mase_int" and not fmt.element_format.is_int):
+            continue
+        yield replace(fmt, scale_rule=rule)
+
+
+def _measures(scores: TokenScores) -> dict[str, Any]:
+    loss: Loss = scores.loss
+    measured = {"perplexity": loss.perplexity, "cross_entropy": loss.cross_entropy, "tokens": loss.tokens}
+    if scores.kl is not None and scores.agrees is not None:
+        measured |= {"kl_divergence": _mean(scores.kl), "top1_agreement": _mean(scores.agrees)}
+    return measured
+
+
+def _mean(values: Tensor) -> float:
+    return values.double().mean().item()
+
+
+def _predict(model: Any) -> Predict:
+    @torch.no_grad()
+    def predict(ids: Tensor) -> Tensor:
+        return model(input_ids=ids.to(model.device), use_cache=False).logits
+
+    return predict
+
+
+def _remembered(predict: Predict) -> Predict:
+    """``predict``, computed once for each batch, as long as a quarter of the free main memory holds the logits."""
+    kept: dict[bytes, Tensor] = {}
+    room = psutil.virtual_memory().available // 4
+
+    def remembering(ids: Tensor) -> Tensor:
+        key = ids.cpu().numpy().tobytes()
+        if key in kept:
+            return kept[key]
+        logits = predict(ids)
+        if sum(x.nbytes for x in kept.values()) + logits.nbytes < room:
+            kept[key] = logits
+        return logits
+
+    return remembering
+
+
+def _open(out: Path, study: Mapping[str, Any], command: str) -> None:
+    """Make the folder of a comparison, or see that it holds this one."""
+    text = json.dumps(study, indent=1) + "\n"
+    file = out / _STUDY
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if file.exists() and file.read_text(encoding="utf-8") != text:
+            raise RunError(f"{out} holds another comparison ({_STUDY} differs): give another --out folder")
+        file.write_text(text, encoding="utf-8")
+        with (out / "env.jsonl").open("a", encoding="utf-8") as log:  # a line for each time it was started
+            log.write(json.dumps({"command": command, **provenance.describe()}) + "\n")
+    except OSError as e:
+        raise RunError(f"cannot write to {out}: {e.strerror}; give another --out folder") from None

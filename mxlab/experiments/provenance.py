@@ -1,0 +1,99 @@
+"""What a result was made with: versions, machine, code."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import mxlab
+
+_PACKAGES = ("torch", "transformers", "lm_eval", "datasets", "accelerate", "numpy")
+_ROOT = Path(mxlab.__file__).parent
+_SOURCES = (".py", ".cpp", ".h", ".cu")
+# What cannot change a result.
+_IRRELEVANT = (
+    "_packed",
+    "bench",
+    "inspect",
+    "report",
+    "cli.py",
+    "doctor.py",
+    "patching.py",
+    "launcher.py",
+    "sweep.py",
+    "engine.py",
+    "workers.py",
+    "demo.py",
+    "notebook.py",
+)
+
+
+def code_version() -> str:
+    """mxlab's version and a digest of the source files that can move a number, such as ``0.1.0+1f2e3d4c5b6a``."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in _ROOT.rglob("*") if p.suffix in _SOURCES):
+        if path.relative_to(_ROOT).parts[0] not in _IRRELEVANT:
+            digest.update(path.relative_to(_ROOT).as_posix().encode() + path.read_bytes())
+    return f"{mxlab.__version__}+{digest.hexdigest()[:12]}"
+
+
+def describe() -> dict[str, Any]:
+    """The environment as plain values, in the order a reader wants them."""
+    import torch
+
+    from mxlab.numerics.kernels import cuda, native
+
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "date": datetime.datetime.now().isoformat(),
+        "mxlab": code_version(),
+        "commit": _commit(),
+        **{name: _version(name) for name in _PACKAGES},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": _cpu(),
+        "cpu capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "CPU kernels": native.MISSING or native.instruction_set(),
+        "cuda available": torch.cuda.is_available(),
+        **({"GPU kernels": cuda.missing() or "NVRTC"} if gpus else {}),
+        **{f"GPU {i}": name for i, name in enumerate(gpus)},
+    }
+
+
+def as_text(environment: dict[str, Any]) -> str:
+    """One ``name: value`` a line."""
+    return "".join(f"{name}: {value}\n" for name, value in environment.items())
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _commit() -> str:
+    """The commit of the checkout that mxlab runs from, ``-dirty`` where files differ from it."""
+    if not (_ROOT.parent / ".git").exists():
+        return "not a checkout"
+    command = ["git", "-C", str(_ROOT.parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        model = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        model = platform.processor()
+    return f"{model}, {os.cpu_count()} cores"

@@ -1,0 +1,135 @@
+"""Sweeps: the grid of a TOML file, models and recipes among its keys, as the points that an engine runs."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from mxlab import shipped
+from mxlab.checks import check_int, check_keys
+from mxlab.compat.recipes import load_any_recipe
+from mxlab.errors import SpecError
+from mxlab.eval import kinds
+from mxlab.eval.request import Evaluation
+from mxlab.experiments.engines.gpus import started
+from mxlab.experiments.engines.local import Engine, Point, Summary
+from mxlab.recipe.mx_specs import OPTIONS, override
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """One stage of an experiment: a recipe, what it is evaluated on, and the values each option takes in turn.
+
+    ``settings`` and the keys of ``grid`` are MX options and fields of :class:`~mxlab.eval.tasks.Request`, or where they
+    name a ``text`` of :class:`~mxlab.eval.text.TextRequest`.
+    """
+
+    stage: str
+    recipe: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    grid: Mapping[str, list[Any]] = field(default_factory=dict)
+
+    def points(self) -> Iterator[dict[str, Any]]:
+        """Every combination of the grid, the last key varying fastest."""
+        for values in itertools.product(*self.grid.values()):
+            yield dict(zip(self.grid, values, strict=True))
+
+    def at(self, values: Mapping[str, Any], out: Path, data_dir: Path | None) -> Point:
+        """The run at these values of the grid; raises as :meth:`request`."""
+        request = self.request(values, data_dir)
+        name = " ".join(f"{k}={v}" for k, v in values.items()) or request.recipe.name
+        return Point(name, values, request, out / self.stage)
+
+    def request(self, point: Mapping[str, Any], data_dir: Path | None) -> Evaluation:
+        """The evaluation at one point of the grid.
+
+        Raises:
+            SpecError: a value that its key does not take.
+        """
+        chosen = {"recipe": self.recipe, **self.settings, **point}
+        recipe = override(load_any_recipe(chosen.pop("recipe")), {k: v for k, v in chosen.items() if k in OPTIONS})
+        return kinds.make(recipe, {k: v for k, v in chosen.items() if k not in OPTIONS}, data_dir)
+
+
+class Track(Protocol):
+    """Passes the points of a sweep on, one by one."""
+
+    def __call__(self, sequence: Sequence[Any], *, description: str) -> Iterable[Any]: ...  # noqa: D102
+
+
+def _untracked(sequence: Sequence[Any], *, description: str) -> Iterable[Any]:
+    return sequence
+
+
+def load_sweep(path: str | Path) -> Sweep:
+    """A sweep from a TOML file, or a shipped one by name (``ex1``).
+
+    The file has ``stage``, ``recipe``, any of the request's fields and MX options, and a table ``[grid]`` of lists.
+
+    Raises:
+        SpecError: no such file, not TOML, an unknown key, or an empty grid entry.
+    """
+    return _parse(shipped.read_toml(shipped.find("sweep", path), str(path)), str(path))
+
+
+def run_sweep(
+    sweep: Sweep, out: Path, data_dir: Path | None = None, track: Track = _untracked, workers: int = 1
+) -> Summary:
+    """Run every point of ``sweep`` into ``out/<stage>``; one that fails is recorded and the rest goes on.
+
+    Args:
+        sweep: what to run.
+        out: the results folder.
+        data_dir: a folder with the data; None for the hub.
+        track: wraps the list of points, to show how far it is (such as rich's ``Progress.track``).
+        workers: processes, each with a GPU of its own; 1 for this process.
+
+    Raises:
+        SpecError: a point that no request can be made of, or too many workers; then nothing is run.
+        RunError: a worker died.
+    """
+    check_int("workers", workers, 1, None, "a whole number, 1 or more")
+    points = [sweep.at(values, out, data_dir) for values in sweep.points()]
+    if workers == 1:
+        engine = Engine()
+        return sum((engine.run(point) for point in track(points, description=sweep.stage)), Summary())
+    with started(points, workers) as futures:
+        return sum((future.result() for future in track(futures, description=sweep.stage)), Summary())
+
+
+def _parse(values: dict[str, Any], source: str) -> Sweep:
+    known = ["stage", "recipe", "grid", *kinds.KEYS, *OPTIONS]
+    grid = values.get("grid", {})
+    if not isinstance(grid, dict):
+        raise SpecError(f"{source}: grid must be a table of lists, such as [grid] block_size = [16, 32]")
+    check_keys(values, known, source)
+    check_keys(grid, [k for k in known if k not in ("stage", "grid")], f"{source}, [grid]")
+    for key, entry in grid.items():
+        if not isinstance(entry, list) or not entry:
+            raise SpecError(f"{source}, [grid]: {key} is {entry!r}: it must be a list of values")
+    for key in ("stage", "recipe"):
+        if not isinstance(values.get(key), str) or not values[key]:
+            raise SpecError(f'{source}: needs {key}, such as {key} = "ex1"')
+    if Path(values["stage"]).name != values["stage"] or values["stage"].startswith("."):
+        raise SpecError(f"{source}: stage is {values['stage']!r}: it names a folder, without / and without a dot first")
+    settings = {k: v for k, v in values.items() if k not in ("stage", "recipe", "grid")}
+    sweep = Sweep(values["stage"], values["recipe"], settings, grid)
+    try:
+        for point in sweep.points():
+            sweep.request(point, None)
+    except SpecError as e:
+        raise SpecError(f"{source}: {e}") from None
+    return sweep
+
+
+def with_settings(sweep: Sweep, settings: Mapping[str, Any]) -> Sweep:
+    """``sweep`` with these settings in place of its own; a key of the grid is no longer swept.
+
+    Where they name a text, the sweep's own settings for tasks give way, and the reverse.
+    """
+    gone = {*settings, *kinds.displaced(settings)}
+    kept, grid = ({k: v for k, v in values.items() if k not in gone} for values in (sweep.settings, sweep.grid))
+    return replace(sweep, settings={**kept, **settings}, grid=grid)

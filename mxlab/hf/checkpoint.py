@@ -1,0 +1,40 @@
+"""A converted model as a Hugging Face folder: its weights on the grid, in the dtype they were computed in."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from mxlab import rundir
+from mxlab.errors import RunError
+from mxlab.model.apply import apply
+from mxlab.model.conversion import Conversion
+from mxlab.recipe import Recipe
+from mxlab.sources import models
+
+
+def convert(model: str, recipe: Recipe, dtype: str, out: Path) -> Conversion:
+    """Load ``model`` on the CPU, apply ``recipe``, and save it into the new folder ``out``, whole or not at all.
+
+    The folder loads in transformers as any other, with weights on the grid; what a recipe does to activations and to
+    K and V needs ``mxlab.apply(model, out / "recipe.toml")`` again.
+
+    Raises:
+        RunError: ``out`` exists already, or cannot be written.
+        SourceError, ConversionError: as :func:`mxlab.sources.models.load_model` and :func:`mxlab.apply`.
+    """
+    if out.exists():
+        raise RunError(f"{out} exists already: give another --out folder")
+    try:
+        with rundir.partial(out.parent) as folder:
+            loaded = models.load_model(model, dtype, "cpu")
+            conversion = apply(loaded.model, recipe)
+            loaded.model.save_pretrained(folder)
+            loaded.tokenizer.save_pretrained(folder)
+            inventory = json.dumps(conversion.inventory(), indent=1) + "\n"
+            (folder / rundir.RECIPE).write_text(recipe.to_toml(), encoding="utf-8")
+            (folder / rundir.INVENTORY).write_text(inventory, encoding="utf-8")
+            folder.rename(out)
+    except OSError as e:
+        raise RunError(f"cannot write to {out}: {e}; nothing was kept") from e
+    return conversion

@@ -1,0 +1,152 @@
+"""What a conversion did: the sites, the bits they take, what stays in high precision."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from mxlab.model import sites
+from mxlab.model.plan import Match
+from mxlab.recipe import Recipe
+from mxlab.recipe.mx_specs import INVENTORY_VARIABLE
+from mxlab.recipe.rule import PHASES
+
+_PLURALS = {"linear": "linears", "experts": "experts", "attention": "attentions"}
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What :func:`mxlab.apply` did to ``model``.
+
+    ``weight_clamps`` counts, over all quantized weights as they were before, the blocks whose shared scale was out of
+    range (see :func:`mxlab.numerics.scale_clamps`). ``remarks`` are what else a user should know.
+    """
+
+    model: nn.Module
+    recipe: Recipe
+    sites: tuple[Match, ...]
+    weight_clamps: dict[str, int] = field(default_factory=dict)
+    remarks: tuple[str, ...] = ()
+
+    @property
+    def linears(self) -> list[Match]:
+        """The linear layers that were replaced, and the experts."""
+        return [site for site in self.sites if site.kind != "attention"]
+
+    @property
+    def attentions(self) -> list[Match]:
+        """The attentions that quantize something."""
+        return [site for site in self.sites if site.kind == "attention"]
+
+    @cached_property
+    def bits_per_parameter(self) -> float:
+        """Average storage of the model's parameters in bits: quantized weights with their scales, others as they are.
+
+        A parameter that is used in several places (tied embeddings) counts once, and where a quantized copy of it is
+        kept, that copy as well. Biases are rounded as they are used, and stored as they are.
+        """
+        in_place = {id(p) for site in self.linears for p in site.stored()}
+        parameters = list(self.model.parameters())
+        bits = sum(p.numel() * p.element_size() * 8 for p in parameters if id(p) not in in_place)
+        bits += sum(fmt.storage_bits(_blocks_last(site)) for site in self.linears for fmt in site.weight_formats)
+        return bits / max(sum(p.numel() for p in parameters), 1)
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know: axes that the block size does not divide, tied weights, a change of attention."""
+        uneven = Counter(
+            (site.kind, role, _axis_length(site), fmt.block_size)
+            for site in self.sites
+            for role, fmt in dict.fromkeys(item for phase in PHASES for item in site.by_phase[phase].items())
+            if role in ("weight", "activation", "k", "v", "q")
+            and (length := _axis_length(site))
+            and fmt.block_size
+            and length % fmt.block_size
+        )
+        partial = [
+            f"{role} of {count} {_PLURALS[kind]}: the axis of {length} is not a multiple of the block size {block}; "
+            f"its last block has {length % block} elements"
+            for (kind, role, length, block), count in uneven.items()
+        ]
+        tied = [
+            f"the weight of {site.name} is tied to {site.tied_to}, which stays as it is: {site.name} computes with a "
+            "quantized copy"
+            for site in self.sites
+            if site.tied_to
+        ]
+        return [*partial, *tied, *self.remarks]
+
+    def summary(self) -> str:
+        """One line: how many layers, which formats, KV or not."""
+        if not self.sites:
+            return f"recipe {self.recipe.name}: nothing is quantized"
+        parts = [
+            f"recipe {self.recipe.name}: {_described('linear layer', self.linears) or 'linear layers not quantized'}",
+            _described("attention", self.attentions) or "KV not quantized",
+            f"{self.recipe.numerics} numerics",
+        ]
+        if self.linears and (left := self.linears_in_high_precision):
+            more = f" and {len(left) - 3} more" if len(left) > 3 else ""
+            parts.append(f"left in high precision: {', '.join(left[:3])}{more}")
+        return "; ".join([*parts, *self.notes])
+
+    @property
+    def linears_in_high_precision(self) -> list[str]:
+        """The names of the linear layers, and of the experts' weights, that no rule matched."""
+        replaced = {site.name for site in self.linears}
+        return [site.name for site in sites.find(self.model) if site.kind != "attention" and site.name not in replaced]
+
+    def inventory(self) -> dict[str, Any]:
+        """What was replaced and what was left, as plain values for JSON."""
+        return {
+            "recipe": self.recipe.to_dict(),
+            "hash": self.recipe.hash,
+            "linear_layers": len(self.linears),
+            "attentions": len(self.attentions),
+            "bits_per_parameter": self.bits_per_parameter,
+            "sites": [
+                {
+                    "module": site.name,
+                    "kind": site.kind,
+                    "shape": list(site.shape),
+                    "formats": {role: str(fmt) for role, fmt in site.all_formats.items()},
+                    "bits_per_element": {role: fmt.bits_per_element for role, fmt in site.all_formats.items()},
+                }
+                for site in self.sites
+            ],
+            "linear_layers_in_high_precision": self.linears_in_high_precision,
+            "notes": self.notes,
+        }
+
+    def write_inventory(self) -> None:
+        """Write the inventory where `mxlab run` asked for it, if this process runs under it."""
+        if path := os.environ.get(INVENTORY_VARIABLE):
+            Path(path).write_text(json.dumps(self.inventory(), indent=1), encoding="utf-8")
+
+
+def _blocks_last(match: Match) -> tuple[int, ...]:
+    """The shape of a weight, the axis of its blocks last."""
+    shape = list(match.shape)
+    shape.append(shape.pop(match.site.input_axis))
+    return tuple(shape)
+
+
+def _axis_length(match: Match) -> int:
+    """How long the axis is along which a site's operands are cut into blocks; 0 where that is not known."""
+    return match.shape[match.site.input_axis] if match.shape else 0
+
+
+def _described(what: str, found: list[Match]) -> str:
+    """``210 linear layers (weight fp4_e2m1@32, activation fp6_e2m3@32)``, one bracket per combination of formats."""
+    combinations = Counter(", ".join(f"{r} {f}" for r, f in s.all_formats.items()) for s in found)
+    return "; ".join(
+        f"{count} {what}{'s' if count > 1 else ''} ({formats or 'rounded element-wise'})"
+        for formats, count in combinations.items()
+    )

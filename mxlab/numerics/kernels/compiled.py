@@ -1,0 +1,171 @@
+"""What the compiled backends share: tensors become dense buffers and layouts, which their kernels know.
+
+A kernel sees a contiguous tensor of shape (outer, axis, inner) whose blocks lie along the axis. Tensors whose axes have
+another order in memory are served in that order; those with gaps or overlaps are copied first.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mxlab.formats import ElementFormat, MXFormat, Numerics, Rounding
+from mxlab.numerics import microxcaling
+from mxlab.numerics.blocks import Blocks
+from mxlab.numerics.reference import block_layout
+
+
+class Layout(NamedTuple):
+    """A contiguous tensor as (outer, axis, inner), blocks of ``block`` elements, no longer than the axis, along it."""
+
+    outer: int
+    axis: int
+    inner: int
+    block: int
+
+
+SCALINGS = ("power", "asymmetric", "searched", "floating")
+_BY_RULE = {"mase_int": "asymmetric", "mse": "searched", "max": "floating"}
+_MANTISSA = 2**23 - 1  # of a float32
+
+
+def scaling(fmt: MXFormat) -> str:
+    """Which of :data:`SCALINGS`, the kernels' ways to choose and apply a scale, serves the format."""
+    return _BY_RULE.get(fmt.scale_rule, "power")
+
+
+def carry(fmt: MXFormat) -> int:
+    """What is added to the 23 mantissa bits of a block's largest magnitude before its exponent is taken.
+
+    The carry into the exponent is the difference of the rules: none of ``floor``; of ``ceil``, for any mantissa but 0;
+    of ``even``, from half a unit of the element's mantissa below the next power on; of ``rceil``, for mantissas above
+    that of the largest element.
+    """
+    element = fmt.element_format
+    largest = int(element.max * 2.0 ** (23 - element.emax)) & _MANTISSA
+    by_rule = {
+        "ceil": _MANTISSA,
+        "mase_int": _MANTISSA,
+        "even": 2 ** (22 - element.mantissa_bits),
+        "rceil": _MANTISSA - largest,
+    }
+    return by_rule.get(fmt.scale_rule, 0)
+
+
+class Compiled(ABC):
+    """A backend whose kernels take dense tensors. The bits are those of the reference."""
+
+    def quantize(self, x: Tensor, fmt: MXFormat, axes: tuple[int, ...], seed: int, numerics: Numerics) -> Tensor:
+        """``x`` rounded to ``fmt`` in blocks along ``axes`` (non-negative); laid out as ``torch.empty_like(x)``.
+
+        Raises:
+            FormatError: as :func:`mxlab.numerics.microxcaling.quantize`.
+        """
+        _check(fmt, x, numerics)
+        if len(axes) != 1:
+            return self._quantize_tiles(x, fmt, axes, seed, numerics)
+        x, out = _dense(x), torch.empty_like(x)
+        self._run(x, out, self._noise(x, fmt.rounding, seed), fmt, numerics, _layout(x, fmt, axes[0]))
+        return out
+
+    def quantize_out(self, x: Tensor, out: Tensor, fmt: MXFormat, axis: int, seed: int, numerics: Numerics) -> None:
+        """As :meth:`quantize` along one axis, into ``out``; both contiguous."""
+        _check(fmt, x, numerics)
+        self._run(x, out, self._noise(x, fmt.rounding, seed), fmt, numerics, _layout(x, fmt, axis))
+
+    def quantize_(self, x: Tensor, fmt: MXFormat, axes: tuple[int, ...], seed: int, numerics: Numerics) -> None:
+        """As :meth:`quantize`, in place."""
+        if len(axes) == 1 and _is_dense(x):
+            _check(fmt, x, numerics)
+            self._run(x, x, self._noise(x, fmt.rounding, seed), fmt, numerics, _layout(x, fmt, axes[0]))
+        else:
+            x.copy_(self.quantize(x, fmt, axes, seed, numerics))
+
+    def round_elementwise(
+        self, x: Tensor, element: ElementFormat, rounding: Rounding, subnormals: bool, seed: int, numerics: Numerics
+    ) -> Tensor:
+        """Each value of ``x`` rounded to ``element`` on its own; laid out as ``torch.empty_like(x)``."""
+        x, out = _dense(x), torch.empty_like(x)
+        self._run_elementwise(x, out, self._noise(x, rounding, seed), element, rounding, subnormals, numerics)
+        return out
+
+    @abstractmethod
+    def uniform(self, shape: torch.Size | tuple[int, ...], seed: int, device: torch.device) -> Tensor:
+        """What :func:`mxlab.numerics.philox.uniform` gives."""
+
+    @abstractmethod
+    def _run(
+        self, x: Tensor, out: Tensor, noise: Tensor | None, fmt: MXFormat, numerics: Numerics, layout: Layout
+    ) -> None:
+        """Quantize ``x`` into ``out``, which may be ``x``; all three in the same order in memory."""
+
+    @abstractmethod
+    def _run_elementwise(
+        self,
+        x: Tensor,
+        out: Tensor,
+        noise: Tensor | None,
+        element: ElementFormat,
+        rounding: Rounding,
+        subnormals: bool,
+        numerics: Numerics,
+    ) -> None:
+        """Round the elements of ``x`` into ``out``."""
+
+    def _quantize_tiles(self, x: Tensor, fmt: MXFormat, axes: tuple[int, ...], seed: int, numerics: Numerics) -> Tensor:
+        """Joint tiles of several axes: laid out as rows, one tile each."""
+        cut: Blocks = block_layout(x, fmt, axes)
+        tiles = cut.split(x).contiguous()  # (..., n_tiles, elements)
+        noise = self._noise(x, fmt.rounding, seed)
+        if noise is not None:
+            noise = cut.split(noise).contiguous()
+        out = torch.empty_like(tiles)
+        elements = tiles.shape[-1]
+        self._run(tiles, out, noise, fmt, numerics, Layout(tiles.numel() // elements, elements, 1, elements))
+        return torch.empty_like(x).copy_(cut.join(out))
+
+    def _noise(self, x: Tensor, rounding: Rounding, seed: int) -> Tensor | None:
+        """A number for each element, by its logical index, but in the order in memory of ``x``, which is dense."""
+        if rounding != "dither":
+            return None
+        noise = self.uniform(x.shape, seed, x.device)
+        return noise if x.is_contiguous() else torch.empty_like(x, dtype=torch.float32).copy_(noise)
+
+
+def address(x: Tensor | None) -> int:
+    """Where the tensor lies; 0 where there is none."""
+    return 0 if x is None else x.data_ptr()
+
+
+def _check(fmt: MXFormat, x: Tensor, numerics: Numerics) -> None:
+    if numerics == "microxcaling":
+        microxcaling.check(fmt, x.dtype)
+
+
+def _layout(x: Tensor, fmt: MXFormat, axis: int) -> Layout:
+    shape = x.shape
+    if not x.is_contiguous():
+        order = _memory_order(x)
+        shape, axis = [shape[i] for i in order], order.index(axis)
+    length, inner = shape[axis], math.prod(shape[axis + 1 :])
+    block = 1 if fmt.scale_rule == "none" else min(fmt.block_size or length, length)
+    return Layout(x.numel() // max(length * inner, 1), length, inner, block)
+
+
+def _memory_order(x: Tensor) -> list[int]:
+    """The axes of ``x`` from the largest stride to the smallest."""
+    return sorted(range(x.ndim), key=x.stride().__getitem__, reverse=True)
+
+
+def _is_dense(x: Tensor) -> bool:
+    """Whether ``x`` fills its memory without gaps or overlaps, its axes in some order."""
+    return x.is_contiguous() or x.permute(_memory_order(x)).is_contiguous()
+
+
+def _dense(x: Tensor) -> Tensor:
+    """``x``, or a copy without gaps or overlaps whose axes have the same order in memory."""
+    return x if _is_dense(x) else torch.empty_like(x).copy_(x)

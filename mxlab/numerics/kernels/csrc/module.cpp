@@ -1,0 +1,215 @@
+// mxlab.numerics.kernels._native: the CPU kernels for Python. Tensors come as addresses, so that nothing here depends on torch
+// and its binary interface; mxlab/backends/native.py checks what it passes.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <array>
+#include <atomic>
+#include <climits>
+#include <memory>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+#include "threads.h"
+
+namespace nb = nanobind;
+
+namespace mx {
+namespace {
+
+// A job smaller than this is done before another thread has woken up.
+constexpr int64_t WORTH_A_THREAD = 1 << 15;
+
+// From the slowest to the fastest that this processor can run.
+std::vector<const Kernels*> available_kernels() {
+    std::vector<const Kernels*> found{&portable_kernels};
+#if defined(MX_X86)
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+        found.push_back(&avx2_kernels);
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512cd"))
+        found.push_back(&avx512_kernels);
+#endif
+    return found;
+}
+
+const Kernels* active = available_kernels().back();
+
+std::vector<std::string> instruction_sets() {
+    std::vector<std::string> names;
+    for (const Kernels* k : available_kernels()) names.push_back(k->name);
+    return names;
+}
+
+void use(const std::string& name) {
+    for (const Kernels* k : available_kernels())
+        if (name == k->name) {
+            active = k;
+            return;
+        }
+    throw std::invalid_argument("this processor has no kernels for " + name);
+}
+
+Buffers buffers(uintptr_t source, uintptr_t target, uintptr_t noise, int dtype) {
+    return {reinterpret_cast<const void*>(source), reinterpret_cast<void*>(target),
+            reinterpret_cast<const float*>(noise), static_cast<Dtype>(dtype)};
+}
+
+int useful(int threads, int64_t elements) { return elements < WORTH_A_THREAD ? 1 : threads; }
+
+// A table of 65,536 entries for bfloat16 and one for float16, each made when it is first asked for.
+template <class Entry>
+class Tables {
+   public:
+    template <class Fill>
+    const Entry* get(Dtype dtype, Fill fill) {
+        const int i = dtype == Dtype::bfloat16 ? 0 : 1;
+        std::call_once(made_[i], [&] {
+            const DefaultArithmetic guard;
+            tables_[i] = std::make_unique<Entry[]>(TABLE_SIZE);
+            fill(tables_[i].get());
+        });
+        return tables_[i].get();
+    }
+
+   private:
+    std::array<std::once_flag, 2> made_;
+    std::array<std::unique_ptr<Entry[]>, 2> tables_;
+};
+
+bool has_table(Dtype dtype, Rounding rounding) { return dtype != Dtype::float32 && rounding != Rounding::dither; }
+
+class Quantizer {
+   public:
+    Quantizer(const Format& format, int scaling, int rounding, bool emulate)
+        : format_(format),
+          scaling_(static_cast<Scaling>(scaling)),
+          rounding_(static_cast<Rounding>(rounding)),
+          emulate_(emulate) {}
+
+    void run(uintptr_t source, uintptr_t target, uintptr_t noise, int dtype, int64_t outer, int64_t axis, int64_t inner,
+             int64_t block, int threads) {
+        const nb::gil_scoped_release release;
+        if (outer < 1 || axis < 1 || inner < 1 || block < 1) return;
+        const Buffers b = buffers(source, target, noise, dtype);
+        const Layout layout{outer, axis, inner, block};
+        const int64_t count = outer * axis * inner;
+        const Kernels& kernels = *active;
+        const u32* const table = emulate_ && has_table(b.dtype, rounding_) ? table_for(b.dtype) : nullptr;
+        Format format = format_;
+        if (format.tensor_scale != 0.0f) format.tensor_scale = tensor_scale(b, count, threads);
+        parallel_for(useful(threads, count), kernels.quantize_units(layout), 2, [&](int64_t first, int64_t last) {
+            if (emulate_)
+                kernels.quantize_emulator(b, layout, format, rounding_, table, first, last);
+            else
+                kernels.quantize_exact(b, layout, format, scaling_, rounding_, first, last);
+        });
+    }
+
+   private:
+    const u32* table_for(Dtype dtype) {
+        return tables_.get(dtype, [&](u32* t) { active->emulator_table(t, dtype, format_.element, rounding_); });
+    }
+
+    float tensor_scale(const Buffers& b, int64_t count, int threads) const {
+        std::atomic<u32> largest{0};
+        parallel_for(useful(threads, count), count, WORTH_A_THREAD / 2, [&](int64_t first, int64_t last) {
+            const u32 found = active->largest_finite(b, first, last);
+            u32 before = largest.load();
+            while (before < found && !largest.compare_exchange_weak(before, found)) {
+            }
+        });
+        return portable::exact::tensor_scale(largest, format_);
+    }
+
+    Format format_;
+    Scaling scaling_;
+    Rounding rounding_;
+    bool emulate_;
+    Tables<u32> tables_;
+};
+
+class Rounder {
+   public:
+    Rounder(const Element& element, int rounding, bool subnormals, bool emulate)
+        : element_(element),
+          rounding_(static_cast<Rounding>(rounding)),
+          numerics_(emulate ? Numerics::emulator : Numerics::exact),
+          subnormals_(subnormals) {}
+
+    void run(uintptr_t source, uintptr_t target, uintptr_t noise, int dtype, int64_t count, int threads) {
+        const nb::gil_scoped_release release;
+        const Buffers b = buffers(source, target, noise, dtype);
+        const Kernels& kernels = *active;
+        const uint16_t* const table = has_table(b.dtype, rounding_) ? table_for(b.dtype) : nullptr;
+        parallel_for(useful(threads, count), count, WORTH_A_THREAD / 2, [&](int64_t first, int64_t last) {
+            if (table)
+                kernels.look_up(b, table, first, last);
+            else
+                kernels.round_alone(b, element_, numerics_, rounding_, subnormals_, first, last);
+        });
+    }
+
+   private:
+    const uint16_t* table_for(Dtype dtype) {
+        return tables_.get(dtype, [&](uint16_t* t) {
+            for (int i = 0; i < TABLE_SIZE; ++i) t[i] = static_cast<uint16_t>(i);
+            active->round_alone({t, t, nullptr, dtype}, element_, numerics_, rounding_, subnormals_, 0, TABLE_SIZE);
+        });
+    }
+
+    Element element_;
+    Rounding rounding_;
+    Numerics numerics_;
+    bool subnormals_;
+    Tables<uint16_t> tables_;
+};
+
+void uniform(uintptr_t target, int64_t count, uint64_t seed, int threads) {
+    const nb::gil_scoped_release release;
+    const Kernels& kernels = *active;
+    parallel_for(useful(threads, count), count, WORTH_A_THREAD / 2, [&](int64_t first, int64_t last) {
+        kernels.uniform(reinterpret_cast<float*>(target), seed, first, last);
+    });
+}
+
+}  // namespace
+}  // namespace mx
+
+NB_MODULE(_native, m) {
+    using namespace mx;
+    nb::class_<Element>(m, "Element")
+        .def(
+            "__init__",
+            [](Element* self, int mantissa_bits, int emax, double min_normal, double max, bool is_int) {
+                new (self) Element{mantissa_bits, emax, static_cast<float>(min_normal), static_cast<float>(max), is_int};
+            },
+            nb::arg("mantissa_bits"), nb::arg("emax"), nb::arg("min_normal"), nb::arg("max"), nb::arg("is_int"));
+    nb::class_<Format>(m, "Format")
+        .def(
+            "__init__",
+            [](Format* self, const Element& element, int scale_emax, bool flush, u32 carry, const Element& scale,
+               bool per_tensor) {
+                new (self) Format{element, scale_emax, flush ? -126 : INT_MIN, carry, scale, per_tensor ? 1.0f : 0.0f};
+            },
+            nb::arg("element"), nb::arg("scale_emax"), nb::arg("flush_fp32_subnorms"), nb::arg("carry"), nb::arg("scale"),
+            nb::arg("per_tensor"));
+    nb::class_<Quantizer>(m, "Quantizer")
+        .def(nb::init<const Format&, int, int, bool>(), nb::arg("format"), nb::arg("scaling"), nb::arg("rounding"),
+             nb::arg("emulate"))
+        .def("run", &Quantizer::run);
+    nb::class_<Rounder>(m, "Rounder")
+        .def(nb::init<const Element&, int, bool, bool>(), nb::arg("element"), nb::arg("rounding"),
+             nb::arg("subnormals"), nb::arg("emulate"))
+        .def("run", &Rounder::run);
+    m.def("uniform", &uniform);
+    m.def("adopt_openmp", [](const std::string& path) { return adopt_openmp(path.c_str()); }, nb::arg("path"),
+          "Use the threads of the GNU OpenMP runtime at a path, if it is loaded. Whether it is.");
+    m.def("instruction_sets", &instruction_sets, "What this processor can run, the fastest last.");
+    m.def("instruction_set", [] { return std::string(active->name); }, "What the kernels use now.");
+    m.def("use", &use, nb::arg("name"), "Use another instruction set, to compare them.");
+}

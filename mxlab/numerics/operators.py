@@ -1,0 +1,196 @@
+"""The numerics as torch operators, which choose the backend by the device of the tensor.
+
+torch.compile, torch.export and fake tensors see one opaque operator. The choice among the backends is made when the
+operator runs; all of them give the same bits.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mxlab.checks import check_choice
+from mxlab.errors import FormatError
+from mxlab.formats import (
+    NUMERICS,
+    ROUNDINGS,
+    FormatFamily,
+    MXFormat,
+    NumberFormat,
+    Numerics,
+    Rounding,
+    elementwise_format,
+    parse_format,
+)
+from mxlab.numerics import families, microxcaling, reference
+from mxlab.numerics.kernels import cuda, native
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+BACKENDS = ("auto", "reference", "native", "cuda")
+_DEVICES = {"native": "cpu", "cuda": "cuda"}  # what a compiled backend computes on
+_COMPILED: dict[str, Any] = {"native": native, "cuda": cuda}
+logger = logging.getLogger("mxlab")
+
+_library = torch.library.Library("mxlab", "DEF")
+_library.define("quantize(Tensor x, str format, int[] axes, str numerics, str backend, int seed) -> Tensor")
+_library.define(
+    "quantize_out(Tensor x, Tensor(a!) out, str format, int[] axes, str numerics, str backend, int seed) -> ()"
+)
+_library.define("quantize_(Tensor(a!) x, str format, int[] axes, str numerics, str backend, int seed) -> ()")
+_library.define(
+    "round_elementwise(Tensor x, int bfloat, int fp, str rounding, bool subnormals, str numerics, str backend, "
+    "int seed) -> Tensor"
+)
+
+
+def check(x: Tensor, numerics: str, backend: str) -> None:
+    """Refuse what no backend computes.
+
+    Raises:
+        FormatError: an unsupported dtype, numerics or backend.
+    """
+    if x.dtype not in DTYPES:
+        raise FormatError(f"cannot quantize {x.dtype}: cast the tensor to one of {', '.join(map(str, DTYPES))}")
+    check_choice("numerics", numerics, NUMERICS)
+    check_choice("backend", backend, BACKENDS)
+
+
+def parse(fmt: NumberFormat | str, numerics: str, backend: str) -> NumberFormat:
+    """The format itself, or the one that is spelled.
+
+    Raises:
+        FormatError: no such format, or one of :mod:`mxlab.formats` with numerics or a backend that it has not.
+    """
+    fmt = parse_format(fmt)
+    if isinstance(fmt, FormatFamily) and numerics == "microxcaling":
+        raise FormatError(f"numerics is 'microxcaling', which does not have the format {fmt}: use 'exact'")
+    if isinstance(fmt, FormatFamily) and backend in _COMPILED:
+        raise FormatError(f"backend is {backend!r}, which does not have the format {fmt}: use 'auto' or 'reference'")
+    return fmt
+
+
+def _quantize(x: Tensor, fmt: str, axes: list[int], numerics: Numerics, backend: str, seed: int) -> Tensor:
+    check(x, numerics, backend)
+    parsed = parse(fmt, numerics, backend)
+    if x.numel() == 0:
+        return torch.empty_like(x)
+    places = tuple(axis % x.ndim for axis in axes)
+    if compiled := _compiled(x, parsed, backend):
+        return compiled.quantize(x, parsed, places, seed, numerics)
+    return _laid_out(x, _eager(numerics, parsed).quantize(x, parsed, places, seed))
+
+
+def _quantize_in_place(x: Tensor, fmt: str, axes: list[int], numerics: Numerics, backend: str, seed: int) -> None:
+    check(x, numerics, backend)
+    parsed = parse(fmt, numerics, backend)
+    if x.numel() == 0:
+        return
+    places = tuple(axis % x.ndim for axis in axes)
+    if compiled := _compiled(x, parsed, backend):
+        compiled.quantize_(x, parsed, places, seed, numerics)
+        if not x.is_inference():
+            torch.autograd.graph.increment_version(x)  # written behind torch's back
+    else:
+        x.copy_(_eager(numerics, parsed).quantize(x, parsed, places, seed))
+
+
+def _quantize_out(
+    x: Tensor, out: Tensor, fmt: str, axes: list[int], numerics: Numerics, backend: str, seed: int
+) -> None:
+    check(x, numerics, backend)
+    if out.shape != x.shape or out.dtype != x.dtype or out.device != x.device:
+        raise FormatError(
+            f"out is {out.dtype} of shape {tuple(out.shape)} on {out.device}: it must be as x is, "
+            f"{x.dtype} of shape {tuple(x.shape)} on {x.device}"
+        )
+    parsed = parse(fmt, numerics, backend)
+    compiled = _compiled(x, parsed, backend)
+    if compiled and len(axes) == 1 and x.numel() and x.is_contiguous() and out.is_contiguous():
+        compiled.quantize_out(x, out, parsed, axes[0] % x.ndim, seed, numerics)
+        if not out.is_inference():
+            torch.autograd.graph.increment_version(out)
+    else:
+        out.copy_(_quantize(x, fmt, axes, numerics, backend, seed))
+
+
+def _round_elementwise(
+    x: Tensor, bfloat: int, fp: int, rounding: Rounding, subnormals: bool, numerics: Numerics, backend: str, seed: int
+) -> Tensor:
+    check(x, numerics, backend)
+    check_choice("rounding", rounding, ROUNDINGS)
+    element = _elementwise_format(bfloat, fp)
+    if element is None or x.numel() == 0:
+        return x.clone()
+    if compiled := _COMPILED.get(choose(x.device.type, backend)):
+        return compiled.round_elementwise(x, element, rounding, subnormals, seed, numerics)
+    return _laid_out(x, _eager(numerics).round_elementwise(x, element, rounding, subnormals, seed))
+
+
+def _like(x: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _laid_out(x: Tensor, result: Tensor) -> Tensor:
+    """``result`` with the strides that :func:`_like` promises."""
+    return result if x.is_contiguous() else torch.empty_like(x).copy_(result)
+
+
+_library.impl("quantize", _quantize, "CompositeExplicitAutograd")
+_library.impl("quantize_out", _quantize_out, "CompositeExplicitAutograd")
+_library.impl("quantize_", _quantize_in_place, "CompositeExplicitAutograd")
+_library.impl("round_elementwise", _round_elementwise, "CompositeExplicitAutograd")
+_library.impl("quantize", _like, "Meta")
+_library.impl("quantize_out", lambda *_: None, "Meta")
+_library.impl("quantize_", lambda *_: None, "Meta")
+_library.impl("round_elementwise", _like, "Meta")
+
+quantize = torch.ops.mxlab.quantize.default
+quantize_out = torch.ops.mxlab.quantize_out.default
+quantize_ = torch.ops.mxlab.quantize_.default
+round_elementwise = torch.ops.mxlab.round_elementwise.default
+
+_elementwise_format = functools.cache(elementwise_format)
+
+
+@functools.cache
+def choose(device: str, backend: str) -> str:
+    """The backend that serves a device type: ``native``, ``cuda`` or ``reference``.
+
+    Raises:
+        FormatError: the backend asked for cannot serve the device, or is not there.
+    """
+    if backend in _COMPILED:
+        serves, module = _DEVICES[backend], _COMPILED[backend]
+        if device != serves:
+            where = serves.upper()
+            raise FormatError(
+                f"backend is {backend!r}, which computes on {where} tensors; the tensor is on {device}: use 'auto'"
+            )
+        if reason := module.missing():
+            raise FormatError(f"backend is {backend!r}, which is not there ({reason}): {module.remedy()}")
+        return backend
+    fastest = next((name for name, serves in _DEVICES.items() if serves == device), None)
+    if backend == "reference" or fastest is None:
+        return "reference"
+    if reason := _COMPILED[fastest].missing():
+        logger.warning(
+            "the %s kernels are not there (%s); quantizing in eager torch, slowly: %s",
+            fastest, reason, _COMPILED[fastest].remedy(),
+        )  # fmt: skip
+        return "reference"
+    return fastest
+
+
+def _compiled(x: Tensor, fmt: NumberFormat, backend: str) -> Any:
+    """The compiled backend that serves the tensor, or None: the quantizers have no kernels."""
+    return _COMPILED.get(choose(x.device.type, backend)) if isinstance(fmt, MXFormat) else None
+
+
+def _eager(numerics: Numerics, fmt: NumberFormat | None = None) -> Any:
+    if isinstance(fmt, FormatFamily):
+        return families
+    return reference if numerics == "exact" else microxcaling

@@ -1,0 +1,235 @@
+"""The ``exact`` numerics in eager torch: the readable specification that faster backends are tested against.
+
+OCP Microscaling Formats (MX) v1.0, section 6.3, on any device. Everything is computed in float32, where powers of two
+scale without rounding, and ``round_to_grid`` rounds once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+from mxlab.formats import ElementFormat, MXFormat, Rounding
+from mxlab.formats.scales import ScaleRule
+from mxlab.numerics import philox
+from mxlab.numerics.blocks import Blocks, exp2, floor_log2
+
+_EXPONENT_FIELD = 0x7F800000
+# The largest float32 below 1/2. trunc(v + this) rounds halves away from zero; with 1/2 itself the sum would round
+# 0.49999997 up to 1.
+_HALF = 0.5 - 2.0**-25
+# The smallest scale of a tensor: no product or quotient of it and a block's scale leaves the normal float32 numbers.
+_SMALLEST_TENSOR_SCALE = 2.0**-117
+
+
+def quantize(x: Tensor, fmt: MXFormat, axes: tuple[int, ...], seed: int) -> Tensor:
+    """``x`` rounded to ``fmt`` in blocks along ``axes`` (non-negative); same shape and dtype, contiguous."""
+    cut = block_layout(x, fmt, axes)
+    blocks = cut.split(x.to(torch.float32))  # (..., n_blocks, block)
+    noise = cut.split(philox.uniform(x.shape, seed, x.device)) if fmt.is_random else None
+    amax = blocks.abs().amax(-1, keepdim=True)  # (..., n_blocks, 1)
+    if fmt.scale_format.is_float:
+        y = round_to_float_scale(blocks, amax, fmt, noise)
+    else:
+        y = round_to_exponent(blocks, amax, shared_exponent(blocks, amax, fmt), fmt, noise)
+    y += 0.0  # a zero result is +0
+    return cut.join(y).to(x.dtype)
+
+
+def round_elementwise(x: Tensor, element: ElementFormat, rounding: Rounding, subnormals: bool, seed: int) -> Tensor:
+    """Each value rounded to ``element`` on its own; what overflows becomes infinite, NaN and infinities stay."""
+    y = x.to(torch.float32)
+    noise = philox.uniform(x.shape, seed, x.device) if rounding == "dither" else None
+    rounded = round_to_grid(y.clone(), element, rounding, noise)
+    rounded = torch.where(rounded.abs() > element.max, torch.copysign(torch.full_like(y, torch.inf), y), rounded)
+    if not subnormals:
+        rounded = torch.where(y.abs() < element.min_normal, 0.0, rounded)
+    return (torch.where(y.isinf(), y, rounded) + 0.0).to(x.dtype)
+
+
+def block_layout(x: Tensor, fmt: MXFormat, axes: tuple[int, ...]) -> Blocks:
+    """Where the blocks of ``x`` lie. An exponent for every element is a block of one."""
+    return Blocks(tuple(x.shape), axes, 1 if fmt.scale_rule == "none" else fmt.block_size)
+
+
+# Scales that are powers of two
+
+
+def round_to_exponent(blocks: Tensor, amax: Tensor, exponent: Tensor, fmt: MXFormat, noise: Tensor | None) -> Tensor:
+    """Blocks rounded to elements times 2^exponent."""
+    y = round_to_element(blocks * exp2(-exponent), fmt, noise)
+    return y.mul_(block_scale(amax, exponent, fmt))
+
+
+def shared_exponent(blocks: Tensor, amax: Tensor, fmt: MXFormat) -> Tensor:
+    """The shared exponent of each block, held to the range of the scale, as int32."""
+    exponent = unclamped_exponent(amax, fmt).clamp(-fmt.scale_emax, fmt.scale_emax)
+    if fmt.scale_rule != "mse":
+        return exponent
+    errors = [squared_error(blocks, amax, e, fmt) for e in (exponent, exponent + 1)]
+    return exponent + ((errors[1] < errors[0]) & (exponent < fmt.scale_emax)).int()
+
+
+def squared_error(blocks: Tensor, amax: Tensor, exponent: Tensor, fmt: MXFormat) -> Tensor:
+    """The sum of (x - Q(x))^2 over each block, added up in index order; a sum beyond float32 is infinite."""
+    difference = blocks - round_to_exponent(blocks, amax, exponent, fmt, None)
+    return reduce(torch.add, (difference * difference).split(1, -1))
+
+
+def unclamped_exponent(amax: Tensor, fmt: MXFormat) -> Tensor:
+    """The shared exponent of blocks with largest magnitude ``amax`` before it is held to ``scale_bits``; int32.
+
+    That of ``floor``, where the rule is ``mse``.
+    """
+    significand = torch.frexp(amax).mantissa  # in [1/2, 1)
+    element = fmt.element_format
+    return floor_log2(amax) - element.emax + _STEPS_UP[fmt.scale_rule](significand, element).int()
+
+
+def _never(significand: Tensor, element: ElementFormat) -> Tensor:
+    return torch.zeros_like(significand)
+
+
+def _above_power_of_two(significand: Tensor, element: ElementFormat) -> Tensor:
+    return significand > 0.5
+
+
+def _rounds_up_to_power_of_two(significand: Tensor, element: ElementFormat) -> Tensor:
+    return significand >= 1 - 2.0 ** -(element.mantissa_bits + 2)
+
+
+def _above_largest_element(significand: Tensor, element: ElementFormat) -> Tensor:
+    return significand > math.frexp(element.max)[0]
+
+
+# Whether the exponent is one higher than floor's, by the rule.
+_STEPS_UP: dict[ScaleRule, Callable[[Tensor, ElementFormat], Tensor]] = {
+    "floor": _never,
+    "ceil": _above_power_of_two,
+    "even": _rounds_up_to_power_of_two,
+    "rceil": _above_largest_element,
+    "mase_int": _above_power_of_two,
+    "mse": _never,
+    "none": _never,
+}
+
+
+def block_scale(amax: Tensor, exponent: Tensor, fmt: MXFormat) -> Tensor:
+    """The factor that takes a block back: 2^exponent; NaN where the block has no scale; 0 where it is flushed."""
+    scale = exp2(exponent)
+    if fmt.flush_fp32_subnorms:
+        scale = torch.where(floor_log2(amax) <= -127, 0.0, scale)
+    overflow = unclamped_exponent(amax, fmt) > fmt.scale_emax
+    return torch.where(overflow | ~amax.isfinite(), torch.nan, scale)
+
+
+# Scales that are floating-point numbers
+
+
+def round_to_float_scale(blocks: Tensor, amax: Tensor, fmt: MXFormat, noise: Tensor | None) -> Tensor:
+    """Blocks rounded to elements times a floating-point scale.
+
+    t is the scale of the tensor, T / (largest scale * largest element), T being its largest finite magnitude,
+    but at least 2^-117; 1 where the format has none. s is the scale of the block: (amax / largest element) / t, rounded
+    half to even to the scale format and held to its positive values. An element is y, rounded and saturated, times
+    t * s. With a scale of the tensor y = x * ((1 / t) / s), the arithmetic of NVFP4's kernels and of torchao (which
+    raises s to 2^-6, the smallest normal number); without one y = x / s. Every operation is one of float32.
+    """
+    t = tensor_scale(blocks, fmt)
+    s = torch.where(amax.isfinite(), held_scale(amax, t, fmt), torch.nan)
+    y = blocks * (t.reciprocal() / s) if fmt.scale_format.tensor_bits else blocks / s
+    return round_to_element(y, fmt, noise).mul_(t * s)
+
+
+def held_scale(amax: Tensor, tensor_scale: Tensor, fmt: MXFormat) -> Tensor:
+    """The scale of each block, held to the positive values of its format."""
+    return wanted_scale(amax, tensor_scale, fmt).clamp_(fmt.scale_grid.min, fmt.scale_grid.max)
+
+
+def wanted_scale(amax: Tensor, tensor_scale: Tensor, fmt: MXFormat) -> Tensor:
+    """The scale of each block on the grid of its format, before it is held to the positive values of that."""
+    # Divided by tensors: by a number, torch multiplies with its rounded inverse on some devices.
+    wanted = amax / torch.full_like(amax, fmt.element_format.max) / tensor_scale
+    return round_to_grid(wanted, fmt.scale_grid, "even")
+
+
+def tensor_scale(x: Tensor, fmt: MXFormat) -> Tensor:
+    """The scale that all blocks of a float32 tensor share, of no dimension; 1 where the format has none."""
+    if not fmt.scale_format.tensor_bits:
+        return x.new_ones(())
+    largest = torch.where(x.isfinite(), x, 0.0).abs().amax()
+    scale = largest / torch.full_like(largest, fmt.element_format.max * fmt.scale_grid.max)
+    return scale.clamp_(min=_SMALLEST_TENSOR_SCALE)
+
+
+def out_of_range(blocks: Tensor, fmt: MXFormat) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each block: whether it is neither zero, NaN nor infinite, and of these, whether it wants a smaller or a larger
+    scale than there is."""
+    amax = blocks.abs().amax(-1)
+    counts = (amax > 0) & amax.isfinite()
+    if fmt.scale_format.is_float:
+        wanted = wanted_scale(amax, tensor_scale(blocks, fmt), fmt)
+        return counts, counts & (wanted == 0), counts & (wanted > fmt.scale_grid.max)
+    exponent = unclamped_exponent(amax, fmt)
+    return counts, counts & (exponent < -fmt.scale_emax), counts & (exponent > fmt.scale_emax)
+
+
+# Both
+
+
+def scales(blocks: Tensor, fmt: MXFormat) -> Tensor:
+    """What the elements of each of (..., n_blocks, block) are multiples of: (..., n_blocks, 1), as float32.
+
+    That of a block which becomes NaN, because it wants a larger one, is the largest there is.
+    """
+    amax = blocks.abs().amax(-1, keepdim=True)
+    if not fmt.scale_format.is_float:
+        return exp2(shared_exponent(blocks, amax, fmt))
+    t = tensor_scale(blocks, fmt)
+    return t * held_scale(amax, t, fmt)
+
+
+# Elements
+
+
+def round_to_element(y: Tensor, fmt: MXFormat, noise: Tensor | None) -> Tensor:
+    """Multiples of the scale rounded to the element, and held to its range. Overwrites ``y``."""
+    return round_to_grid(y, fmt.grid, fmt.rounding, noise).clamp_(*fmt.limits)
+
+
+def round_to_grid(y: Tensor, element: ElementFormat, rounding: Rounding, noise: Tensor | None = None) -> Tensor:
+    """float32 values rounded to the grid of ``element``, not yet limited to its largest value. Overwrites ``y``.
+
+    The grid is 2^(e - mantissa_bits) apart, e the exponent of y but at least emin: dividing by 2^e and multiplying by
+    2^mantissa_bits makes it the integers.
+    """
+    if element.is_int:
+        binade: Tensor | float = 1.0
+    else:
+        binade = (y.view(torch.int32) & _EXPONENT_FIELD).view(torch.float32).clamp_(min=element.min_normal)
+    y /= binade
+    y *= 2.0**element.mantissa_bits
+    y = round_to_integer(y, rounding, noise)
+    y *= 2.0**-element.mantissa_bits
+    y *= binade
+    return y
+
+
+def round_to_integer(v: Tensor, rounding: Rounding, noise: Tensor | None = None) -> Tensor:
+    """float32 values rounded to integers; magnitudes below 2^22. Overwrites ``v``."""
+    if rounding == "nearest":
+        return v.add_(torch.full_like(v, _HALF).copysign_(v)).trunc_()
+    if rounding == "even":
+        return v.round_()
+    if rounding == "floor":
+        return v.trunc_()
+    assert noise is not None  # rounding == "dither"
+    magnitude = v.abs()
+    whole = magnitude.floor()
+    # floor(|v| + u); the sum itself would round, and lift a v that is an integer already. Both sides here are exact.
+    up = magnitude - whole >= 1 - noise
+    return whole.add_(up).copysign_(v)

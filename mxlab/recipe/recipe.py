@@ -1,0 +1,229 @@
+"""A recipe says what is quantized, where and how: ordered rules, the numerics, the rounding around matmuls.
+
+A recipe is frozen, prints as TOML, reads back equal, and has one hash, which names a run. Nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from mxlab import shipped
+from mxlab.checks import check_bool, check_choice, check_keys
+from mxlab.errors import FormatError, SpecError
+from mxlab.formats import NUMERICS, ROUNDINGS, MXFormat, NumberFormat, Numerics, Rounding, elementwise_format
+from mxlab.recipe.rule import Rule
+
+# Algorithms that rewrite weights or rotate activations; a recipe may ask for them, each with a table of options.
+ALGORITHMS = ("gptq", "clip_search", "rotation_search")
+
+
+_NAME = re.compile(r"[^\W_][\w .+=,-]*")
+
+
+@dataclass(frozen=True)
+class Elementwise:
+    """Element-wise rounding of a linear layer's operands before, and of its result after, the matmul.
+
+    ``bfloat`` and ``fp`` are the widths of :func:`mxlab.round_elementwise`; 0 rounds nothing.
+    """
+
+    bfloat: int = 0
+    fp: int = 0
+    subnormals: bool = True
+    weight_rounding: Rounding = "nearest"
+    output_rounding: Rounding = "nearest"
+
+    def __post_init__(self) -> None:
+        elementwise_format(self.bfloat, self.fp)  # raises where a width is out of range
+        check_bool("subnormals", self.subnormals)
+        check_choice("weight_rounding", self.weight_rounding, ROUNDINGS)
+        check_choice("output_rounding", self.output_rounding, ROUNDINGS)
+
+    @property
+    def is_used(self) -> bool:
+        """Whether anything is rounded."""
+        return bool(self.bfloat or self.fp)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Ordered rules (the first that matches a module wins), the numerics and the element-wise rounding.
+
+    ``name`` is a label: it is not part of the hash. ``algorithms`` holds the tables of the algorithms to run before
+    quantizing, by name.
+
+    Raises:
+        SpecError: a name that is no folder's, rules without effect, a format that the numerics do not have.
+        FormatError: unknown numerics or algorithms.
+    """
+
+    name: str
+    rules: tuple[Rule, ...] = ()
+    numerics: Numerics = "exact"
+    elementwise: Elementwise = field(default_factory=Elementwise)
+    algorithms: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
+            raise SpecError(
+                f"name is {self.name!r}: it names a folder, so write letters, digits, spaces and . _ + - = , "
+                "with a letter or digit first"
+            )
+        check_choice("numerics", self.numerics, NUMERICS)
+        if self.numerics == "microxcaling" and (others := [fmt for fmt in self.formats if not _is_emulated(fmt)]):
+            raise SpecError(
+                f"numerics is 'microxcaling', which does not have the format {others[0]}: use 'exact', or a "
+                "microscaling format with scale e8m0 under the rule floor or none"
+            )
+        for algorithm in self.algorithms:
+            check_choice("algorithm", algorithm, ALGORITHMS)
+        self._check_effect()
+
+    def _check_effect(self) -> None:
+        for rule in self.rules:
+            if not (rule.skip or rule.formats or self.elementwise.is_used):
+                raise SpecError(
+                    f"{rule} gives no format, and nothing is rounded element-wise: give one, or skip = true"
+                )
+        if self.rules and all(rule.skip for rule in self.rules):
+            raise SpecError(
+                "every rule skips, so nothing is quantized: give formats, or no rules for the model as it is"
+            )
+
+    @property
+    def hash(self) -> str:
+        """Sixteen hexadecimal digits that two recipes share only if they quantize alike."""
+        content = {k: v for k, v in self.to_dict().items() if k != "name"}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def formats(self) -> tuple[NumberFormat, ...]:
+        """Every format the rules give, in order."""
+        return tuple(fmt for rule in self.rules for fmt in rule.formats.values())
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """``block_size`` and ``scale_bits`` where all formats agree on them, and ``custom_cuda``; {} without rules."""
+        found: dict[str, Any] = {}
+        for name in ("block_size", "scale_bits"):
+            values = {getattr(fmt, name, None) for fmt in self.formats}
+            if len(values) == 1:
+                found[name] = values.pop()
+        return {**found, "custom_cuda": self.numerics == "exact"} if self.rules else {}
+
+    def map_formats(self, **changes: Any) -> Recipe:
+        """The recipe with these fields changed in every format.
+
+        Raises:
+            SpecError: a format that is not microscaling, or that the change does not fit.
+        """
+        if changes and (others := [fmt for fmt in self.formats if not isinstance(fmt, MXFormat)]):
+            raise SpecError(f"{', '.join(changes)} cannot be set for {others[0]}: it is not a microscaling format")
+        rules = tuple(
+            replace(r, **{k: replace(f, **changes) for k, f in r.formats.items() if isinstance(f, MXFormat)})
+            for r in self.rules
+        )
+        return replace(self, rules=rules)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as in the TOML file."""
+        values = {
+            "name": self.name,
+            "numerics": self.numerics,
+            "elementwise": asdict(self.elementwise),
+            "rules": [rule.to_dict() for rule in self.rules],
+        }
+        return values | ({"algorithms": deepcopy(dict(self.algorithms))} if self.algorithms else {})
+
+    def to_toml(self) -> str:
+        """The recipe as TOML, which :meth:`from_toml` reads back equal."""
+        return tomli_w.dumps(self.to_dict())
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], source: str = "recipe") -> Recipe:
+        """The recipe these plain values describe; ``source`` names them in errors.
+
+        Raises:
+            SpecError: an unknown key, or a value that is not what the key asks for.
+        """
+        known = [f.name for f in fields(cls)]
+        check_keys(values, known, source)
+        if not isinstance(values.get("name"), str):
+            raise SpecError(f'{source}: a recipe needs a name, such as name = "ex1"')
+        rules = values.get("rules", [])
+        if not isinstance(rules, list):
+            raise SpecError(f"{source}: rules must be written as [[rules]] tables")
+        rules = tuple(Rule.from_dict(r, f"{source}, rule {i}") for i, r in enumerate(rules, 1))
+        elementwise = _elementwise(values.get("elementwise", {}), f"{source}, [elementwise]")
+        algorithms = _algorithms(values.get("algorithms", {}), f"{source}, [algorithms]")
+        try:
+            return cls(values["name"], rules, values.get("numerics", "exact"), elementwise, algorithms)
+        except (FormatError, SpecError) as e:
+            raise SpecError(f"{source}: {e}") from None
+
+    @classmethod
+    def from_toml(cls, text: str, source: str = "recipe") -> Recipe:
+        """The recipe in a TOML text. Raises SpecError as :meth:`from_dict`, or where the text is not TOML."""
+        return cls.from_dict(shipped.parse_toml(text, source), source)
+
+
+# Reads the values of another tool's TOML file (the values, a name for the recipe, the file's name for errors); None
+# where they are not that tool's.
+Reader = Callable[[Mapping[str, Any], str, str], "Recipe | None"]
+
+
+def load_recipe(recipe: Recipe | str | Path, readers: Sequence[Reader] = ()) -> Recipe:
+    """Return a recipe from a shipped name (``ex1``), from a TOML file, or as it is.
+
+    Args:
+        recipe: the recipe, its name, or its file.
+        readers: what else may read a file that has neither a name nor rules (:mod:`mxlab.compat.recipes`).
+
+    Raises:
+        SpecError: no such recipe or file; the message lists the names.
+    """
+    if isinstance(recipe, Recipe):
+        return recipe
+    if not isinstance(recipe, str | Path):
+        raise SpecError(f"recipe is {recipe!r}: it must be the name of a recipe, or of a TOML file")
+    path = shipped.find("recipe", recipe)
+    values = shipped.read_toml(path, str(recipe))
+    if "name" not in values and "rules" not in values:
+        for read in readers:
+            if (found := read(values, path.stem, str(recipe))) is not None:
+                return found
+    return Recipe.from_dict(values, str(recipe))
+
+
+def _is_emulated(fmt: NumberFormat) -> bool:
+    """Whether microxcaling's torch path, which the numerics of that name reproduce, knows the format."""
+    return isinstance(fmt, MXFormat) and fmt.scale == "e8m0" and fmt.scale_rule in ("floor", "none")
+
+
+def _elementwise(values: object, source: str) -> Elementwise:
+    if not isinstance(values, Mapping):
+        raise SpecError(f"{source}: must be a table")
+    check_keys(values, [f.name for f in fields(Elementwise)], source)
+    try:
+        return Elementwise(**values)
+    except FormatError as e:
+        raise SpecError(f"{source}: {e}") from None
+
+
+def _algorithms(values: object, source: str) -> dict[str, dict[str, Any]]:
+    if not isinstance(values, Mapping):
+        raise SpecError(f"{source}: must be a table")
+    check_keys(values, list(ALGORITHMS), source)
+    for name, options in values.items():
+        if not isinstance(options, Mapping):
+            raise SpecError(f"{source}: {name} is {options!r}: it must be a table of options")
+    return deepcopy({name: dict(options) for name, options in values.items()})

@@ -1,0 +1,86 @@
+"""Figures of the stages that sweep something else than block sizes: a row for each run, against the baseline."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from mxlab.report.comparability import by_evaluation, compare
+from mxlab.report.document import Image
+from mxlab.report.figures import ACCURACY, DPI, PERPLEXITY, STYLE, Quantity, panels
+from mxlab.report.options import option_text, options_rank
+from mxlab.report.read import Tree
+from mxlab.report.run import BASELINE, Result
+from mxlab.report.tables import stage_title
+
+
+def draw_comparisons(tree: Tree, folder: Path, number: int) -> dict[str, list[Image]]:
+    """Draw one figure for each such stage and task; the first is Figure ``number``. Returns them by stage."""
+    images: dict[str, list[Image]] = {}
+    for i, results in enumerate(_compared(tree), start=number):
+        first = results[0]
+        task = [first.task] if len(tree.tasks) > 1 else []
+        path = folder / f"{'_'.join([first.run.stage, 'compared', *task]).replace('/', '_')}.png"
+        with mpl.rc_context({**STYLE, "axes.grid.axis": "x"}):
+            plot(results, tree.baselines).savefig(path, bbox_inches="tight")
+        title = f"Figure {i}: {stage_title(first.run.stage)}, accuracy and perplexity"
+        caption = f"{first.task}, n = {first.n}. Error bars: ± one standard error. The dashed line is the baseline."
+        images.setdefault(first.run.stage, []).append(Image(path, title, caption))
+    return images
+
+
+def _compared(tree: Tree) -> Iterator[list[Result]]:
+    """The results of a stage on a task: the largest group of one evaluation setting, if it is two or more."""
+    for stage in tree.stages:
+        if any(panels(stage, tree)):
+            continue
+        swept = tree.swept(stage)
+        for task in dict.fromkeys(result.task for result in swept):
+            results = max(by_evaluation([result for result in swept if result.task == task]), key=len)
+            drawn = [result for result in results if ACCURACY.point(result) or PERPLEXITY.point(result)]
+            if len(drawn) > 1:
+                yield sorted(drawn, key=lambda result: options_rank(result.run.options))
+
+
+def plot(results: Sequence[Result], baselines: Sequence[Result]) -> Figure:
+    """Accuracy to the left, perplexity (logarithmic) to the right, a row for each result."""
+    figure = Figure(figsize=(8.0, 1.5 + 0.38 * len(results)), dpi=DPI, layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    _draw(left, ACCURACY, results, baselines)
+    _draw(right, PERPLEXITY, results, baselines)
+    right.set_xscale("log")
+    left.set_yticks(range(len(results)), _labels(results))
+    left.set_ylim(len(results) - 0.4, -0.6)
+    first = results[0]
+    figure.suptitle(f"{stage_title(first.run.stage)}: {first.task}, n = {first.n}", x=0.01, ha="left", fontsize=10)
+    return figure
+
+
+def _draw(axes: Axes, quantity: Quantity, results: Sequence[Result], baselines: Sequence[Result]) -> None:
+    points = [(row, measured) for row, result in enumerate(results) if (measured := quantity.point(result))]
+    axes.errorbar(
+        [measured.value for _, measured in points],
+        [row for row, _ in points],
+        xerr=[measured.stderr or 0 for _, measured in points],
+        linestyle="none",
+        marker="o",
+        color="#0b3c6f",
+        capsize=3,
+        elinewidth=0.9,
+    )
+    axes.set_xlabel(quantity.axis)
+    comparison = compare(results[0], baselines)
+    measured = quantity.point(comparison.baseline) if comparison and comparison.accuracy else None
+    if measured:
+        axes.axvline(measured.value, label=BASELINE, color="black", dashes=(6, 3), linewidth=1.1, zorder=1)
+
+
+def _labels(results: Sequence[Result]) -> list[str]:
+    """The options in which the results differ."""
+    options = [dict(result.run.options or {}) for result in results]
+    names = [
+        name for name in dict.fromkeys(n for o in options for n in o) if len({str(o.get(name)) for o in options}) > 1
+    ]
+    return [", ".join(f"{name}={option_text(o.get(name))}" for name in names) for o in options]

@@ -1,0 +1,81 @@
+"""The run directory: the names of its files, its schema, and folders that are published whole or not at all. No torch.
+
+A folder is filled under a hidden name beside its place and renamed when it is whole, so that a process that is killed,
+or for which the disk is too small, leaves nothing that looks like a result.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import platform
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+SCHEMA = 1  # of run.json
+COMMAND = "command.txt"
+ENVIRONMENT = "env.json"
+ENVIRONMENT_TEXT = "env.txt"
+RECIPE = "recipe.toml"
+INVENTORY = "inventory.json"
+LOG = "output.log"
+RECORD = "run.json"
+METRICS = "metrics_*.json"
+FAILURES = "failures.jsonl"  # of a stage: the runs that could not be finished
+
+# Whether a process is alive can be told of this machine's only; others may share the folder.
+_PREFIX = f".partial-{platform.node()}-"
+
+
+def metrics_files(folder: Path) -> list[Path]:
+    """Return the metrics files of a run directory, the oldest first."""
+    return sorted(folder.glob(METRICS))
+
+
+@contextlib.contextmanager
+def partial(parent: Path) -> Iterator[Path]:
+    """Yield a new hidden folder in ``parent``, to be filled; it is gone afterwards, unless it was renamed.
+
+    What killed processes of this machine left in ``parent`` is removed. Raises OSError where it cannot be written.
+    """
+    parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(parent)
+    folder = parent / f"{_PREFIX}{os.getpid()}-{secrets.token_hex(4)}"
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def publish(folder: Path, parent: Path, label: str) -> Path:
+    """Rename a whole ``folder`` to ``<date>_<time>_<label>`` in ``parent``; a name that is taken waits a second."""
+    now = datetime.datetime.now()
+    while True:
+        target = parent / f"{now:%Y%m%d_%H%M%S}_{label}"
+        try:
+            return folder.rename(target)
+        except OSError:
+            if not target.exists():
+                raise
+        now += datetime.timedelta(seconds=1)
+
+
+def _remove_leftovers(parent: Path) -> None:
+    for folder in parent.glob(f"{_PREFIX}*"):
+        pid = folder.name.removeprefix(_PREFIX).partition("-")[0]
+        if not pid.isdecimal() or not _is_alive(int(pid)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

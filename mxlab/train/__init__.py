@@ -1,0 +1,1 @@
+"""Quantization that learns: ``binary_residual`` has residual binarization with learnable means."""

@@ -1,0 +1,350 @@
+"""The mxlab command: exit codes, and one-line messages instead of tracebacks."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mxlab.cli import main as cli
+from mxlab.experiments import runs
+from mxlab.recipe import load_recipe
+
+from support.paths import ROOT
+
+QUICK = ["--dtype", "float32", "--batch-size", "2", "--device", "cpu", "--limit", "2"]
+
+
+@pytest.fixture(autouse=True)
+def _restored(monkeypatch):
+    """What the command changes in its process: the logger, and the environment."""
+    logger = logging.getLogger("mxlab")
+    kept = logger.level, list(logger.handlers), logger.propagate
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.delenv("MX_SPECS_JSON", raising=False)
+    yield
+    level, logger.handlers, logger.propagate = kept
+    logger.setLevel(level)
+
+
+@pytest.fixture
+def mxlab(monkeypatch, capfd):
+    """Runs the command in this process; returns its exit code and what it printed and complained."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["mxlab", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        printed = capfd.readouterr()
+        return caught.value.code or 0, printed.out, printed.err
+
+    return call
+
+
+def only(folder: Path) -> Path:
+    [found] = folder.iterdir()
+    return found
+
+
+# ---- eval
+
+
+def test_eval(mxlab, tiny_llama, tmp_path):
+    arguments = ["eval", "--model", tiny_llama, *QUICK, "--recipe", "ex2", "--set", "block_size=16"]
+    code, out, _ = mxlab(*arguments, "--set", "custom_cuda=false", "--out", tmp_path)
+    assert code == 0
+    folder = only(tmp_path / "ex2")
+    assert folder.name.endswith("_bs16_sb8_ccfalse")
+    assert f"written: {folder}" in out
+    assert "perplexity" in out
+    found = load_recipe(folder / "recipe.toml")
+    assert ({fmt.block_size for fmt in found.formats}, found.numerics) == ({16}, "microxcaling")
+    command = (folder / "command.txt").read_text(encoding="utf-8")
+    assert command.startswith("mxlab eval --model ")
+    assert "--set block_size=16 --set custom_cuda=false" in command
+
+
+def test_eval_of_a_file_under_its_own_name(mxlab, tiny_llama, tmp_path):
+    file = tmp_path / "file.toml"
+    file.write_text('name = "mine"\n[[rules]]\nmodules = ".*_proj"\nweight = "int8@8"\n', encoding="utf-8")
+    assert mxlab("eval", "--model", tiny_llama, *QUICK, "--recipe", file, "-o", tmp_path / "out")[0] == 0
+    assert only(tmp_path / "out" / "mine").name.endswith("_bs8_sb8_cctrue")
+
+
+def test_eval_of_a_text(mxlab, tiny_llama, tmp_path):
+    arguments = ["--model", tiny_llama, "--dtype", "float32", "--device", "cpu", "--text", "passages"]
+    windows = ["--window", 64, "--stride", 32, "--windows", 3, "--batch-size", 2, "--compare"]
+    code, out, _ = mxlab("eval", *arguments, *windows, "--recipe", "ex1", "--out", tmp_path)
+    assert code == 0
+    for name in ("passages", "perplexity", "kl_divergence", "top1_agreement"):
+        assert name in out
+    [metrics] = only(tmp_path / "ex1").glob("metrics_*.json")
+    config = json.loads(metrics.read_text(encoding="utf-8"))["config"]
+    assert [config[key] for key in ("window", "stride", "windows", "batch_size", "compare")] == [64, 32, 3, 2, True]
+
+
+def test_eval_of_a_mase_file(mxlab, tiny_llama, tmp_path, caplog):
+    file = tmp_path / "mine.toml"
+    keys = "weight_block_size = 16\nweight_width = 4\nbias_block_size = 16\nbias_width = 4\n"
+    file.write_text(f"by = 'regex_name'\n['model.*_proj']\nname = 'mxint'\n{keys}", encoding="utf-8")
+    assert mxlab("eval", "--model", tiny_llama, *QUICK, "--recipe", file, "-o", tmp_path / "out")[0] == 0
+    assert any("bias_... is for the layers that have a bias" in message for message in caplog.messages)
+    [rule] = load_recipe(only(tmp_path / "out" / "mine") / "recipe.toml").rules
+    assert str(rule.weight) == "int4@16,scale_rule=mase_int,rounding=even"
+
+
+def test_specs_of_the_environment_are_used(mxlab, tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.setenv("MX_SPECS_JSON", '{"block_size": 8, "kv_elem_format": "int8"}')
+    assert mxlab("eval", "--model", tiny_llama, *QUICK, "--out", tmp_path)[0] == 0
+    folder = only(tmp_path / "mx_specs")
+    assert [str(fmt) for fmt in load_recipe(folder / "recipe.toml").formats] == [
+        "fp4_e2m1@8",
+        "fp6_e2m3@8",
+        "int8@8",
+        "int8@8",
+    ]
+    assert json.loads((folder / "inventory.json").read_text(encoding="utf-8"))["linear_layers"] == 14
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--limit", "0"], ["limit is 0.0"]),
+        (["--limit", "1.5"], ["limit is 1.5", "whole number of rows, or a fraction"]),
+        (["--limit", "-1"], ["limit is -1.0"]),
+        (["--limit", "nan"], ["limit is nan"]),
+        (["--limit", "inf"], ["limit is inf"]),
+        (["--limit", "some"], ["--limit"]),
+        (["--batch-size", "0"], ["batch_size is 0"]),
+        (["--batch-size", "auto"], ["--batch-size"]),
+        (["--max-length", "1"], ["max_length is 1"]),
+        (["--dtype", "float64"], ["--dtype", "float64"]),
+        (["--device", "gpu"], ["device is 'gpu'"]),
+        (["--device", "meta"], ["device is 'meta'"]),
+        (["--tasks", ","], ["tasks is ()"]),
+        (["--text", "passages", "--tasks", "wikitext"], ["tasks is given, which is not for a text"]),
+        (["--text", "passages", "--limit", "4"], ["limit is given, which is not for a text"]),
+        (["--windows", "4"], ["windows is given, which needs a text to score"]),
+        (["--compare"], ["compare is given, which needs a text to score"]),
+        (["--text", "passages", "--window", "1"], ["window is 1"]),
+        (["--text", "passages", "--stride", "0"], ["stride is 0"]),
+        (["--text", "nothing"], ["no text 'nothing': give wikitext2"]),
+        (["--text", "pile"], ["cannot load the text pile", "--text FILE reads a file"]),
+        (["--model", ""], ["model is ''"]),
+        (["--model", "/no/such"], ["no model folder /no/such"]),
+        (["--model", "no-such/model"], ["cannot load 'no-such/model' from the Hugging Face hub", "--model smollm2"]),
+        (["--tasks", "wikitext"], ["cannot load the data of wikitext", "--data-dir"]),
+        (["--tasks", "wikitext", "--data-dir", "/nowhere"], ["/nowhere/wikitext2_test.raw is missing"]),
+        (["--recipe", "ex3"], ["no recipe 'ex3'", "baseline, ex1, ex2"]),
+        (["--recipe", "pyproject.toml"], ["pyproject.toml: unknown key"]),
+        (["--set", "block_size"], ["cannot read 'block_size'"]),
+        (["--set", "blok_size=16"], ["unknown option 'blok_size'", "did you mean 'block_size'"]),
+        (["--set", "block_size=x"], ["block_size is 'x'"]),
+        (["--set", "w_elem_format=[1]"], ["w_elem_format", "[1] is not the name"]),
+        (["--no-such-option"], ["--no-such-option"]),
+    ],
+)
+def test_bad_input(arguments, parts, mxlab, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    code, _, err = mxlab("eval", *arguments, "--out", tmp_path / "out")
+    assert code == 2
+    assert "Traceback" not in err
+    for part in parts:
+        assert part in err
+    assert not list((tmp_path / "out").rglob("*.*"))
+
+
+@pytest.mark.parametrize(
+    ("specs", "arguments", "parts"),
+    [
+        ("{}", ["eval", "--recipe", "ex1"], ["MX_SPECS_JSON is set and --recipe ex1 is given", "quantize twice"]),
+        ("{}", ["eval", "--recipe", "baseline"], ["quantize twice"]),
+        ("", ["eval"], ["MX_SPECS_JSON is not valid JSON", "line 1, column 1"]),
+        ('{"block_size": }', ["eval"], ["line 1, column 16 (character 15)"]),
+        ('{"scale_bit": 8}', ["eval"], ["did you mean 'scale_bits'"]),
+        ("{}", ["sweep", "ex1"], ["MX_SPECS_JSON is set: mxlab sweep has recipes of its own; unset it"]),
+        ("{}", ["demo"], ["MX_SPECS_JSON is set: mxlab demo"]),
+        ("{", ["run", "true"], ["MX_SPECS_JSON is not valid JSON"]),
+    ],
+)
+def test_specs_that_do_not_fit(specs, arguments, parts, mxlab, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MX_SPECS_JSON", specs)
+    code, _, err = mxlab(*arguments)
+    assert code == 2
+    for part in parts:
+        assert part in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_out_is_a_file(mxlab, tiny_llama, tmp_path):
+    (tmp_path / "out").touch()
+    for arguments in (["eval"], ["sweep", "baseline", "--tasks", "mxlab_passages"]):
+        code, _, err = mxlab(*arguments, "--model", tiny_llama, *QUICK, "--out", tmp_path / "out")
+        assert code == 2
+        assert "cannot write to" in err
+        assert "Traceback" not in err
+
+
+# ---- sweep and report
+
+
+def test_sweep_report_and_resume(mxlab, tiny_llama, tmp_path):
+    file = tmp_path / "sweep.toml"
+    text = (
+        'stage = "ex1"\nrecipe = "ex1"\nmodel = "/no/such"\n[grid]\nblock_size = [8, 16]\ncustom_cuda = [true, false]\n'
+    )
+    file.write_text(text, encoding="utf-8")
+    out = tmp_path / "results"
+    arguments = ["sweep", file, "--tasks", "mxlab_passages", *QUICK, "--out", out]
+    code, printed, err = mxlab(*arguments)
+    assert (code, "0 runs made, 0 found finished, 4 failed" in printed) == (1, True)
+    assert "failures.jsonl" in err
+    assert "no model folder /no/such" in err
+    assert len((out / "ex1" / runs.FAILURES).read_text(encoding="utf-8").splitlines()) == 4
+
+    code, printed, _ = mxlab(*arguments, "--model", tiny_llama)
+    assert (code, "4 runs made, 0 found finished, 0 failed" in printed) == (0, True)
+    code, printed, _ = mxlab(*arguments, "--model", tiny_llama)
+    assert (code, "0 runs made, 4 found finished, 0 failed" in printed) == (0, True)
+    assert len(list((out / "ex1").glob("2*"))) == 4
+
+    code, printed, _ = mxlab("report", out, "-o", tmp_path / "report")
+    assert code == 0
+    assert list((tmp_path / "report").rglob("*.png"))
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ('stage = "s"\nrecipe = "ex1"\nblok_size = 16', ["sweep.toml: unknown key 'blok_size'; did you mean"]),
+        ('stage = "s"\nrecipe = "ex1"\n[grid]\nblock_size = 16', ["sweep.toml, [grid]: block_size is 16"]),
+        ("stage", ["sweep.toml is not valid TOML"]),
+    ],
+)
+def test_bad_sweeps(text, parts, mxlab, tmp_path):
+    (tmp_path / "sweep.toml").write_text(text, encoding="utf-8")
+    code, _, err = mxlab("sweep", tmp_path / "sweep.toml", "--out", tmp_path / "out")
+    assert code == 2
+    for part in parts:
+        assert part in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_bad_setting_is_found_before_anything_runs(mxlab, tmp_path):
+    code, _, err = mxlab("sweep", "ex1", "--limit", "1.5", "--out", tmp_path / "out")
+    assert (code, "limit is 1.5" in err) == (2, True)
+    assert mxlab("sweep", "ex9")[0] == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_report_of_nothing(mxlab, tmp_path):
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        code, _, err = mxlab("report", folder, "-o", tmp_path / "report")
+        assert code == 2
+        assert str(folder) in err
+    assert not (tmp_path / "report").exists()
+
+
+# ---- run, doctor, help
+
+
+def test_run(mxlab):
+    assert mxlab("run", "--block_size", "16", "--", "sh", "-c", "exit 7")[0] == 7
+    # The command's own `--` and options are its own.
+    echo = ["sh", "-c", 'echo "$@" >&2; exit 5', "x", "a", "--", "--block_size", "--help"]
+    for separator in ([], ["--"]):
+        for options in ([], ["--custom_cuda"], ["--round=even", "--block-size", "16"]):
+            code, _, err = mxlab("run", *options, *separator, *echo)
+            assert (code, err) == (5, "a -- --block_size --help\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        ([], "no command"),
+        (["--block_size", "16"], "no command"),
+        (["--", "no-such-command"], "there is no command 'no-such-command'"),
+        (["--block_size", "-1", "true"], "block_size is -1"),
+        (["--blok_size", "16", "true"], "usage: mxlab run"),
+        (["--", "true"], "made no quantized Llama"),
+    ],
+)
+def test_bad_runs(arguments, part, mxlab):
+    code, _, err = mxlab("run", *arguments)
+    assert (code, part in err) == (2, True), err
+
+
+def test_help_of_run(mxlab):
+    code, out, _ = mxlab("run", "--help")
+    assert code == 0
+    assert "--kv-elem-format" in out
+
+
+@pytest.mark.parametrize("data", ["none", "missing", "complete"])
+def test_doctor(data, mxlab, tmp_path, monkeypatch):
+    monkeypatch.setenv("MX_SPECS_JSON", '{"block_sise": 16}' if data == "missing" else "{}")
+    if data == "complete":
+        for name in ("lambada_openai.jsonl", "wikitext2_test.raw"):
+            (tmp_path / name).touch()
+    code, out, _ = mxlab("doctor", *([] if data == "none" else ["--data-dir", tmp_path]))
+    assert code == 0
+    rows = {line.split()[1]: line for line in out.splitlines()}
+    assert {"patch", "kernels", "hub", "torch", "transformers", "token"} <= rows.keys()
+    assert "switched off by HF_HUB_OFFLINE" in rows["hub"]
+    assert "smollm2 is installed" in out
+    assert "transformers" in rows["patch"]
+    said = {
+        "none": "is embedded",
+        "missing": "lambada_openai.jsonl, wikitext2_test.raw missing",
+        "complete": "complete",
+    }
+    assert said[data] in rows["data"]
+    assert rows["data"].startswith("--" if data == "missing" else "ok")
+    assert rows["MX_SPECS_JSON"].startswith("--" if data == "missing" else "ok")
+
+
+def test_doctor_says_that_the_kernels_are_missing(mxlab, monkeypatch):
+    monkeypatch.setattr("mxlab.numerics.kernels.native.MISSING", "No module named _native")
+    _, out, _ = mxlab("doctor")
+    row = next(line for line in out.splitlines() if " kernels " in line)
+    assert row.startswith("--")
+    assert "compiler" in " ".join(out.split())
+
+
+def test_the_program_itself(tmp_path):
+    """One process of its own: the entry point, no traceback, a quick answer without torch."""
+    code = "import sys; from mxlab.cli.main import main; sys.argv[0] = 'mxlab'; main()"
+    command = [sys.executable, "-c", code, "eval", "--recipe", "ex3"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "COLUMNS": "300"})
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: no recipe 'ex3'")
+    assert done.stderr.count("\n") == 1
+    assert done.stdout == ""
+    version = subprocess.run([sys.executable, "-c", "import mxlab, sys; sys.exit('torch' in sys.modules)"])
+    assert version.returncode == 0
+
+
+# ---- convert
+
+
+def test_a_dry_run_shows_the_inventory(mxlab, tiny_llama):
+    code, out, _ = mxlab("convert", "--dry-run", tiny_llama, "tier_d", "--set", "block_size=16")
+    assert code == 0
+    assert "model.layers.*.mlp.down_proj" in out
+    assert "fp4_e2m1@16,rounding=even" in out
+    assert "linear layers in high precision: lm_head" in out
+    assert "average bits per parameter: " in out
+
+
+def test_convert(mxlab, tiny_llama, tmp_path):
+    assert mxlab("convert", tiny_llama, "ex1", "--out", tmp_path / "model")[0] == 0
+    assert (tmp_path / "model" / "recipe.toml").is_file()
+    for arguments in (["--dry-run", "--out", tmp_path / "other"], []):
+        code, _, err = mxlab("convert", tiny_llama, "ex1", *arguments)
+        assert code == 2
+        assert "give --out FOLDER for the converted model, or --dry-run" in err

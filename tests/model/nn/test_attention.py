@@ -1,0 +1,390 @@
+"""Quantized attention against attentions written out here; what happens to it under interrupts, threads, compilers."""
+
+import copy
+import math
+import pickle
+import threading
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.overrides import _len_torch_function_stack
+
+import mxlab
+from mxlab.errors import ConversionError
+from mxlab.model.nn.forward import computer_of
+
+from support.architectures import HEADS, HIDDEN, LAYERS, build, run, tokens
+from support.llama import checkpointed
+
+HEAD_DIM = HIDDEN // HEADS
+# Every role with a format and a block of its own, so that none can take another's place or axis unnoticed.
+FORMATS = {
+    "k": mxlab.MXFormat("fp4_e2m1", 4),
+    "v": mxlab.MXFormat("int4", 4),
+    "q": mxlab.MXFormat("fp6_e2m3", 2),
+    "softmax": mxlab.MXFormat("int5", 4),
+    "p": mxlab.MXFormat("fp4_e2m1", 3),
+    "rope": mxlab.MXFormat("int4", 8),
+}
+FP4 = mxlab.MXFormat("fp4_e2m1", 4)
+LLAMA = r".*\.self_attn"
+
+
+def recipe(modules: str = LLAMA, **formats) -> mxlab.Recipe:
+    return mxlab.Recipe("test", (mxlab.Rule(modules, **formats),))
+
+
+def quantized(role: str, x: Tensor, formats: dict) -> Tensor:
+    return mxlab.quantize(x, formats[role]) if role in formats else x
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, formats: dict, scale: float, bias: Tensor | None = None):
+    """(batch, heads, tokens, head_dim) each; ``visible`` (batch or 1, 1, tokens, keys) says who sees what."""
+    q, k, v = quantized("q", q, formats), quantized("k", k, formats), quantized("v", v, formats)
+    scores = q @ k.mT * scale + (0 if bias is None else bias)
+    if "softmax" in formats:
+        scores = mxlab.quantize(torch.where(visible, scores, 0.0), formats["softmax"])
+    p = torch.where(visible, scores, -math.inf).softmax(-1)
+    out = quantized("p", p, formats) @ v
+    return out.transpose(1, 2).flatten(2)
+
+
+def heads(x: Tensor) -> Tensor:
+    """(batch, tokens, heads * head_dim) to (batch, heads, tokens, head_dim)."""
+    return x.unflatten(-1, (-1, HEAD_DIM)).transpose(1, 2)
+
+
+def causal(length: int) -> Tensor:
+    return torch.ones(length, length).tril().bool()[None, None]
+
+
+class Seen:
+    """The arguments and the result of every call of some modules during one forward pass of the model."""
+
+    def __init__(self, model: nn.Module, *names: str, **arguments) -> None:
+        self.calls: dict[str, tuple] = {}
+        handles = []
+        for name in names:
+
+            def look(module, args, kwargs, output, name=name):
+                self.calls[name] = (args, kwargs, output[0] if isinstance(output, tuple) else output)
+
+            handles.append(model.get_submodule(name).register_forward_hook(look, with_kwargs=True))
+        run(model, **arguments)
+        for handle in handles:
+            handle.remove()
+
+
+# ---- against attentions written out
+
+
+ROLES = [*((role,) for role in FORMATS), ("k", "v"), ("q", "p"), tuple(FORMATS)]
+names = " ".join
+
+
+def llama_attention(
+    attention: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, visible: Tensor, formats: dict
+) -> Tensor:
+    """Grouped queries; the rotary embedding turns the halves of each head against each other."""
+    cos, sin = (quantized("rope", table, formats)[:, None] for table in (cos, sin))
+
+    def rotated(t: Tensor) -> Tensor:
+        first, second = t.chunk(2, -1)
+        return t * cos + torch.cat([-second, first], -1) * sin
+
+    q, k, v = (heads(getattr(attention, f"{n}_proj")(x)) for n in "qkv")
+    q, k = rotated(q), rotated(k)
+    k, v = quantized("k", k, formats), quantized("v", v, formats)
+    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+    rest = {role: fmt for role, fmt in formats.items() if role not in ("k", "v")}
+    return attention.o_proj(attend(q, k, v, visible, rest, HEAD_DIM**-0.5))
+
+
+@pytest.mark.parametrize("roles", ROLES, ids=names)
+@pytest.mark.parametrize("padding", [0, 3])
+def test_llama(roles, padding):
+    formats = {role: fmt for role, fmt in FORMATS.items() if role in roles}
+    raw = build("llama")
+    model = copy.deepcopy(raw)
+    mxlab.apply(model, recipe(**formats))
+    mask = torch.ones_like(tokens())
+    mask[0, :padding] = 0
+    layer = "model.layers.1.self_attn"
+    args, kwargs, output = Seen(model, layer, attention_mask=mask).calls[layer]
+    x = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    visible = causal(x.shape[1]) & mask.bool()[:, None, None]
+    visible[0, 0, :padding] = True  # padding itself sees something: what it computes does not matter
+    expected = llama_attention(raw.get_submodule(layer), x, *kwargs["position_embeddings"], visible, formats)
+    torch.testing.assert_close(output[0, padding:], expected[0, padding:], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(output[1], expected[1], atol=1e-5, rtol=1e-5)
+    plain = llama_attention(raw.get_submodule(layer), x, *kwargs["position_embeddings"], visible, {})
+    assert not torch.allclose(output[1], plain[1], atol=1e-3)
+
+
+@pytest.mark.parametrize("roles", [r for r in ROLES if "rope" not in r], ids=names)
+def test_mpt_with_its_linear_biases(roles):
+    formats = {role: fmt for role, fmt in FORMATS.items() if role in roles}
+    raw = build("mpt")
+    model = copy.deepcopy(raw)
+    mxlab.apply(model, recipe(r".*\.attn", **formats))
+    layer = "transformer.blocks.1.attn"
+    args, _, output = Seen(model, layer).calls[layer]
+    attention, x = raw.get_submodule(layer), args[0]
+    q, k, v = (heads(t) for t in attention.Wqkv(x).chunk(3, -1))
+    slopes = 2.0 ** (-8 * torch.arange(1, HEADS + 1) / HEADS)
+    distance = torch.arange(x.shape[1]) - (x.shape[1] - 1)
+    bias = slopes[:, None, None] * distance
+    out = attend(q, k, v, causal(x.shape[1]), formats, HEAD_DIM**-0.5, bias)
+    torch.testing.assert_close(output, attention.out_proj(out), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("roles", [r for r in ROLES if "rope" not in r], ids=names)
+@pytest.mark.parametrize("layer", [0, 1])
+def test_gpt_neo_with_its_local_window(roles, layer):
+    formats = {role: fmt for role, fmt in FORMATS.items() if role in roles}
+    raw = build("gpt_neo", window_size=4)
+    model = copy.deepcopy(raw)
+    mxlab.apply(model, recipe(r".*\.attn\.attention", **formats))
+    name = f"transformer.h.{layer}.attn.attention"
+    args, _, output = Seen(model, name).calls[name]
+    attention, x = raw.get_submodule(name), args[0]
+    visible = causal(x.shape[1])
+    if layer == 1:
+        visible = visible & ~visible.tril(-4)
+    q, k, v = (heads(getattr(attention, f"{n}_proj")(x)) for n in "qkv")
+    out = attend(q, k, v, visible, formats, scale=1)
+    torch.testing.assert_close(output, attention.out_proj(out), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("elementwise", [0, 12])
+def test_the_projections_of_gpt2_are_not_taken_for_its_attention(elementwise):
+    """Conv1D multiplies by a matmul, too."""
+    rounding = mxlab.recipe.Elementwise(bfloat=elementwise)
+    linear = mxlab.Rule(r".*c_(attn|proj|fc)", weight=mxlab.MXFormat("int8", 8))
+    attention = mxlab.Rule(r".*\.attn", q=FP4)
+    model = build("gpt2", attn_implementation="eager")
+    conversion = mxlab.apply(model, mxlab.Recipe("test", (linear, attention), elementwise=rounding))
+    seen = []
+    computer_of(conversion.attentions[0].module).observer = lambda role, fmt, x: seen.append((role, tuple(x.shape)))
+    run(model)
+    assert seen == [("q", (2, HEADS, 10, HEAD_DIM))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["llama", "mpt"])
+def test_masked_scores_take_part_in_no_block(name, dtype):
+    """MPT widens scores masked with the least float16 to float32."""
+    model = build(name, dtype=dtype)
+    conversion = mxlab.apply(model, mxlab.Recipe("test", (mxlab.Rule(part="attention", softmax=FP4),)))
+    largest = []
+    for site in conversion.attentions:
+        computer_of(site.module).observer = lambda role, fmt, x: largest.append(x.abs().max().item())
+    assert run(model).isfinite().all()
+    assert len(largest) == LAYERS
+    assert max(largest) < 1000
+
+
+# ---- where an operand cannot be met
+
+
+class Ignoring(nn.Module):
+    """An attention that takes a cache and never uses it, and multiplies by einsum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, past_key_values=None) -> Tensor:
+        x = self.proj(x)
+        return torch.einsum("bik,bjk->bij", x, x) @ x
+
+
+class Computing(nn.Module):
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([attention])
+
+    def forward(self, x: Tensor, **more) -> Tensor:
+        return self.layers[0](x, **more)
+
+
+@pytest.mark.parametrize(
+    ("roles", "message"),
+    [
+        (("k",), r"layers\.0 computes its attention where mxlab cannot see k: leave k out for it"),
+        (("v",), r"cannot see v: leave v out"),
+        (("p",), r"cannot see p: load the model with attn_implementation='eager', or leave p out"),
+        (("softmax", "k"), r"cannot see k, softmax"),
+    ],
+)
+def test_an_attention_that_hides_an_operand(roles, message):
+    model = Computing(Ignoring())
+    mxlab.apply(model, recipe(r"layers\.0", **dict.fromkeys(roles, FP4)))
+    with pytest.raises(ConversionError, match=message):
+        model(torch.ones(1, 3, 8))
+    assert _len_torch_function_stack() == 0
+
+
+def test_rotary_tables_of_another_kind():
+    class Complex(Ignoring):
+        def forward(self, x, position_embeddings=None, past_key_values=None):
+            return self.proj(x)
+
+    model = Computing(Complex())
+    mxlab.apply(model, recipe(r"layers\.0", rope=FP4))
+    with pytest.raises(ConversionError, match=r"layers\.0 was called without position_embeddings"):
+        model(torch.ones(1, 3, 8))
+    with pytest.raises(ConversionError, match="with a Tensor as position_embeddings: there are no cosines"):
+        model(torch.ones(1, 3, 8), position_embeddings=torch.ones(3, 8, dtype=torch.complex64))
+
+
+def test_flex_attention_is_replaced():
+    model = build("llama", attn_implementation="flex_attention")
+    conversion = mxlab.apply(model, recipe(q=FP4))
+    assert model.config._attn_implementation == "eager"
+    assert "attention is computed eagerly, not by flex_attention, for the sake of q" in conversion.summary()
+
+
+def test_a_kernel_chosen_later_is_refused():
+    model = build("llama")
+    mxlab.apply(model, recipe(p=FP4))
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(ConversionError, match="cannot see p"):
+        run(model)
+
+
+# ---- encoders with decoders
+
+
+@pytest.mark.parametrize("kind", ["Bart", "T5"])
+def test_both_caches_of_an_encoder_and_decoder(kind):
+    import transformers
+
+    sizes = {"vocab_size": 64, "d_model": HIDDEN, "decoder_start_token_id": 1, "pad_token_id": 0, "eos_token_id": None}
+    names = ("encoder_layers", "decoder_layers", "encoder_attention_heads", "decoder_attention_heads")
+    own = {
+        "Bart": {**dict.fromkeys(names, 2), "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "bos_token_id": 1},
+        "T5": {"d_kv": 8, "d_ff": 16, "num_layers": 2, "num_heads": 2},
+    }
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**sizes, **own[kind])
+    model = transformers.AutoModelForSeq2SeqLM.from_config(config).eval()
+    for p in model.parameters():
+        if p.ndim > 1:
+            nn.init.normal_(p, std=0.3)
+    ids, decoder_ids = tokens(5), tokens(6)
+    raw = run(model, ids, decoder_input_ids=decoder_ids)
+    mxlab.apply(model, mxlab.Recipe("test", (mxlab.Rule(part="attention", k=FP4, v=FP4),)))
+    whole, cache, steps = run(model, ids, decoder_input_ids=decoder_ids, use_cache=False), None, []
+    assert not torch.allclose(whole, raw, atol=1e-3)
+    for n in range(decoder_ids.shape[1]):
+        with torch.no_grad():
+            output = model(ids, decoder_input_ids=decoder_ids[:, n : n + 1], past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        steps.append(output.logits)
+    torch.testing.assert_close(torch.cat(steps, 1), whole, atol=1e-4, rtol=1e-4)
+
+
+# ---- the context that sees the operands
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_nothing_is_seen_any_more_after_an_exception(error):
+    model = build("llama")
+    mxlab.apply(model, recipe(p=FP4, q=FP4, k=FP4))
+    expected = run(model)
+
+    def fail(*_):
+        raise error("stop")
+
+    handle = model.model.layers[1].self_attn.o_proj.register_forward_pre_hook(fail)
+    with pytest.raises(error, match="stop"):
+        run(model)
+    assert _len_torch_function_stack() == 0
+    handle.remove()
+    assert torch.equal(run(model), expected)
+
+
+def test_threads_do_not_mix():
+    model = build("llama")
+    mxlab.apply(model, recipe(**FORMATS))
+    inputs = [tokens(length) for length in (3, 10, 17, 30)]
+    expected = [run(model, ids) for ids in inputs]
+    results: dict[int, list] = {n: [] for n in range(len(inputs))}
+    start = threading.Barrier(len(inputs))
+
+    def work(n: int) -> None:
+        start.wait()
+        for _ in range(5):
+            results[n].append(run(model, inputs[n]))
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in results]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for n, found in results.items():
+        assert len(found) == 5
+        assert all(torch.equal(logits, expected[n]) for logits in found)
+
+
+def test_copies_and_pickles_keep_it():
+    model = build("llama")
+    mxlab.apply(model, recipe(**FORMATS))
+    expected = run(model)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        attentions = [model.model.layers[0].self_attn, twin.model.layers[0].self_attn]
+        assert computer_of(attentions[0]) is not computer_of(attentions[1])
+        assert torch.equal(run(twin), expected)
+        nn.init.zeros_(twin.model.layers[0].self_attn.o_proj.weight)
+        assert not torch.equal(run(twin), expected)
+    assert torch.equal(run(model), expected)
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_hooks_of_accelerate_around_it(order):
+    from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+
+    model, expected = build("llama"), build("llama")
+    mxlab.apply(expected, recipe(**FORMATS))
+    attention = model.model.layers[1].self_attn
+    if order == "before":
+        add_hook_to_module(attention, ModelHook())
+    mxlab.apply(model, recipe(**FORMATS))
+    if order == "after":
+        add_hook_to_module(attention, ModelHook())
+    assert torch.equal(run(model), run(expected))
+    with pytest.raises(ConversionError, match="quantized already"):
+        mxlab.apply(model, recipe(**FORMATS))
+    remove_hook_from_module(attention)
+    assert torch.equal(run(model), run(expected))
+
+
+@pytest.mark.filterwarnings("ignore:.*autograd.function.Function:DeprecationWarning")  # torch's own tracing
+@pytest.mark.parametrize("roles", [("k", "v"), ("q",), ("q", "p", "softmax", "rope")], ids=names)
+def test_it_compiles_to_one_graph_and_exports(roles):
+    model, ids = build("llama"), tokens()
+    mxlab.apply(model, recipe(**{role: FORMATS[role] for role in roles}))
+    expected = run(model, use_cache=False)
+    with torch.no_grad():
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(ids, use_cache=False).logits, expected, atol=1e-5, rtol=1e-5)
+        program = torch.export.export(model, (ids,), {"use_cache": False})
+        torch.testing.assert_close(program.module()(ids, use_cache=False).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_gradients_pass_straight_through_and_survive_checkpointing():
+    gradients = []
+    for is_checkpointed in (False, True):
+        model = build("llama").train()
+        mxlab.apply(model, recipe(**FORMATS))
+        if is_checkpointed:
+            model = checkpointed(model)
+        model(tokens()).logits.square().mean().backward()
+        gradients.append([p.grad for p in model.parameters()])
+        assert _len_torch_function_stack() == 0
+    for one, other in zip(*gradients, strict=True):
+        assert one is not None
+        assert one.any()
+        torch.testing.assert_close(one, other)

@@ -1,0 +1,1 @@
+"""What several tests share: models, oracles, strategies, golden vectors."""
