@@ -32,7 +32,7 @@ def check_keys(values: Mapping[str, object], known: Sequence[str], source: str) 
     """Raise SpecError at the first key of ``values`` that is not ``known``; ``source`` names the table they stand in."""
     for key in values:
         if key not in known:
-            raise SpecError(f"{source}: unknown key {key!r}; known are {', '.join(known)}{suggestion(key, known)}")
+            raise SpecError(f"{source}: unknown key {key!r}{suggestion(key, known)}; known are {', '.join(known)}")
 
 
 def suggestion(word: object, known: Iterable[object]) -> str:

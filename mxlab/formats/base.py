@@ -125,21 +125,22 @@ class Spelling:
                 is none; a parameter without a default that is not given.
         """
         known = [name for name in parameters if name != "block_size"]
+        place = " after the block size" if "block_size" in parameters else ""
         values: dict[str, Any] = {}
         for option in self.options:
             key, equals, value = (part.strip() for part in option.partition("="))
             if key not in known or not equals or key in values:
                 raise FormatError(
-                    f"cannot read {option!r} in the format {self.text!r}: {kind} takes key=value pairs, each once, of "
-                    f"{', '.join(known) or 'nothing'}{suggestion(key, known)}"
+                    f"cannot read {option!r} in the format {self.text!r}: {kind} takes key=value pairs{place}, each "
+                    f"once, of {', '.join(known) or 'nothing'}{suggestion(key, known)}"
                 )
-            values[key] = _value(value)
+            values[key] = _value(key, value, parameters[key])
         if self.block_size is not None:
             if "block_size" not in parameters:
                 raise FormatError(
-                    f"cannot read '@{self.block_size}' in the format {self.text!r}: {kind} has no block size"
+                    f"cannot read '{self.name}@{self.block_size}' in the format {self.text!r}: {kind} has no block size"
                 )
-            values["block_size"] = _value(self.block_size)
+            values["block_size"] = _value("block_size", self.block_size, parameters["block_size"])
         if missing := [name for name in known if parameters[name] is MISSING and name not in values]:
             raise FormatError(
                 f"the format {self.text!r} does not say its {' and '.join(missing)}: add {missing[0]}=<number>"
@@ -152,10 +153,12 @@ def check_block_size(block_size: object) -> None:
     check_int("block_size", block_size, 0, None, "a positive number of elements, or 0 for the whole axis")
 
 
-def _value(text: str) -> object:
+def _value(name: str, text: str, default: object) -> object:
     """The number or truth value that ``text`` spells; anything else unchanged, for the format to refuse by name."""
     if re.fullmatch(r"[+-]?[0-9]+", text):
         return int(text)
+    if isinstance(default, int) and not isinstance(default, bool):
+        raise FormatError(f"{name} is {text!r}: it must be a whole number")
     return {"true": True, "false": False}.get(text.lower(), text)
 
 
