@@ -28,6 +28,7 @@ FAILURES = "failures.jsonl"  # of a stage: the runs that could not be finished
 
 # Whether a process is alive can be told of this machine's only; others may share the folder.
 _PREFIX = f".partial-{platform.node()}-"
+_being_filled: set[Path] = set()  # by this process: another one may have had its number before, and left folders
 
 
 def metrics_files(folder: Path) -> list[Path]:
@@ -45,10 +46,12 @@ def partial(parent: Path) -> Iterator[Path]:
     _remove_leftovers(parent)
     folder = parent / f"{_PREFIX}{os.getpid()}-{secrets.token_hex(4)}"
     folder.mkdir()
+    _being_filled.add(folder)
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        _being_filled.discard(folder)
 
 
 def publish(folder: Path, parent: Path, label: str) -> Path:
@@ -67,13 +70,16 @@ def publish(folder: Path, parent: Path, label: str) -> Path:
 def _remove_leftovers(parent: Path) -> None:
     for folder in parent.glob(f"{_PREFIX}*"):
         pid = folder.name.removeprefix(_PREFIX).partition("-")[0]
-        if not pid.isdecimal() or not _is_alive(int(pid)):
+        if folder not in _being_filled and not _is_of_another_process(pid):
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _is_alive(pid: int) -> bool:
+def _is_of_another_process(pid: str) -> bool:
+    """Whether a process of that number, and not this one, is alive."""
+    if not pid.isdecimal() or int(pid) == os.getpid():
+        return False
     try:
-        os.kill(pid, 0)
+        os.kill(int(pid), 0)
     except ProcessLookupError:
         return False
     except PermissionError:

@@ -124,6 +124,46 @@ def record_failure(stage_folder: Path, name: str, error: BaseException, key: dic
         "time": datetime.datetime.now().isoformat(timespec="seconds"),
         "traceback": "".join(traceback.format_exception(error)),
     }
+    try:
+        stage_folder.mkdir(parents=True, exist_ok=True)
+        with (stage_folder / rundir.FAILURES).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+    except OSError as e:
+        raise RunError(f"{error} (and {rundir.FAILURES} of {stage_folder} cannot be written: {e.strerror})") from error
+
+
+def label(recipe: Recipe) -> str:
+    """``bs16_sb8_cctrue``; ``mix`` where the recipe's formats differ; the recipe's name where it quantizes nothing."""
+    if not recipe.rules:
+        return recipe.name
+    options = {"block_size": "mix", "scale_bits": "mix", **recipe.options}
+    custom_cuda = str(options["custom_cuda"]).lower()
+    return f"bs{options['block_size']}_sb{options['scale_bits']}_cc{custom_cuda}"
+
+
+def write_origin(folder: Path, recipe: Recipe, command: str | None = None) -> None:
+    """Write what a result comes from: the command (None for this process's), the environment and the recipe."""
+    command = command or shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    described = provenance.describe()
+    _write(folder / rundir.COMMAND, command + "\n")
+    _write(folder / rundir.ENVIRONMENT_TEXT, provenance.as_text(described))
+    _write(folder / rundir.ENVIRONMENT, _json(described))
+    _write(folder / rundir.RECIPE, recipe.to_toml())
+
+
+def _write_after(folder: Path, outcome: Outcome, record: dict[str, Any]) -> None:
+    _write(folder / rundir.INVENTORY, _json(outcome.conversion.inventory()))
+    measured = {"forward_seconds": outcome.forward_seconds, "scale_clamps": outcome.scale_clamps or None}
+    _write(folder / rundir.RECORD, _json({"schema": rundir.SCHEMA, **record, **measured}))
+
+
+@contextlib.contextmanager
+def new_run(stage_folder: Path) -> Iterator[Path]:
+    """Yield a hidden folder to write a run into (:func:`mxlab.rundir.partial`), its errors told to the user.
+
+    Raises:
+        RunError: it cannot be written; nothing is kept.
+    """
     with contextlib.ExitStack() as stack:
         try:
             folder = stack.enter_context(rundir.partial(stage_folder))

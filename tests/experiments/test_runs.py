@@ -22,6 +22,7 @@ import torch
 from lm_eval.loggers import EvaluationTracker
 from torch import nn
 
+from mxlab import rundir
 from mxlab.errors import ConversionError, MxlabError, RunError, SourceError
 from mxlab.eval.request import LoadModel, Outcome
 from mxlab.eval.tasks import Request
@@ -103,7 +104,7 @@ def test_a_run_directory(request_, tmp_path, monkeypatch):
     assert "[lm_eval" in log
 
     record = read(folder, "run.json")
-    assert record["schema"] == runs.SCHEMA
+    assert record["schema"] == rundir.SCHEMA
     assert record["stage"] == "stage"
     assert record["options"] == {"block_size": 32, "model": "tiny"}
     assert record["key"] == runs.run_key(request_)
@@ -146,7 +147,7 @@ def test_log_and_terminal_see_the_same(request_, tmp_path, monkeypatch, capsys):
 
     seen = []
     monkeypatch.setattr(Request, "evaluate", evaluate)
-    monkeypatch.setattr(runs.shutil, "rmtree", lambda folder, **_: seen.append((folder / "output.log").read_text()))
+    monkeypatch.setattr(rundir.shutil, "rmtree", lambda folder, **_: seen.append((folder / "output.log").read_text()))
     levels = [logging.getLogger(name).level for name in ("mxlab", "lm_eval")]
     with pytest.raises(ConversionError):
         runs.run(request_, tmp_path)
@@ -394,7 +395,7 @@ def test_a_name_taken_by_another_process_is_not_overwritten(tmp_path):
         folder.mkdir()
         (folder / "run.json").write_text(str(i), encoding="utf-8")
         whole.append(folder)
-    threads = [threading.Thread(target=runs.publish, args=(folder, tmp_path, "x")) for folder in whole]
+    threads = [threading.Thread(target=rundir.publish, args=(folder, tmp_path, "x")) for folder in whole]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -404,7 +405,7 @@ def test_a_name_taken_by_another_process_is_not_overwritten(tmp_path):
 
 def test_a_folder_that_vanished_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError):
-        runs.publish(tmp_path / ".partial-1", tmp_path, "x")
+        rundir.publish(tmp_path / ".partial-1", tmp_path, "x")
 
 
 # ---- finding
