@@ -21,8 +21,8 @@ from mxlab.checks import check_int
 from mxlab.compat.recipes import load_any_recipe
 from mxlab.errors import SpecError
 from mxlab.formats import Numerics
+from mxlab.model.apply import linear_operands
 from mxlab.model.nn.linear import MxLinear
-from mxlab.model.nn.operands import LinearQuantizer
 from mxlab.recipe import Recipe, Rule
 from mxlab.recipe.rule import PHASES
 
@@ -97,7 +97,7 @@ def _row(case: dict[str, Any], twin: str, samples: dict[str, list[float]]) -> Ro
 def _quantized(linear: nn.Linear, recipe_name: str, numerics: str) -> MxLinear:
     recipe = variant(recipe_name, numerics)
     rule = _rule(recipe)
-    quantizer = LinearQuantizer(**rule.formats, elementwise=recipe.elementwise, numerics=recipe.numerics)
+    quantizer = linear_operands(recipe, rule.formats)
     return MxLinear.convert(copy.deepcopy(linear), dict.fromkeys(PHASES, quantizer))
 
 

@@ -129,7 +129,7 @@ def check_numerics(values: tuple[str, ...]) -> None:
 
 def check_dtypes(values: tuple[str, ...]) -> None:
     """Raise FormatError unless all ``values`` are dtypes that mxlab quantizes."""
-    check_choices("dtype", values, models.DTYPES)
+    check_choices("dtype", values, devices.DTYPES)
 
 
 def expand_formats(formats: tuple[str, ...], blocks: tuple[int, ...]) -> list[MXFormat]:

@@ -335,9 +335,9 @@ def _print_metrics(folder: Path) -> None:
 
 
 def _print_inventory(conversion: Conversion) -> None:
-    from mxlab.model import inventory
+    from mxlab.model.conversion import high_precision_rows, quantized_rows
 
-    rows = [*inventory.quantized(conversion), *inventory.in_high_precision(conversion)]
+    rows = [*quantized_rows(conversion), *high_precision_rows(conversion)]
     table = Table("module", "layers", "shape", "role", "format", "bits", box=None)
     for row in rows:
         shape = " x ".join(map(str, row.shape)) or "-"

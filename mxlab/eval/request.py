@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import Field, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from mxlab.model.apply import Conversion
+from mxlab.model.conversion import Conversion
 from mxlab.recipe import Recipe
 from mxlab.sources.models import LoadedModel
 
@@ -23,7 +23,7 @@ class Outcome:
     results: dict[str, dict[str, Any]]
     conversion: Conversion
     forward_seconds: float
-    scale_clamps: dict[str, dict[str, int]]
+    scale_clamps: Mapping[str, Mapping[str, int]]
 
 
 class Evaluation(Protocol):

@@ -21,7 +21,7 @@ from mxlab.checks import check_choice, check_int
 from mxlab.errors import RunError, SpecError
 from mxlab.eval.request import LoadModel, Outcome
 from mxlab.model.apply import apply
-from mxlab.model.observe import ScaleClampCounter
+from mxlab.model.observe import count_scale_clamps
 from mxlab.recipe import Recipe
 from mxlab.sources import models
 from mxlab.sources import tasks as data
@@ -70,7 +70,7 @@ class Request:
             raise SpecError(f"tasks is {self.tasks!r}: name at least one task")
         check_int("batch_size", self.batch_size, 1, None, "a whole number, 1 or more")
         check_int("max_length", self.max_length, 2, None, "a whole number of tokens, 2 or more")
-        check_choice("dtype", self.dtype, models.DTYPES)
+        check_choice("dtype", self.dtype, devices.DTYPES)
 
     @property
     def sources(self) -> tuple[Hashable, ...]:
@@ -109,7 +109,7 @@ def evaluate(request: Request, folder: Path, load: LoadModel = models.load_model
     tasks = data.load_tasks(request.tasks, request.data_dir)
     loaded = load(request.model, request.dtype, request.device)
     conversion = apply(loaded.model, request.recipe)
-    counter = ScaleClampCounter(conversion)
+    clamps = count_scale_clamps(conversion)
     lm = _TimedHFLM(
         pretrained=loaded.model,
         tokenizer=loaded.tokenizer,
@@ -131,7 +131,7 @@ def evaluate(request: Request, folder: Path, load: LoadModel = models.load_model
         raise RunError("lm-eval gave no results: this process is not the first of its group")
     tracker.save_results_aggregated(results=results)
     metrics_file = _written(folder)
-    return Outcome(metrics_file, results["results"], conversion, lm.forward_seconds, counter.to_dict())
+    return Outcome(metrics_file, results["results"], conversion, lm.forward_seconds, clamps)
 
 
 class _TimedHFLM(_HFLM):

@@ -20,9 +20,9 @@ from mxlab.eval.metrics import TOP_K, TokenScores
 from mxlab.eval.request import LoadModel, Outcome
 from mxlab.eval.windows import score_windows, sliding_windows
 from mxlab.model.apply import apply
-from mxlab.model.observe import ScaleClampCounter
+from mxlab.model.observe import count_scale_clamps
 from mxlab.recipe import Recipe
-from mxlab.sources import memory, models, texts
+from mxlab.sources import devices, models, texts
 from mxlab.sources.texts import CorpusText
 
 
@@ -71,7 +71,7 @@ class TextRequest:
         if self.windows is not None:
             check_int("windows", self.windows, 1, None, "a whole number, 1 or more")
         check_int("batch_size", self.batch_size, 1, None, "a whole number, 1 or more")
-        check_choice("dtype", self.dtype, models.DTYPES)
+        check_choice("dtype", self.dtype, devices.DTYPES)
         if not isinstance(self.compare, bool):
             raise SpecError(f"compare is {self.compare!r}: it must be true or false")
 
@@ -122,7 +122,7 @@ def evaluate(request: TextRequest, folder: Path, load: LoadModel = models.load_m
     windows = sliding_windows(len(ids), request.window, request.stride, request.windows)
     reference = _Predict(_copy(loaded.model)) if request.compare else None
     conversion = apply(loaded.model, request.recipe)
-    counter = ScaleClampCounter(conversion)
+    clamps = count_scale_clamps(conversion)
     predict = _Predict(loaded.model)
     scores = score_windows(predict, ids, windows, request.batch_size, reference)
     results = {text.name: _results(scores)}
@@ -133,7 +133,7 @@ def evaluate(request: TextRequest, folder: Path, load: LoadModel = models.load_m
         "model_name": request.model,
         "total_evaluation_time_seconds": time.perf_counter() - start,
     }
-    return Outcome(_write(folder, record), results, conversion, predict.seconds, counter.to_dict())
+    return Outcome(_write(folder, record), results, conversion, predict.seconds, clamps)
 
 
 class _Predict:
@@ -161,7 +161,7 @@ def check_context(model: Any, window: int) -> None:
 
 
 def _copy(model: Any) -> Any:
-    if not memory.has_room_for_copy(model, share=1):
+    if not devices.has_room_for_copy(model, share=1):
         raise RunError(
             "memory does not hold the unquantized model beside the quantized one: leave the comparison out, or choose "
             "another device"

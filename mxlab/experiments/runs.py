@@ -23,7 +23,7 @@ from mxlab.errors import RunError
 from mxlab.eval.request import Evaluation, LoadModel, Outcome
 from mxlab.experiments import provenance
 from mxlab.recipe import Recipe
-from mxlab.sources import memory, models
+from mxlab.sources import devices, models
 
 logger = logging.getLogger("mxlab")
 
@@ -67,7 +67,7 @@ def _evaluate(request: Evaluation, folder: Path, load: LoadModel) -> tuple[Outco
         try:
             return request.evaluate(folder, load), request.batch_size
         except Exception as e:
-            if not memory.is_out_of_memory(e):
+            if not devices.is_out_of_memory(e):
                 raise
             reason = str(e).strip().partition("\n")[0] or type(e).__name__
             if request.batch_size == 1:
@@ -76,7 +76,7 @@ def _evaluate(request: Evaluation, folder: Path, load: LoadModel) -> tuple[Outco
                     "smaller dtype or model, or another device"
                 ) from e
         # Only now is the exception gone, whose frames hold the model.
-        memory.release()
+        devices.release_memory()
         logger.warning("memory ran out at a batch size of %d, trying half of it: %s", request.batch_size, reason)
         request = replace(request, batch_size=request.batch_size // 2)
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from mxlab.inspect.operands import projection_of
-from mxlab.model.nn.operands import LinearQuantizer
-from mxlab.model.plan import Match, match, spelled_out
+from mxlab.model.apply import linear_operands
+from mxlab.model.plan import QuantizedSite, make_plan
 from mxlab.recipe import Recipe
 from mxlab.recipe.rule import ROLES
 from mxlab.recipe.subset import ELEMENTWISE, only_modules, only_roles, without_modules, without_roles
@@ -34,13 +34,13 @@ class Cut:
 
 def cut(model: nn.Module, recipe: Recipe) -> tuple[Recipe, list[Cut]]:
     """The recipe, spelled out, and its parts."""
-    sites = match(model, recipe)
-    whole = spelled_out(recipe, sites)
+    plan = make_plan(model, recipe)
+    sites, whole = plan.sites, plan.spelled_out()
     roles = [
         Cut("role", name, only_roles(whole, members), without_roles(whole, members))
         for name, members in _roles(sites, recipe).items()
     ]
-    layers = _gathered((OUTSIDE if site.site.layer is None else str(site.site.layer), site) for site in sites)
+    layers = _gathered((OUTSIDE if site.layer is None else str(site.layer), site) for site in sites)
     projections = _gathered((_projection(site), site) for site in sites)
     modules = [
         Cut(group, name, only_modules(whole, members), without_modules(whole, members))
@@ -50,19 +50,19 @@ def cut(model: nn.Module, recipe: Recipe) -> tuple[Recipe, list[Cut]]:
     return whole, [*roles, *modules]
 
 
-def _roles(sites: Sequence[Match], recipe: Recipe) -> dict[str, list[str]]:
+def _roles(sites: Sequence[QuantizedSite], recipe: Recipe) -> dict[str, list[str]]:
     """The roles that are quantized, by what they are called together."""
     present = {role for site in sites for role in site.formats}
     named: defaultdict[str, list[str]] = defaultdict(list)
     for role in (role for role in ROLES if role in present):
         named[_ROLE_NAMES.get(role, role)].append(role)
-    untouched = LinearQuantizer(elementwise=recipe.elementwise, numerics=recipe.numerics).untouched
+    untouched = linear_operands(recipe, {}).untouched
     if any(site.weight.dtype not in untouched for site in sites if site.kind != "attention"):
         named[ELEMENTWISE].append(ELEMENTWISE)
     return dict(named)
 
 
-def _gathered(named: Iterable[tuple[str, Match]]) -> dict[str, list[str]]:
+def _gathered(named: Iterable[tuple[str, QuantizedSite]]) -> dict[str, list[str]]:
     """The modules of each name."""
     found: defaultdict[str, list[str]] = defaultdict(list)
     for name, site in named:
@@ -70,7 +70,7 @@ def _gathered(named: Iterable[tuple[str, Match]]) -> dict[str, list[str]]:
     return dict(found)
 
 
-def _projection(site: Match) -> str:
+def _projection(site: QuantizedSite) -> str:
     """The name of its kind, and of an attention, which has no weight, what is quantized there."""
     name = projection_of(site.name)
     return f"{name} ({', '.join(site.formats)})" if site.kind == "attention" else name

@@ -1,9 +1,13 @@
-"""Converting a loaded model in place: :func:`apply`; what it did: :class:`~mxlab.model.conversion.Conversion`."""
+"""Convert a loaded model in place: plan, install, freeze.
+
+:func:`apply` does all three. :func:`prepare` stops before the weights are touched, which also serves models whose
+weights are yet to come. :func:`prepare_to_observe` installs what shows operands and quantizes nothing.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,29 +17,26 @@ from torch import nn
 
 from mxlab.compat.recipes import load_any_recipe
 from mxlab.errors import ConversionError
-from mxlab.formats import MXFormat
+from mxlab.formats import NumberFormat
 from mxlab.model import sites
 from mxlab.model.conversion import Conversion
 from mxlab.model.nn import linear
-from mxlab.model.nn.attention import EAGER_ROLES, INNER_ROLES, AttentionQuantizer
-from mxlab.model.nn.experts import ExpertsQuantizer
-from mxlab.model.nn.forward import computer_of
+from mxlab.model.nn.attention import EAGER_ROLES, INNER_ROLES, QuantizedAttention
+from mxlab.model.nn.experts import QuantizedExperts
+from mxlab.model.nn.forward import override_of
 from mxlab.model.nn.linear import QuantizedLayer
-from mxlab.model.nn.operands import LinearQuantizer
+from mxlab.model.nn.operands import LinearOperands
 from mxlab.model.nn.phase import PassPhase
 from mxlab.model.nn.shared_input import SharedInput
-from mxlab.model.plan import Match, check_finite, match
-from mxlab.numerics import scale_clamps
-from mxlab.recipe import Recipe
-from mxlab.recipe.rule import Phase
-
-__all__ = ["Conversion", "apply", "prepare"]
+from mxlab.model.observe import count_weight_clamps
+from mxlab.model.plan import Plan, QuantizedSite, make_plan
+from mxlab.recipe import Phase, Recipe
 
 logger = logging.getLogger("mxlab")
 
 
 def apply(model: nn.Module, recipe: Recipe | str | Path) -> Conversion:
-    """Convert ``model`` in place, as ``recipe`` says, and put the weights on the grid (of a model in evaluation mode).
+    """Convert ``model`` in place, as ``recipe`` says, and quantize its weights (of a model in evaluation mode).
 
     Args:
         model: a loaded Hugging Face model.
@@ -44,41 +45,45 @@ def apply(model: nn.Module, recipe: Recipe | str | Path) -> Conversion:
     Raises:
         SpecError: no such recipe.
         ConversionError: the model was converted before or is a quantized checkpoint, a rule matches nothing, a module
-            cannot serve a role, or a weight is not finite. The model is then as it was.
+            cannot serve a role, or a weight is not finite. The model is then unchanged.
     """
-    chosen = load_any_recipe(recipe)
-    found = _match(model, chosen)
-    check_finite(found)
-    # Counted first: on the grid, a block whose scale was clamped may be all zeros.
-    clamps = _weight_clamps(found)
-    conversion = _install(model, chosen, found)
-    conversion = replace(conversion, weight_clamps=clamps, remarks=(*conversion.remarks, *_on_meta(found)))
-    for layer in model.modules():
-        if isinstance(layer, QuantizedLayer):
-            layer.freeze()
-        elif isinstance(experts := computer_of(layer), ExpertsQuantizer):
-            experts.freeze()
+    plan = _checked_plan(model, load_any_recipe(recipe))
+    plan.check_finite()
+    # Counted first: once quantized, a block whose scale was clamped may be all zeros.
+    clamps = count_weight_clamps(plan.sites)
+    conversion = _install(plan)
+    conversion = replace(conversion, weight_clamps=clamps, remarks=(*conversion.remarks, *_meta_remarks(plan)))
+    _freeze(model)
     logger.info(conversion.summary())
     conversion.write_inventory()
     return conversion
 
 
 def prepare(model: nn.Module, recipe: Recipe) -> Conversion:
-    """Replace and hook what ``recipe`` names, on any device (meta too), without touching a weight.
+    """Install what ``recipe`` names, on any device (meta too), without touching a weight.
 
     Raises:
         ConversionError: as :func:`apply`.
     """
-    return _install(model, recipe, _match(model, recipe))
+    return _install(_checked_plan(model, recipe))
 
 
-def _match(model: nn.Module, recipe: Recipe) -> list[Match]:
+def prepare_to_observe(model: nn.Module, recipe: Recipe) -> Conversion:
+    """Install what shows the operands that ``recipe`` would quantize, and leaves them, and the weights, unchanged.
+
+    Raises:
+        ConversionError: as :func:`apply`.
+    """
+    return _install(_checked_plan(model, recipe), is_passive=True)
+
+
+def _checked_plan(model: nn.Module, recipe: Recipe) -> Plan:
     if recipe.algorithms:
         raise ConversionError(
             f"recipe {recipe.name} asks for {', '.join(recipe.algorithms)}, which this version of mxlab does not have: "
             "take the table out of the recipe to quantize by rounding to nearest"
         )
-    if any(isinstance(m, QuantizedLayer) or computer_of(m) for m in model.modules()):
+    if any(isinstance(m, QuantizedLayer) or override_of(m) for m in model.modules()):
         raise ConversionError(
             "this model is quantized already: load it anew, and use either MX_SPECS_JSON with a patched transformers "
             "or mxlab.apply, not both"
@@ -89,67 +94,87 @@ def _match(model: nn.Module, recipe: Recipe) -> list[Match]:
             f"this checkpoint is quantized already ({method}): quantizing its values again would say nothing about a "
             "format; load the unquantized model"
         )
-    return match(model, recipe)
+    return make_plan(model, recipe)
+
+
+def _install(plan: Plan, is_passive: bool = False) -> Conversion:
+    model, recipe = plan.model, plan.recipe
+    _check_experts(plan)
+    remarks = _make_eager(model, plan.sites)
+    installer = _Installer(recipe, is_passive)
+    for site in plan.sites:
+        installer.install(site)
+    for parent, shared in installer.shared.items():
+        shared.install(model.get_submodule(parent))
+    if any(site.by_phase["prefill"] != site.by_phase["decode"] for site in plan.sites):
+        installer.phase.install(model)
+    return Conversion(model, recipe, plan.sites, remarks=tuple(remarks))
 
 
 @dataclass
 class _Installer:
-    """What the sites of one model share while they are converted."""
+    """Converts the sites of one model, one after the other; holds what they share."""
 
-    model: nn.Module
     recipe: Recipe
+    is_passive: bool
     phase: PassPhase = field(default_factory=PassPhase)
     shared: defaultdict[str, SharedInput] = field(default_factory=lambda: defaultdict(SharedInput))  # by parent's name
-    experts: dict[str, ExpertsQuantizer] = field(default_factory=dict)  # by the module's name
+    experts: dict[str, QuantizedExperts] = field(default_factory=dict)  # by the module's name
 
-    def attention(self, site: Match) -> None:
-        argument = sites.cache_argument(site.module)
-        assert argument is not None
-        AttentionQuantizer(site.by_phase, self.recipe.numerics, self.phase).attach(site.name, site.module, argument)
+    def install(self, site: QuantizedSite) -> None:
+        """Convert the module of a site."""
+        if site.kind == "attention":
+            argument = sites.cache_argument(site.module)
+            assert argument is not None  # or it would not be an attention
+            QuantizedAttention(
+                site.name, site.module, argument, site.by_phase, self.recipe.numerics, self.phase, self.is_passive
+            ).install()
+        elif site.kind == "linear":
+            shared = self.shared[site.name.rpartition(".")[0]]
+            linear.convert(site.module, self._operands(site), shared, self.phase, site.tied_to is not None)
+        else:
+            self._experts(site).add(site.parameter, self._operands(site))
 
-    def linear(self, site: Match) -> None:
-        inputs = self.shared[site.name.rpartition(".")[0]]
-        linear.convert(site.module, self._quantizers(site), inputs, self.phase, site.tied_to is not None)
-
-    def expert(self, site: Match) -> None:
-        name, module, weights = site.site.module_name, site.module, sites.multiplied(site.module)
+    def _experts(self, site: QuantizedSite) -> QuantizedExperts:
+        name, module = site.module_name, site.module
         if name not in self.experts:
-            self.experts[name] = ExpertsQuantizer(name, module, weights, site.site.input_axis == -2, self.phase)
-        self.experts[name].add(site.site.weight, self._quantizers(site))
+            weights = sites.multiplied_parameters(module)
+            self.experts[name] = QuantizedExperts(name, module, weights, site.input_axis == -2, self.phase)
+            self.experts[name].install()
+        return self.experts[name]
 
-    def _quantizers(self, site: Match) -> dict[Phase, LinearQuantizer]:
-        return {phase: _quantizer(self.recipe, formats) for phase, formats in site.by_phase.items()}
-
-
-def _install(model: nn.Module, recipe: Recipe, found: list[Match]) -> Conversion:
-    _check_experts(found, recipe)
-    installer = _Installer(model, recipe)
-    install = {"attention": installer.attention, "linear": installer.linear, "experts": installer.expert}
-    remarks = _made_eager(model, found)
-    for site in found:
-        install[site.kind](site)
-    for parent, inputs in installer.shared.items():
-        inputs.attach(model.get_submodule(parent))
-    if any(site.by_phase["prefill"] != site.by_phase["decode"] for site in found):
-        installer.phase.attach(model)
-    return Conversion(model, recipe, tuple(found), remarks=tuple(remarks))
+    def _operands(self, site: QuantizedSite) -> dict[Phase, LinearOperands]:
+        if self.is_passive:
+            return dict.fromkeys(site.by_phase, LinearOperands())
+        return {phase: linear_operands(self.recipe, formats) for phase, formats in site.by_phase.items()}
 
 
-def _quantizer(recipe: Recipe, formats: Mapping[str, Any]) -> LinearQuantizer:
-    return LinearQuantizer(**formats, elementwise=recipe.elementwise, numerics=recipe.numerics)
+def linear_operands(recipe: Recipe, formats: Mapping[str, NumberFormat]) -> LinearOperands:
+    """Return how ``recipe`` treats the operands of a linear layer with these formats by role."""
+    return LinearOperands(**formats, elementwise=recipe.elementwise, numerics=recipe.numerics)
 
 
-def _check_experts(found: list[Match], recipe: Recipe) -> None:
-    for site in found:
-        if site.kind == "experts" and site.weight.dtype not in _quantizer(recipe, {}).untouched:
+def _freeze(model: nn.Module) -> None:
+    """Quantize the weights of all converted modules in place, as far as they can be."""
+    for module in model.modules():
+        if isinstance(module, QuantizedLayer):
+            module.freeze()
+        elif isinstance(experts := override_of(module), QuantizedExperts):
+            experts.freeze()
+
+
+def _check_experts(plan: Plan) -> None:
+    untouched = linear_operands(plan.recipe, {}).untouched
+    for site in plan.sites:
+        if site.kind == "experts" and site.weight.dtype not in untouched:
             raise ConversionError(
                 f"{site.name}: experts have no element-wise rounding of {site.weight.dtype}; use exact numerics and "
                 "bfloat = 0"
             )
 
 
-def _made_eager(model: Any, found: list[Match]) -> list[str]:
-    """Have the model compute its attention eagerly where a role lies inside; what was done, in words."""
+def _make_eager(model: Any, found: tuple[QuantizedSite, ...]) -> list[str]:
+    """Have the model compute its attention eagerly where a role is met only there; say so in words."""
     roles = {role for site in found for role in site.roles}
     present = getattr(getattr(model, "config", None), "_attn_implementation", None)
     wanted = ", ".join(sorted(roles.intersection(EAGER_ROLES if present == "sdpa" else INNER_ROLES)))
@@ -164,15 +189,6 @@ def _made_eager(model: Any, found: list[Match]) -> list[str]:
     return [f"attention is computed eagerly, not by {present}, for the sake of {wanted}"]
 
 
-def _on_meta(found: list[Match]) -> list[str]:
-    count = sum(site.kind != "attention" and site.weight.is_meta for site in found)
+def _meta_remarks(plan: Plan) -> list[str]:
+    count = sum(site.kind != "attention" and site.weight.is_meta for site in plan.sites)
     return [f"{count} weights are on the meta device: they are quantized once they are there"] if count else []
-
-
-def _weight_clamps(found: list[Match]) -> dict[str, int]:
-    total: Counter[str] = Counter(blocks=0, clamped=0, overflowed=0)
-    for site in found:
-        fmt = site.formats.get("weight")
-        if isinstance(fmt, MXFormat) and not site.weight.is_meta:
-            total.update(scale_clamps(site.weight, fmt, site.site.input_axis))
-    return dict(total)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,11 +15,12 @@ from typing import Any
 from torch import nn
 
 from mxlab.model import sites
-from mxlab.model.plan import Match
+from mxlab.model.plan import QuantizedSite
 from mxlab.recipe import Recipe
 from mxlab.recipe.mx_specs import INVENTORY_VARIABLE
 from mxlab.recipe.rule import PHASES
 
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 _PLURALS = {"linear": "linears", "experts": "experts", "attention": "attentions"}
 
 
@@ -31,17 +34,17 @@ class Conversion:
 
     model: nn.Module
     recipe: Recipe
-    sites: tuple[Match, ...]
+    sites: tuple[QuantizedSite, ...]
     weight_clamps: dict[str, int] = field(default_factory=dict)
     remarks: tuple[str, ...] = ()
 
     @property
-    def linears(self) -> list[Match]:
+    def linears(self) -> list[QuantizedSite]:
         """The linear layers that were replaced, and the experts."""
         return [site for site in self.sites if site.kind != "attention"]
 
     @property
-    def attentions(self) -> list[Match]:
+    def attentions(self) -> list[QuantizedSite]:
         """The attentions that quantize something."""
         return [site for site in self.sites if site.kind == "attention"]
 
@@ -52,7 +55,7 @@ class Conversion:
         A parameter that is used in several places (tied embeddings) counts once, and where a quantized copy of it is
         kept, that copy as well. Biases are rounded as they are used, and stored as they are.
         """
-        in_place = {id(p) for site in self.linears for p in site.stored()}
+        in_place = {id(p) for site in self.linears for p in site.stored_parameters()}
         parameters = list(self.model.parameters())
         bits = sum(p.numel() * p.element_size() * 8 for p in parameters if id(p) not in in_place)
         bits += sum(fmt.storage_bits(_blocks_last(site)) for site in self.linears for fmt in site.weight_formats)
@@ -101,7 +104,9 @@ class Conversion:
     def linears_in_high_precision(self) -> list[str]:
         """The names of the linear layers, and of the experts' weights, that no rule matched."""
         replaced = {site.name for site in self.linears}
-        return [site.name for site in sites.find(self.model) if site.kind != "attention" and site.name not in replaced]
+        return [
+            site.name for site in sites.find_sites(self.model) if site.kind != "attention" and site.name not in replaced
+        ]
 
     def inventory(self) -> dict[str, Any]:
         """What was replaced and what was left, as plain values for JSON."""
@@ -131,22 +136,79 @@ class Conversion:
             Path(path).write_text(json.dumps(self.inventory(), indent=1), encoding="utf-8")
 
 
-def _blocks_last(match: Match) -> tuple[int, ...]:
+def _blocks_last(site: QuantizedSite) -> tuple[int, ...]:
     """The shape of a weight, the axis of its blocks last."""
-    shape = list(match.shape)
-    shape.append(shape.pop(match.site.input_axis))
+    shape = list(site.shape)
+    shape.append(shape.pop(site.input_axis))
     return tuple(shape)
 
 
-def _axis_length(match: Match) -> int:
+def _axis_length(site: QuantizedSite) -> int:
     """How long the axis is along which a site's operands are cut into blocks; 0 where that is not known."""
-    return match.shape[match.site.input_axis] if match.shape else 0
+    return site.shape[site.input_axis] if site.shape else 0
 
 
-def _described(what: str, found: list[Match]) -> str:
+def _described(what: str, found: list[QuantizedSite]) -> str:
     """``210 linear layers (weight fp4_e2m1@32, activation fp6_e2m3@32)``, one bracket per combination of formats."""
     combinations = Counter(", ".join(f"{r} {f}" for r, f in s.all_formats.items()) for s in found)
     return "; ".join(
         f"{count} {what}{'s' if count > 1 else ''} ({formats or 'rounded element-wise'})"
         for formats, count in combinations.items()
     )
+
+
+@dataclass(frozen=True)
+class InventoryRow:
+    """Modules, or parameters, that differ in the number of their layer only, and one of their roles.
+
+    ``name`` has ``*`` for that number and ``layers`` lists it; ``bits`` are those of one element, its share of the
+    scale included.
+    """
+
+    name: str
+    layers: str
+    count: int
+    shape: tuple[int, ...]
+    role: str
+    format: str
+    bits: float
+
+
+def quantized_rows(conversion: Conversion) -> list[InventoryRow]:
+    """A row for each role of each kind of site."""
+    found = (
+        (site.name, site.shape, role, str(fmt), fmt.bits_per_element)
+        for site in conversion.sites
+        for role, fmt in site.all_formats.items()
+    )
+    return _grouped(found)
+
+
+def high_precision_rows(conversion: Conversion) -> list[InventoryRow]:
+    """A row for each kind of parameter that stays as it is; one that is used in two places is named once."""
+    stored = {id(p) for site in conversion.sites for p in site.stored_parameters()}
+    found = (
+        (name, tuple(p.shape), "parameter", str(p.dtype).removeprefix("torch."), p.element_size() * 8)
+        for name, p in conversion.model.named_parameters()
+        if id(p) not in stored
+    )
+    return _grouped(found)
+
+
+def _grouped(found: Iterable[tuple[str, tuple[int, ...], str, str, float]]) -> list[InventoryRow]:
+    groups: dict[tuple, list[str]] = {}
+    for name, *rest in found:
+        groups.setdefault((_NUMBER.sub("*", name, count=1), *rest), []).append(name)
+    return [InventoryRow(key[0], _layers(names), len(names), *key[1:]) for key, names in groups.items()]
+
+
+def _layers(names: list[str]) -> str:
+    """The layers of these names, as ranges; nothing for what lies outside of them."""
+    numbers = sorted({int(match[0]) for name in names if (match := _NUMBER.search(name))})
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)

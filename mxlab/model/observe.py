@@ -1,64 +1,88 @@
-"""Counting how often the shared scale leaves its range: on all weights, and on the first batch of what flows."""
+"""Watch the operands of a converted model: the one way to see them, whoever wants to know.
+
+Counting clamped scales is here; the statistics of :mod:`mxlab.inspect` are another function over :func:`observe`.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from mxlab.formats import MXFormat, NumberFormat
+from mxlab.formats import MXFormat
 from mxlab.model.conversion import Conversion
-from mxlab.model.nn.attention import AttentionQuantizer
-from mxlab.model.nn.forward import computer_of
-from mxlab.model.plan import Match
+from mxlab.model.nn.forward import override_of
+from mxlab.model.nn.operands import Observable
+from mxlab.model.plan import QuantizedSite
 from mxlab.numerics import scale_clamps
 
+# Told of an operand before it is rounded: its site, its role, the tensor, and the axis along which its blocks lie.
+SiteObserver = Callable[[QuantizedSite, str, Tensor, int], None]
 
-class ScaleClampCounter:
-    """Counts, per role, the blocks whose shared exponent is out of range (see :func:`mxlab.numerics.scale_clamps`).
+_COUNTS = {"blocks": 0, "clamped": 0, "overflowed": 0}
 
-    Activations, K and V are counted during the model's first forward pass; then every hook is taken off again.
+
+@contextmanager
+def observe(conversion: Conversion, observer: SiteObserver) -> Iterator[None]:
+    """Show ``observer`` every operand that the model's forward quantizes, as long as the context is open.
+
+    Shown are inputs [..., in] and outputs [..., out] of linear layers, inputs of experts, and what an attention
+    multiplies: K, V and the query (batch, heads, tokens, head_dim), scores (masked ones as zeros) and probabilities
+    (batch, heads, tokens, keys), cosines and sines. A layer is shown its input also where it shares the quantized one.
+    Weights and biases do not depend on the input: :meth:`QuantizedSite.quantized_parameters` has them. A tensor may be
+    written to after the call: copy what is to be kept.
     """
+    for site in conversion.sites:
+        _computer(site).set_observer(site.parameter, partial(_call, observer, site))
+    try:
+        yield
+    finally:
+        for site in conversion.sites:
+            _computer(site).set_observer(site.parameter, None)
 
-    def __init__(self, conversion: Conversion) -> None:
-        formats = [item for site in conversion.sites for by_role in site.by_phase.values() for item in by_role.items()]
-        roles = {role for role, fmt in formats if isinstance(fmt, MXFormat)} - {"bias", "output"}
-        self.counts = {role: Counter(blocks=0, clamped=0, overflowed=0) for role in sorted(roles)}
-        self._sites = conversion.sites
-        if "weight" in roles:
-            self.counts["weight"].update(conversion.weight_clamps)
-        self._handles = [
-            self._watch(site, fmt)
-            for site in conversion.sites
-            if site.kind == "linear" and isinstance(fmt := site.formats.get("activation"), MXFormat)
-        ]
-        for site in conversion.attentions:
-            self._set_observer(site, self._count)
-        self._handles.append(conversion.model.register_forward_hook(self._stop))
 
-    def _watch(self, site: Match, fmt: MXFormat) -> Any:
-        return site.module.register_forward_pre_hook(partial(self._count_input, fmt))
+def count_scale_clamps(conversion: Conversion) -> dict[str, Counter[str]]:
+    """Count clamped and overflowed shared scales by role, in all weights and in the first batch of activations.
 
-    def _count_input(self, fmt: MXFormat, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        self._count("activation", fmt, args[0])
+    The counts (see :func:`mxlab.numerics.scale_clamps`) are complete after the model's next forward pass.
+    """
+    formats = [item for site in conversion.sites for by_role in site.by_phase.values() for item in by_role.items()]
+    roles = sorted({role for role, fmt in formats if isinstance(fmt, MXFormat)} - {"bias", "output"})
+    counts = {role: Counter(_COUNTS) for role in roles}
+    if "weight" in counts:
+        counts["weight"].update(conversion.weight_clamps)
 
-    def _count(self, role: str, fmt: NumberFormat, x: Tensor) -> None:
-        if isinstance(fmt, MXFormat):
-            self.counts[role].update(scale_clamps(x, fmt))
+    def count(site: QuantizedSite, role: str, x: Tensor, axis: int) -> None:
+        fmt = site.formats.get(role)
+        if role in counts and isinstance(fmt, MXFormat):
+            counts[role].update(scale_clamps(x, fmt, axis))
 
-    def _stop(self, *_: Any) -> None:
-        for handle in self._handles:
-            handle.remove()
-        for site in self._sites:
-            self._set_observer(site, None)
+    until_first_pass = ExitStack()
+    until_first_pass.enter_context(observe(conversion, count))
+    handle = conversion.model.register_forward_hook(lambda *_: until_first_pass.close())
+    until_first_pass.callback(handle.remove)
+    return counts
 
-    @staticmethod
-    def _set_observer(site: Match, observer: Any) -> None:
-        if isinstance(quantizer := computer_of(site.module), AttentionQuantizer):
-            quantizer.observer = observer
 
-    def to_dict(self) -> dict[str, dict[str, int]]:
-        """The counts as plain values for JSON."""
-        return {role: dict(count) for role, count in self.counts.items()}
+def count_weight_clamps(sites: Iterable[QuantizedSite]) -> dict[str, int]:
+    """Count clamped and overflowed shared scales over the weights of ``sites``, before they are quantized."""
+    total = Counter(_COUNTS)
+    for site in sites:
+        fmt = site.formats.get("weight")
+        if isinstance(fmt, MXFormat) and not site.weight.is_meta:
+            total.update(scale_clamps(site.weight, fmt, site.input_axis))
+    return dict(total)
+
+
+def _call(observer: SiteObserver, site: QuantizedSite, role: str, x: Tensor, axis: int) -> Any:
+    if role in site.roles:
+        observer(site, role, x, axis)
+
+
+def _computer(site: QuantizedSite) -> Observable:
+    """What treats the operands of a site: a quantized layer, or what took the place of its module's forward."""
+    return site.module if isinstance(site.module, Observable) else override_of(site.module)

@@ -1,9 +1,13 @@
-"""Which rule of a recipe each site of a model comes under, and the errors where a rule does not fit."""
+"""Match each site of a model to the first rule of a recipe that selects it, per phase of generation.
+
+:func:`make_plan` changes nothing: it raises where a rule does not fit the model, so that a model is converted whole or
+not at all.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -13,79 +17,38 @@ from mxlab.formats import NumberFormat
 from mxlab.model import sites
 from mxlab.model.nn.attention import ROPE_ARGUMENT
 from mxlab.model.nn.linear import is_convertible
-from mxlab.model.sites import Kind, Site
+from mxlab.model.sites import Site
 from mxlab.numerics import DTYPES
-from mxlab.recipe import Recipe
-from mxlab.recipe.rule import PHASES, Phase, Rule
+from mxlab.recipe import PHASES, Phase, Recipe, Rule
+
+Rules = Mapping[Phase, Rule | None]
 
 
 @dataclass(frozen=True)
-class Match:
-    """A site that rules chose, and the formats of its roles in each phase of generation.
+class QuantizedSite(Site):
+    """A site that rules select, and the format of each of its roles.
 
-    ``tied_to`` names the module that the weight is shared with, where there is one.
+    Attributes:
+        by_phase: the formats by role, for each phase of generation.
+        tied_to: name of a module that shares the weight; None where there is none.
     """
 
-    site: Site
-    by_phase: Mapping[Phase, Mapping[str, NumberFormat]]
+    by_phase: Mapping[Phase, Mapping[str, NumberFormat]] = field(default_factory=dict)
     tied_to: str | None = None
 
     @property
-    def name(self) -> str:
-        """The site's qualified name."""
-        return self.site.name
-
-    @property
-    def module(self) -> nn.Module:
-        """What is replaced or hooked."""
-        return self.site.module
-
-    @property
-    def kind(self) -> Kind:
-        """``linear``, ``experts`` or ``attention``."""
-        return self.site.kind
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the weight, or of an attention (K/V heads, head_dim)."""
-        return self.site.shape
-
-    @property
     def weight(self) -> Tensor:
-        """The weight of a linear layer or of experts."""
-        return getattr(self.module, self.site.weight)
-
-    @property
-    def weight_formats(self) -> set[NumberFormat]:
-        """What the weight is quantized to: one format, or one for each phase."""
-        return {formats["weight"] for formats in self.by_phase.values() if "weight" in formats}
-
-    @property
-    def is_in_place(self) -> bool:
-        """Whether the weight itself is put on the grid, rather than a copy of it for each format."""
-        return (
-            self.tied_to is None
-            and all("weight" in f for f in self.by_phase.values())
-            and (len(self.weight_formats) == 1)
-        )
-
-    def stored(self) -> list[Tensor]:
-        """The parameters that take the bits of a format instead of those of their dtype."""
-        return [self.weight] if self.is_in_place else []
+        """The weight of a linear layer or of experts; :attr:`input_axis` is the axis of its blocks."""
+        return getattr(self.module, self.parameter)
 
     @property
     def bias(self) -> Tensor:
-        """The bias of a linear layer that has one."""
-        return getattr(self.module, "bias")  # noqa: B009 (its type is not known)
-
-    @property
-    def roles(self) -> set[str]:
-        """The roles that have a format in some phase."""
-        return {role for formats in self.by_phase.values() for role in formats}
+        """The bias [out] of a linear layer that has one."""
+        return self.module.get_parameter("bias")
 
     @property
     def formats(self) -> Mapping[str, NumberFormat]:
-        """The formats, by role; those of prefill where decode has others."""
+        """The formats by role, in prefill."""
         return self.by_phase["prefill"]
 
     @property
@@ -96,49 +59,92 @@ class Match:
         apart = {f"{phase} {r}": f for phase in PHASES for r, f in of[phase].items() if r not in common}
         return {**common, **apart}
 
+    @property
+    def roles(self) -> set[str]:
+        """The roles that have a format in some phase."""
+        return {role for formats in self.by_phase.values() for role in formats}
 
-def match(model: nn.Module, recipe: Recipe) -> list[Match]:
-    """The sites that the rules choose, each under the first rule that matches it in a phase; nothing is changed.
+    @property
+    def weight_formats(self) -> set[NumberFormat]:
+        """The formats of the weight: one, or one for each phase."""
+        return {formats["weight"] for formats in self.by_phase.values() if "weight" in formats}
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether the weight itself is quantized, rather than a copy of it for each format."""
+        in_every_phase = all("weight" in formats for formats in self.by_phase.values())
+        return self.tied_to is None and in_every_phase and len(self.weight_formats) == 1
+
+    def stored_parameters(self) -> list[Tensor]:
+        """Return the parameters whose storage is counted in the bits of a format instead of those of their dtype."""
+        return [self.weight] if self.is_in_place else []
+
+    def quantized_parameters(self) -> Iterator[tuple[str, Tensor, int]]:
+        """Yield role, tensor and axis of the blocks of the weight and the bias, as far as they are quantized."""
+        if "weight" in self.roles:
+            yield "weight", self.weight, self.input_axis
+        if "bias" in self.roles:
+            yield "bias", self.bias, -1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a recipe quantizes in a model, before anything is changed."""
+
+    model: nn.Module
+    recipe: Recipe
+    sites: tuple[QuantizedSite, ...]
+
+    def spelled_out(self) -> Recipe:
+        """Return the recipe with a rule for each site, by name, in place of its own: it quantizes the model alike.
+
+        When some of these rules are taken away, or some of their formats, the rest keeps its meaning: no later rule
+        steps in (:mod:`mxlab.recipe.subset`).
+        """
+        rules = tuple(
+            Rule(name=site.name, phase=phase, **formats)  # pyright: ignore[reportArgumentType]
+            for site in self.sites
+            for phase, formats in _distinct_phases(site)
+        )
+        return replace(self.recipe, rules=rules)
+
+    def check_finite(self) -> None:
+        """Raise ConversionError at the first weight or bias to be quantized that holds NaN or infinities."""
+        for site in self.sites:
+            for role, tensor, _ in site.quantized_parameters():
+                values = tensor.detach()
+                if values.is_meta or torch.isfinite(values.sum()):
+                    continue
+                if bad := int((~torch.isfinite(values)).sum()):  # the sum may have overflowed
+                    raise ConversionError(
+                        f"the {role} of {site.name} holds {bad} values that are NaN or infinite, which would take "
+                        "their whole blocks with them: repair the checkpoint, or skip the layer"
+                    )
+
+
+def make_plan(model: nn.Module, recipe: Recipe) -> Plan:
+    """Match the sites of ``model`` to the rules of ``recipe``; the first rule that selects a site wins in a phase.
 
     Raises:
-        ConversionError: a rule that matches nothing, or what cannot serve its roles.
+        ConversionError: a rule that matches nothing, or a module that cannot serve the roles of its rule.
     """
-    chooser = _Chooser(model, recipe)
-    chosen = {name: chooser.choose(name) for name in chooser.names}
-    chooser.check_all_used()
-    chosen = {name: rules for name, rules in chosen.items() if any(rules.values())}
-    _check_biases(recipe, [(chooser.sites[name], rules) for name, rules in chosen.items()])
-    matches = [_match(model, chooser.sites[name], rules) for name, rules in chosen.items()]
-    _check_tied(matches)
-    return matches
+    matcher = _Matcher(model, recipe)
+    matched = {name: matcher.match(name) for name in matcher.names}
+    matcher.check_every_rule_used()
+    chosen = [(matcher.sites[name], rules) for name, rules in matched.items() if any(rules.values())]
+    _check_biases(recipe, chosen)
+    found = tuple(_quantized_site(model, site, rules) for site, rules in chosen)
+    for site in found:
+        if site.kind == "experts" and site.tied_to:
+            raise ConversionError(f"the weight of {site.name} is shared with {site.tied_to}: untie it")
+    return Plan(model, recipe, found)
 
 
-def spelled_out(recipe: Recipe, matches: Sequence[Match]) -> Recipe:
-    """The recipe with a rule for each of its sites, by name, in place of its own: the same model is quantized alike.
-
-    What is left when some of these rules are taken away, or some of their formats, means what it says: no later rule
-    steps in (:mod:`mxlab.recipe.subset`).
-    """
-    rules = tuple(
-        Rule(name=m.name, phase=phase, **formats)  # pyright: ignore[reportArgumentType]
-        for m in matches
-        for phase, formats in _phases(m)
-    )
-    return replace(recipe, rules=rules)
-
-
-def _phases(match: Match) -> list[tuple[Phase | None, Mapping[str, NumberFormat]]]:
-    """The formats of each phase that has some; those of both at once, under None, where they are the same."""
-    if match.by_phase["prefill"] == match.by_phase["decode"]:
-        return [(None, match.formats)]
-    return [(phase, formats) for phase, formats in match.by_phase.items() if formats]
-
-
-class _Chooser:
+class _Matcher:
     """Finds the rules of one site after the other, and remembers which rules were of use."""
 
     def __init__(self, model: nn.Module, recipe: Recipe) -> None:
-        self.sites = {site.name: site for site in sites.find(model)}
+        self.sites = {site.name: site for site in sites.find_sites(model)}
         self._model, self._recipe = model, recipe
         self._unused = set(range(len(recipe.rules)))
         count = sites.layer_count(model)
@@ -149,88 +155,99 @@ class _Chooser:
 
     @property
     def names(self) -> list[str]:
-        """Of all sites, and of the modules that are none, in the order of the modules."""
+        """Names of all sites, and of modules without one, in module order: a rule may name any module."""
         by_module: dict[str, list[str]] = {name: [] for name, _ in self._model.named_modules()}
         for site in self.sites.values():
             by_module[site.module_name].append(site.name)
         return [name for module, found in by_module.items() for name in found or [module]]
 
-    def choose(self, name: str) -> dict[Phase, Rule | None]:
-        """The rule of a site in each phase; None where there is none, or one that skips."""
-        return {phase: self._first(name, phase) for phase in PHASES}
+    def match(self, name: str) -> dict[Phase, Rule | None]:
+        """Return the rule of a site in each phase; None where there is none, or one that skips."""
+        return {phase: self._first_rule(name, phase) for phase in PHASES}
 
-    def check_all_used(self) -> None:
+    def check_every_rule_used(self) -> None:
+        """Raise ConversionError at the first rule that no site came under."""
         if not self._unused:
             return
         recipe, rule = self._recipe, self._recipe.rules[min(self._unused)]
+        layers = [site.name for site in self.sites.values() if site.kind != "attention"][:3]
         raise ConversionError(
             f"recipe {recipe.name}: {rule} matches no module of {type(self._model).__name__}"
             f"{' that could be quantized' if rule.skip else ''}, or only such as an "
-            f"earlier rule took; its linear layers are named like {_examples(self.sites)}"
+            f"earlier rule took; its linear layers are named like {', '.join(layers) or '(it has none)'}"
         )
 
-    def _first(self, name: str, phase: Phase) -> Rule | None:
+    def _first_rule(self, name: str, phase: Phase) -> Rule | None:
         site = self.sites.get(name)
-        for i, rule in enumerate(self._recipe.rules):
-            if not rule.is_for(phase) or not self._matches(i, rule, name, site):
+        for number, rule in enumerate(self._recipe.rules):
+            if rule.phase not in (None, phase) or not self._selects(number, rule, name, site):
                 continue
-            self._unused.discard(i)
+            self._unused.discard(number)
             if rule.skip:
                 return None
-            self.sites[name] = _serving(self._model, name, site, rule)
+            self.sites[name] = _serving_site(self._model, name, site, rule)
             return rule
         return None
 
-    def _matches(self, number: int, rule: Rule, name: str, site: Site | None) -> bool:
+    def _selects(self, number: int, rule: Rule, name: str, site: Site | None) -> bool:
         layers = self._layers[number]
-        if (layers is not None and sites.layer_of(name) not in layers) or (rule.skip and site is None):
+        if layers is not None and sites.layer_of(name) not in layers:
             return False
-        if site is None:
-            return rule.matches(name, type(self._model.get_submodule(name)).__name__)
-        kind, part = type(site.module).__name__, site.part if _is_meant(rule, site) else ""
-        return rule.matches(name, kind, part) or rule.matches(site.module_name, kind)
+        if site is None:  # no site yet: the rule may still name the module, and learn that it cannot serve
+            return not rule.skip and rule.matches(name, type(self._model.get_submodule(name)).__name__)
+        # A rule that names a part speaks of linear layers or of attentions, by the roles it gives.
+        speaks_of_it = rule.skip or rule.is_attention == (site.kind == "attention")
+        class_name = type(site.module).__name__
+        return rule.matches(name, class_name, site.part if speaks_of_it else "") or rule.matches(
+            site.module_name, class_name
+        )
 
 
-def _is_meant(rule: Rule, site: Site) -> bool:
-    """Whether a rule that names a part speaks of this kind of site."""
-    return rule.skip or rule.is_attention == (site.kind == "attention")
-
-
-def _serving(model: nn.Module, name: str, site: Site | None, rule: Rule) -> Site:
-    """The site, once it is clear that it can serve the roles of the rule that names it."""
+def _serving_site(model: nn.Module, name: str, site: Site | None, rule: Rule) -> Site:
+    """The site that serves the roles of the rule which names it; raises ConversionError where it cannot."""
     if rule.is_attention:
         return _serving_attention(model, site.module_name if site else name, rule)
     if site is None or site.kind == "attention":
-        kind = type(model.get_submodule(name)).__name__
+        class_name = type(model.get_submodule(name)).__name__
         raise ConversionError(
-            f"{name} is a {kind}: only torch.nn.Linear, Conv1D and experts have a weight and an activation to "
+            f"{name} is a {class_name}: only torch.nn.Linear, Conv1D and experts have a weight and an activation to "
             f"quantize; let {rule} match those alone"
         )
-    if problem := _problem(site, rule):
-        raise ConversionError(problem)
+    module_name = site.module_name
+    if site.obstacle:
+        raise ConversionError(
+            f"{module_name} is a {type(site.module).__name__} ({site.obstacle}), which mxlab cannot convert: put a "
+            f"rule with name = '{module_name}' and skip = true before {rule}"
+        )
+    if site.kind == "experts" and (rule.bias or rule.output):
+        raise ConversionError(
+            f"{module_name}: bias and output of experts and routers cannot be quantized; take them out of {rule}"
+        )
+    if not is_convertible(site.module):
+        raise ConversionError(
+            f"the forward of {module_name} was replaced by other code, which would bypass the quantization: convert "
+            f"the model first, or leave {module_name} out of {rule}"
+        )
     return site
 
 
-def _problem(site: Site, rule: Rule) -> str:
-    """Why a layer cannot serve a rule that names it, and the remedy; empty where it can."""
-    name = site.module_name
-    if site.obstacle:
-        return (
-            f"{name} is a {type(site.module).__name__} ({site.obstacle}), which mxlab cannot convert: put a rule with "
-            f"name = '{name}' and skip = true before {rule}"
+def _serving_attention(model: nn.Module, name: str, rule: Rule) -> Site:
+    module = model.get_submodule(name)
+    if sites.cache_argument(module) is None:
+        raise ConversionError(
+            f"{name} is a {type(module).__name__}, whose forward takes no {sites.CACHE_ARGUMENTS[0]}: it is not an "
+            f"attention that {', '.join(rule.formats)} can be quantized in; change {rule}"
         )
-    if site.kind == "experts" and (rule.bias or rule.output):
-        return f"{name}: bias and output of experts and routers cannot be quantized; take them out of {rule}"
-    if not is_convertible(site.module):
-        return (
-            f"the forward of {name} was replaced by other code, which would bypass the quantization: convert the model "
-            f"first, or leave {name} out of {rule}"
+    if rule.rope and not sites.takes_argument(module, ROPE_ARGUMENT):
+        raise ConversionError(
+            f"{name} is a {type(module).__name__}, whose forward takes no {ROPE_ARGUMENT}: it has no rope to quantize; "
+            f"take that role out of {rule}"
         )
-    return ""
+    return sites.attention_site(name, module)
 
 
-def _check_biases(recipe: Recipe, chosen: list[tuple[Site, Mapping[Phase, Rule | None]]]) -> None:
-    """A rule may cover layers with a bias and without: those without have none to quantize. Some must have one."""
+def _check_biases(recipe: Recipe, chosen: Sequence[tuple[Site, Rules]]) -> None:
+    """Raise ConversionError at a rule for biases none of whose layers has one; some may lack it."""
     for rule in (r for r in recipe.rules if r.bias and not r.bias_optional):
         if not any(rule in rules.values() and _has_bias(site) for site, rules in chosen):
             raise ConversionError(
@@ -242,66 +259,35 @@ def _has_bias(site: Site) -> bool:
     return getattr(site.module, "bias", None) is not None
 
 
-def _formats(site: Site, rule: Rule | None) -> dict[str, NumberFormat]:
-    formats = rule.formats if rule else {}
-    return {role: fmt for role, fmt in formats.items() if role != "bias" or _has_bias(site)}
-
-
-def _serving_attention(model: nn.Module, name: str, rule: Rule) -> Site:
-    module = model.get_submodule(name)
-    if sites.cache_argument(module) is None:
-        raise ConversionError(
-            f"{name} is a {type(module).__name__}, whose forward takes no {sites.CACHE_ARGUMENTS[0]}: it is not an "
-            f"attention that {', '.join(rule.formats)} can be quantized in; change {rule}"
-        )
-    if rule.rope and not sites.takes(module, ROPE_ARGUMENT):
-        raise ConversionError(
-            f"{name} is a {type(module).__name__}, whose forward takes no {ROPE_ARGUMENT}: it has no rope to quantize; "
-            f"take that role out of {rule}"
-        )
-    return sites.attention(name, module)
-
-
-def _match(model: nn.Module, site: Site, rules: Mapping[Phase, Rule | None]) -> Match:
-    by_phase: dict[Phase, dict[str, NumberFormat]] = {phase: _formats(site, rule) for phase, rule in rules.items()}
+def _quantized_site(model: nn.Module, site: Site, rules: Rules) -> QuantizedSite:
+    by_phase: dict[Phase, dict[str, NumberFormat]] = {
+        phase: {role: fmt for role, fmt in rule.formats.items() if role != "bias" or _has_bias(site)} if rule else {}
+        for phase, rule in rules.items()
+    }
+    found = QuantizedSite(**vars(site), by_phase=by_phase)
     if site.kind == "attention":
-        return Match(site, by_phase)
-    weight = getattr(site.module, site.weight)
+        return found
+    weight = found.weight
     if type(weight.data) is not Tensor or weight.dtype not in DTYPES:
         raise ConversionError(
             f"the weight of {site.name} is a {type(weight.data).__name__} of {weight.dtype}: mxlab quantizes "
             "float32, bfloat16 and float16; load the unquantized checkpoint in one of them"
         )
-    found = Match(site, by_phase)
-    return replace(found, tied_to=next(_sharing(model, site, weight), None)) if "weight" in found.roles else found
+    return replace(found, tied_to=_sharing_module(model, found)) if "weight" in found.roles else found
 
 
-def _sharing(model: nn.Module, site: Site, weight: Tensor) -> Iterator[str]:
-    """The other modules that hold the same parameter."""
-    for name, module in model.named_modules():
-        if module is not site.module and any(p is weight for p in module.parameters(recurse=False)):
-            yield name
+def _sharing_module(model: nn.Module, site: QuantizedSite) -> str | None:
+    """The name of another module that holds the same weight."""
+    holders = (
+        name
+        for name, module in model.named_modules()
+        if module is not site.module and any(p is site.weight for p in module.parameters(recurse=False))
+    )
+    return next(holders, None)
 
 
-def _check_tied(matches: list[Match]) -> None:
-    if experts := [m for m in matches if m.kind == "experts" and m.tied_to]:
-        raise ConversionError(f"the weight of {experts[0].name} is shared with {experts[0].tied_to}: untie it")
-
-
-def check_finite(matches: list[Match]) -> None:
-    """Raise ConversionError at the first weight or bias, of those to be quantized, that holds NaN or infinities."""
-    for m in matches:
-        for role in m.roles.intersection(("weight", "bias")):
-            values = (m.weight if role == "weight" else m.bias).detach()
-            if values.is_meta or torch.isfinite(values.sum()):
-                continue
-            if bad := int((~torch.isfinite(values)).sum()):  # the sum may have overflowed
-                raise ConversionError(
-                    f"the {role} of {m.name} holds {bad} values that are NaN or infinite, which would take their whole "
-                    "blocks with them: repair the checkpoint, or skip the layer"
-                )
-
-
-def _examples(found: Mapping[str, Site]) -> str:
-    names = [site.name for site in found.values() if site.kind != "attention"]
-    return ", ".join(names[:3]) or "(it has none)"
+def _distinct_phases(site: QuantizedSite) -> list[tuple[Phase | None, Mapping[str, NumberFormat]]]:
+    """The formats of each phase that has some; once, under None, where both phases have the same."""
+    if site.by_phase["prefill"] == site.by_phase["decode"]:
+        return [(None, site.formats)]
+    return [(phase, formats) for phase, formats in site.by_phase.items() if formats]

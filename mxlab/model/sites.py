@@ -1,8 +1,8 @@
-"""Sites: where in a model something can be quantized, and which site each rule of a recipe chooses.
+"""Find the sites of a model: the places in it where something can be quantized.
 
-Most architectures need no code here. A linear layer is a ``torch.nn.Linear``, or GPT-2's ``Conv1D``, which keeps its
+No list of architectures is needed. A linear layer is a ``torch.nn.Linear``, or GPT-2's ``Conv1D``, which keeps its
 weight transposed; experts are the 3-D parameters of a module that transformers marks as such; an attention is a module
-whose forward takes a cache. Which part of the model a layer belongs to follows from what it lies in.
+whose forward takes a cache. The part of the model that a layer belongs to follows from the modules that contain it.
 """
 
 from __future__ import annotations
@@ -36,14 +36,15 @@ class Site:
     """A linear layer, a weight of experts or of a router, or an attention: a place that a rule can choose.
 
     Attributes:
-        name: qualified name of the module; of experts, of the parameter.
-        module: what is replaced, or whose forward is.
+        name: qualified name of the module; for experts, of the parameter.
+        module: the module that is converted, or whose forward is replaced.
         kind: ``linear``, ``experts`` (routers too) or ``attention``.
-        part: what it is for.
-        layer: the decoder layer it lies in; None outside of them.
-        weight: name of the weight among the module's parameters; none of an attention.
-        input_axis: the axis of the weight that the product sums over.
-        shape: of the weight; of an attention, (K/V heads, head_dim) where known.
+        part: what the module is for.
+        layer: number of the decoder layer that contains it; None outside the layers.
+        parameter: name of the weight among the module's parameters; empty for an attention.
+        input_axis: axis of the weight that the product sums over, along which its blocks lie: -1 for [out, in], 0 for
+            Conv1D's [in, out], -1 or -2 for experts [experts, out, in] or [experts, in, out].
+        shape: of the weight; for an attention (K/V heads, head_dim), or () where that is not known.
         obstacle: why mxlab cannot convert it; empty where it can.
     """
 
@@ -52,7 +53,7 @@ class Site:
     kind: Kind
     part: Part
     layer: int | None
-    weight: str = ""
+    parameter: str = ""
     input_axis: int = -1
     shape: tuple[int, ...] = ()
     obstacle: str = ""
@@ -60,39 +61,39 @@ class Site:
     @property
     def module_name(self) -> str:
         """Qualified name of the module."""
-        return self.name.removesuffix(f".{self.weight}") if self.kind == "experts" else self.name
+        return self.name.removesuffix(f".{self.parameter}") if self.kind == "experts" else self.name
 
 
-def find(model: nn.Module) -> Iterator[Site]:
-    """Every site of ``model``, in the order of its modules; nothing is changed."""
+def find_sites(model: nn.Module) -> Iterator[Site]:
+    """Yield every site of ``model``, in the order of its modules; nothing is changed."""
     attentions = {name for name, module in model.named_modules() if _ATTENTION.search(type(module).__name__)}
     for name, module in model.named_modules():
         if name in attentions and cache_argument(module) and not _inner(model, name, attentions):
-            yield attention(name, module)
+            yield attention_site(name, module)
         elif isinstance(module, nn.Linear | Conv1D):
             yield _linear(name, module, _part(model, name, attentions))
         else:
             yield from _own_weights(name, module, _part(model, name, attentions))
 
 
-def attention(name: str, module: nn.Module) -> Site:
-    """The site that an attention is."""
+def attention_site(name: str, module: nn.Module) -> Site:
+    """Return the site of an attention."""
     return Site(name, module, "attention", "attention", layer_of(name), shape=_kv_shape(module))
 
 
 def layer_of(name: str) -> int | None:
-    """The number of the decoder layer that a qualified name lies in: its first number."""
+    """Return the decoder layer that a qualified name belongs to: its first number; None where it has none."""
     match = _LAYER.search(name)
     return int(match[1]) if match else None
 
 
 def layer_count(model: nn.Module) -> int:
-    """How many decoder layers the model has."""
+    """Count the decoder layers of the model."""
     return 1 + max((n for name, _ in model.named_modules() if (n := layer_of(name)) is not None), default=-1)
 
 
-def multiplied(module: nn.Module) -> tuple[str, ...]:
-    """The parameters that the forward of experts or of a router multiplies by, in its order; none of other modules."""
+def multiplied_parameters(module: nn.Module) -> tuple[str, ...]:
+    """Return the parameters that the forward of experts or of a router multiplies by, in order; () for other modules."""
     own = {name: p.ndim for name, p in module.named_parameters(recurse=False)}
     if _ROUTER.search(type(module).__name__):
         return ("weight",) if own.get("weight") == 2 else ()
@@ -102,12 +103,12 @@ def multiplied(module: nn.Module) -> tuple[str, ...]:
 
 
 def cache_argument(attention: nn.Module) -> str | None:
-    """The name under which the module's forward takes a cache; None where it takes none."""
-    return next((name for name in CACHE_ARGUMENTS if takes(attention, name)), None)
+    """Return the name of the forward's argument that is the cache; None where it takes none."""
+    return next((name for name in CACHE_ARGUMENTS if takes_argument(attention, name)), None)
 
 
-def takes(module: nn.Module, argument: str) -> bool:
-    """Whether the module's forward has that argument."""
+def takes_argument(module: nn.Module, argument: str) -> bool:
+    """Return whether the module's forward has that argument."""
     return argument in inspect.signature(type(module).forward).parameters
 
 
@@ -118,12 +119,12 @@ def _linear(name: str, module: nn.Linear | Conv1D, part: Part) -> Site:
 
 
 def _own_weights(name: str, module: nn.Module, part: Part) -> Iterator[Site]:
-    """The weights of experts and routers, and others that are multiplied by where mxlab cannot follow."""
-    names, obstacle = multiplied(module), ""
+    """Yield the weights of experts and routers, and with an obstacle those of modules that mxlab cannot follow."""
+    names, obstacle = multiplied_parameters(module), ""
     axis = -2 if getattr(module, "is_transposed", False) else -1
     if not names and (isinstance(module, nn.MultiheadAttention) or _is_like_experts(module)):
         names = [n for n, p in module.named_parameters(recurse=False) if p.ndim > 1 and "bias" not in n]
-        obstacle = "its products are none that mxlab knows"
+        obstacle = "mxlab does not know its products"
     for weight in names:
         shape = tuple(getattr(module, weight).shape)
         site = name if weight == "weight" else f"{name}.{weight}"
@@ -150,7 +151,7 @@ def _within(name: str, ancestor: str) -> bool:
 
 
 def _inner(model: nn.Module, name: str, attentions: set[str]) -> list[str]:
-    """The attentions inside an attention: BERT's and GPT-Neo's wrap the one that computes."""
+    """Return the attentions inside an attention: BERT's and GPT-Neo's wrap the one that computes."""
     return [other for other in attentions if _within(other, name) and cache_argument(model.get_submodule(other))]
 
 

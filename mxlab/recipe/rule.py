@@ -114,10 +114,6 @@ class Rule:
         """The roles that are quantized, and their formats."""
         return {role: fmt for role in ROLES if (fmt := getattr(self, role)) is not None}
 
-    def is_for(self, phase: Phase) -> bool:
-        """Whether the rule counts in that phase."""
-        return self.phase in (None, phase)
-
     def matches(self, name: str, type: str = "", part: str = "") -> bool:
         """Whether the selector chooses a module of that qualified name, class name and part; layers aside."""
         if self.modules is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 
-from mxlab.sources import memory, models
+from mxlab.sources import devices, models
 from mxlab.sources.models import LoadedModel
 
 _SHARE = 0.25  # of the free memory, that a copy may take
@@ -27,7 +27,7 @@ class Pool:
             self._forget()
             self._key, self._kept = key, models.load_model(*key)
         kept = self._kept
-        if memory.has_room_for_copy(kept.model, _SHARE):
+        if devices.has_room_for_copy(kept.model, _SHARE):
             return LoadedModel(copy.deepcopy(kept.model), kept.tokenizer)
         self._forget()
         return kept
@@ -35,4 +35,4 @@ class Pool:
     def _forget(self) -> None:
         """Give the memory of the kept model back before another is loaded."""
         self._key = self._kept = None
-        memory.release()
+        devices.release_memory()

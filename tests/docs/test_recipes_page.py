@@ -31,7 +31,7 @@ def test_every_architecture_is_in_the_table():
 def test_a_row(name):
     linears, roles = rows()[name]
     model = architectures.build(name)
-    parts = [site.part for site in sites.find(model) if site.kind != "attention" and site.layer == 0]
+    parts = [site.part for site in sites.find_sites(model) if site.kind != "attention" and site.layer == 0]
     assert linears == f"{parts.count('mlp')}, {parts.count('attention')}"
     assert roles.split(", ") == [role for role in ATTENTION_ROLES if serves(name, role)]
 

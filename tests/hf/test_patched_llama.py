@@ -20,10 +20,10 @@ from torch import nn
 
 import mxlab
 from mxlab.errors import SpecError
-from mxlab.model.nn.attention import AttentionQuantizer
-from mxlab.model.nn.forward import computer_of
+from mxlab.model.nn.attention import QuantizedAttention
+from mxlab.model.nn.forward import override_of
 from mxlab.model.nn.linear import MxLinear
-from mxlab.model.nn.operands import LinearQuantizer
+from mxlab.model.nn.operands import LinearOperands
 
 from support.llama import call, checkpointed, config, in_patched, specs, tiny, tokens
 
@@ -76,8 +76,8 @@ def projections(model: nn.Module) -> dict[str, MxLinear]:
     return {name: m for name, m in model.named_modules() if isinstance(m, MxLinear)}
 
 
-def kv_quantizers(model: nn.Module) -> list[AttentionQuantizer]:
-    return [c for m in model.modules() if isinstance(c := computer_of(m), AttentionQuantizer)]
+def kv_quantizers(model: nn.Module) -> list[QuantizedAttention]:
+    return [c for m in model.modules() if isinstance(c := override_of(m), QuantizedAttention)]
 
 
 @contextmanager
@@ -241,7 +241,7 @@ def test_saved_values_lie_on_the_grid(tmp_path):
 def test_weights_are_quantized_once():
     with specs():
         model = tiny()
-    with counting(LinearQuantizer, "on_weight") as calls:
+    with counting(LinearOperands, "on_weight") as calls:
         outputs(model)
         with torch.inference_mode():
             model(tokens())
@@ -397,7 +397,7 @@ def test_every_token_is_quantized_once_and_kept_on_the_grid(custom_cuda, attenti
         model = tiny(attn_implementation=attention).bfloat16()
     seen: dict = {}
     for layer, quantizer in enumerate(kv_quantizers(model)):
-        quantizer.observer = lambda role, fmt, x, layer=layer: seen.setdefault((layer, role), []).append(x.clone())
+        quantizer.set_observer("", lambda role, x, _, layer=layer: seen.setdefault((layer, role), []).append(x.clone()))
     cache = DynamicCache(config=model.config)
     ids = generate(model, tokens(), past_key_values=cache)
     numerics = "exact" if custom_cuda else "microxcaling"
@@ -475,7 +475,8 @@ def test_an_odd_head_dim():
     with specs(kv_elem_format="fp4", block_size=16, quantize_linear=False):
         model = tiny(head_dim=24)
     seen = []
-    kv_quantizers(model)[0].observer = lambda role, fmt, x: seen.append((mxlab.quantize(x, fmt), x))
+    attention = kv_quantizers(model)[0]
+    attention.set_observer("", lambda role, x, _: seen.append((mxlab.quantize(x, attention.formats[role]), x)))
     assert outputs(model).isfinite().all()
     for quantized, x in seen:
         blocks = [mxlab.quantize(part.contiguous(), "fp4@16") for part in x.split([16, 8], dim=-1)]

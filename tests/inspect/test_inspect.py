@@ -24,7 +24,7 @@ from mxlab.inspect.parts import cut
 from mxlab.inspect.run import first_windows
 from mxlab.inspect.sensitivity import Estimate
 from mxlab.inspect.statistics import measure
-from mxlab.model.plan import match, spelled_out
+from mxlab.model.plan import make_plan
 from mxlab.numerics import quantization
 from mxlab.recipe import Elementwise, Recipe, load_recipe
 from mxlab.recipe.rule import Rule
@@ -243,7 +243,7 @@ def test_a_recipe_spelled_out_quantizes_alike(name):
         WEIGHTS_KV, rules=(*WEIGHTS_KV.rules[:1], Rule(part="mlp", layers="0", skip=True), WEIGHTS_KV.rules[1])
     )
     model, other = architectures.build(name), architectures.build(name)
-    spelled = spelled_out(recipe, match(model, recipe))
+    spelled = make_plan(model, recipe).spelled_out()
     assert all(rule.name for rule in spelled.rules)
     assert apply(model, recipe).inventory()["sites"] == apply(other, spelled).inventory()["sites"]
     with torch.no_grad():
@@ -257,8 +257,8 @@ def test_phases_are_spelled_out(llama):
         Rule(part="head", phase="prefill", weight=FP6),
     )
     recipe = Recipe("phases", phases)
-    spelled = spelled_out(recipe, match(llama, recipe))
-    assert [m.by_phase for m in match(llama, spelled)] == [m.by_phase for m in match(llama, recipe)]
+    spelled = make_plan(llama, recipe).spelled_out()
+    assert [m.by_phase for m in make_plan(llama, spelled).sites] == [m.by_phase for m in make_plan(llama, recipe).sites]
 
 
 def test_the_parts_of_a_recipe(llama):

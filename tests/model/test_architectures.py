@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import mxlab
 from mxlab.errors import ConversionError
 from mxlab.model import sites
-from mxlab.model.nn.forward import computer_of
+from mxlab.model.nn.forward import override_of
 from mxlab.recipe.rule import ATTENTION_ROLES
 
 from support.architectures import CAUSAL, IS_OLD, LAYERS, MODELS, WITH_ROPE, build, counts, run, tokens
@@ -68,7 +68,7 @@ def part_by_name(model: str, layer: str) -> str:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_layer_is_found_and_has_its_part(name):
-    found = list(sites.find(build(name)))
+    found = list(sites.find_sites(build(name)))
     layers = [site for site in found if site.kind != "attention"]
     assert {site.name: site.part for site in layers} == {s.name: part_by_name(name, s.name) for s in layers}
     parts = [site.part for site in layers]
@@ -87,7 +87,7 @@ def test_a_recipe_converts_exactly_its_layers(name, recipe):
     mlp, attention = RECIPES[recipe]
     wanted = {"mlp": mlp, "attention": attention}
     wanted |= dict.fromkeys(["head", "router"], "fp8_e4m3" if recipe == "all_linears" else None)
-    all_layers = [site.name for site in sites.find(build(name)) if site.kind != "attention"]
+    all_layers = [site.name for site in sites.find_sites(build(name)) if site.kind != "attention"]
     expected = {n: f for n in all_layers if (f := wanted[part_by_name(name, n)])}
     assert {m.name: m.formats["weight"].element for m in conversion.linears} == expected
     for site in conversion.linears:
@@ -123,7 +123,7 @@ def test_every_linear_layer_computes_with_its_formats(name):
     def look(layer_name):
         return lambda module, args, output: seen.update({layer_name: (args[0], output)})
 
-    layers = [site.name for site in sites.find(raw) if site.kind == "linear"]
+    layers = [site.name for site in sites.find_sites(raw) if site.kind == "linear"]
     for layer in layers:
         model.get_submodule(layer).register_forward_hook(look(layer))
     run(model)
@@ -164,7 +164,7 @@ def test_a_role_that_an_attention_lacks_is_refused(name, role):
     with pytest.raises(ConversionError, match=why):
         mxlab.apply(model, rule(part="attention", **{role: FP4}))
     assert model.config._attn_implementation == implementation
-    assert not any(computer_of(m) for m in model.modules())
+    assert not any(override_of(m) for m in model.modules())
     assert torch.equal(run(model), before)
 
 
@@ -193,7 +193,8 @@ def test_keys_and_values_are_quantized_once_per_token(name):
     conversion = mxlab.apply(model, rule(part="attention", k=FP4, v=FP6))
     seen = []
     for site in conversion.attentions:
-        computer_of(site.module).observer = lambda role, fmt, x: seen.append((role, fmt, x.shape[2]))
+        attention = override_of(site.module)
+        attention.set_observer("", lambda role, x, _, a=attention: seen.append((role, a.formats[role], x.shape[2])))
     model.generate(tokens(5, 1), max_new_tokens=4, min_new_tokens=4, do_sample=False, use_cache=True)
     expected = [(role, fmt, n) for n in (5, 1, 1, 1) for _ in range(LAYERS) for role, fmt in (("k", FP4), ("v", FP6))]
     assert seen == expected

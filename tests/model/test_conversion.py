@@ -8,7 +8,7 @@ import torch
 import mxlab
 from mxlab.errors import FormatError
 from mxlab.formats import parse_format
-from mxlab.model import inventory
+from mxlab.model.conversion import high_precision_rows, quantized_rows
 from mxlab.sources import models
 
 from support.architectures import LAYERS, build
@@ -18,7 +18,7 @@ RULE = mxlab.Rule(part="mlp", weight=mxlab.MXFormat("int4", 16), activation=mxla
 
 def test_layers_that_are_alike_share_a_row():
     conversion = mxlab.apply(build("llama"), mxlab.Recipe("test", (RULE,)))
-    rows = {(row.name, row.role): row for row in inventory.quantized(conversion)}
+    rows = {(row.name, row.role): row for row in quantized_rows(conversion)}
     down = rows["model.layers.*.mlp.down_proj", "weight"]
     assert (down.layers, down.count, down.shape, down.format, down.bits) == ("0-1", LAYERS, (32, 48), "int4@16", 4.5)
     assert len(rows) == 2 * 3
@@ -26,7 +26,7 @@ def test_layers_that_are_alike_share_a_row():
 
 def test_what_stays_is_named_with_its_dtype():
     conversion = mxlab.apply(build("llama").bfloat16(), mxlab.Recipe("test", (RULE,)))
-    rows = {row.name: row for row in inventory.in_high_precision(conversion)}
+    rows = {row.name: row for row in high_precision_rows(conversion)}
     assert rows["model.layers.*.self_attn.q_proj.weight"].bits == 16
     assert rows["lm_head.weight"].format == "bfloat16"
     assert "model.layers.*.mlp.down_proj.weight" not in rows
@@ -35,12 +35,12 @@ def test_what_stays_is_named_with_its_dtype():
 def test_rows_account_for_every_bit():
     conversion = mxlab.apply(build("mixtral").bfloat16(), "tier_a")
     bits = 0.0
-    for row in inventory.quantized(conversion):
+    for row in quantized_rows(conversion):
         if row.role == "weight":
             *outer, axis = row.shape
             blocks = torch.Size(outer).numel() * -(-axis // 32)
             bits += row.count * (torch.Size(row.shape).numel() * 8 + blocks * 8)
-    for row in inventory.in_high_precision(conversion):
+    for row in high_precision_rows(conversion):
         bits += row.count * torch.Size(row.shape).numel() * row.bits
     assert conversion.bits_per_parameter == bits / sum(p.numel() for p in conversion.model.parameters())
 
@@ -57,7 +57,7 @@ def test_a_tied_weight_and_its_quantized_copy_both_count():
 def test_layers_with_gaps():
     rule = mxlab.Rule(part="mlp", layers="0, 2-3", weight=mxlab.MXFormat("int4", 16))
     conversion = mxlab.apply(build("llama", num_hidden_layers=5), mxlab.Recipe("test", (rule,)))
-    assert {row.layers for row in inventory.quantized(conversion)} == {"0, 2-3"}
+    assert {row.layers for row in quantized_rows(conversion)} == {"0, 2-3"}
 
 
 # ---- mxlab convert

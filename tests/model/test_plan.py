@@ -9,7 +9,7 @@ from torch import nn
 import mxlab
 from mxlab.errors import ConversionError, SpecError
 from mxlab.model import sites
-from mxlab.model.nn.forward import computer_of
+from mxlab.model.nn.forward import override_of
 from mxlab.model.nn.linear import MxLinear
 
 from support.architectures import LAYERS, build, run, tokens
@@ -82,9 +82,9 @@ def test_mixed_precision_computes_with_each_layers_format():
 )
 def test_what_is_skipped_stays(skip, left):
     conversion = mxlab.apply(build("llama"), recipe(skip, Rule(part="all", weight=INT8)))
-    parts = {site.name: site.part for site in sites.find(build("llama")) if site.kind != "attention"}
+    parts = {site.name: site.part for site in sites.find_sites(build("llama")) if site.kind != "attention"}
     assert {parts[name] for name in conversion.linears_in_high_precision} == left
-    assert {site.site.part for site in conversion.linears} == {"mlp", "attention", "head"} - left
+    assert {site.part for site in conversion.linears} == {"mlp", "attention", "head"} - left
 
 
 def test_an_attention_can_be_skipped():
@@ -288,9 +288,9 @@ def test_large_values_whose_sum_overflows_are_finite():
 
 def test_not_finite_experts():
     model = build("mixtral")
-    layer = next(site for site in sites.find(model) if site.part == "mlp")
+    layer = next(site for site in sites.find_sites(model) if site.part == "mlp")
     with torch.no_grad():
-        getattr(layer.module, layer.weight).view(-1)[5] = float("nan")
+        getattr(layer.module, layer.parameter).view(-1)[5] = float("nan")
     refused(model, recipe(Rule(part="mlp", weight=INT8)), r"the weight of model\.layers\.0\..* holds 1 values")
 
 
@@ -373,5 +373,5 @@ def test_unknown_recipes_and_files(tmp_path):
     file.write_text('name = "mine"\n[[rules]]\npart = "mlp"\nweight = "int8"\n', encoding="utf-8")
     conversion = mxlab.apply(build("llama"), file)
     assert len(conversion.linears) == 3 * LAYERS
-    assert not any(computer_of(m) for m in conversion.model.modules())
+    assert not any(override_of(m) for m in conversion.model.modules())
     assert run(conversion.model, tokens(1)).isfinite().all()

@@ -56,7 +56,7 @@ def test_it_is_logged(caplog):
 
 
 def test_the_copy_is_made_once(monkeypatch):
-    from mxlab.model.nn import quantizer
+    from mxlab.model.nn import operands
 
     _, model, _ = converted()
     calls = []
@@ -65,7 +65,7 @@ def test_the_copy_is_made_once(monkeypatch):
         calls.append(fmt)
         return mxlab.quantize(x, fmt, **more)
 
-    monkeypatch.setattr(quantizer, "quantize", counted)
+    monkeypatch.setattr(operands, "quantize", counted)
     for _ in range(3):
         run(model)
     assert calls.count(FP4) == 1

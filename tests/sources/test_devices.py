@@ -8,7 +8,7 @@ import torch
 from mxlab.errors import RunError, SpecError
 from mxlab.model.apply import apply
 from mxlab.recipe import load_recipe
-from mxlab.sources import devices, memory, models
+from mxlab.sources import devices, models
 
 from support.llama import tiny, tokens
 
@@ -50,9 +50,9 @@ def needed(folder: Path, dtype: torch.dtype) -> int:
 def test_a_model_that_fits_is_not_spread(tiny_llama, gpus):
     enough = needed(tiny_llama, torch.bfloat16)
     gpus(10, enough)
-    assert devices.spread(str(tiny_llama), torch.bfloat16, torch.device("cuda:1")) is None
+    assert devices.shares_of_gpus(str(tiny_llama), torch.bfloat16, torch.device("cuda:1")) is None
     gpus(enough - 2, enough - 1)
-    shares = devices.spread(str(tiny_llama), torch.bfloat16, torch.device("cuda:1"))
+    shares = devices.shares_of_gpus(str(tiny_llama), torch.bfloat16, torch.device("cuda:1"))
     assert shares == {0: int(0.9 * (enough - 2)), 1: int(0.9 * (enough - 1))}
 
 
@@ -90,7 +90,7 @@ def test_the_parts_of_a_spread_model_fetch_their_inputs(monkeypatch):
     plain, spread = tiny(), tiny()
     model = dispatch_model(spread, dict.fromkeys(parts, "cpu"), main_device="cpu", force_hooks=True)
     assert "_old_forward" in vars(model.model.layers[0].self_attn.q_proj)
-    devices.connect(model)
+    devices.connect_parts(model)
     assert not any("_old_forward" in vars(module) for module in model.modules())
     fetched = []
     sent = devices._sent
@@ -113,6 +113,6 @@ def test_what_is_sent_to_another_device():
 
 def test_an_error_of_memory_is_told_from_one_of_the_source(tiny_llama, gpus, monkeypatch):
     gpus(1)
-    monkeypatch.setattr(memory, "free", lambda device: 1)
+    monkeypatch.setattr(devices, "free_memory", lambda device: 1)
     with pytest.raises(RunError, match="more than the GPUs have free"):
         models.load_model(str(tiny_llama))

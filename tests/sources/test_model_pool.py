@@ -5,7 +5,7 @@ import torch
 
 from mxlab.model.apply import apply
 from mxlab.recipe import load_recipe
-from mxlab.sources import memory, models
+from mxlab.sources import devices, models
 from mxlab.sources.model_pool import Pool
 
 
@@ -47,7 +47,7 @@ def test_another_model_takes_its_place(tiny_llama, loads):
 
 def test_without_room_the_model_itself_is_lent(tiny_llama, loads, monkeypatch):
     pool, key = Pool(), (str(tiny_llama), "float32", "cpu")
-    monkeypatch.setattr(memory, "free", lambda device: 1000)
+    monkeypatch.setattr(devices, "free_memory", lambda device: 1000)
     models_lent = [pool.load(*key).model for _ in range(2)]
     assert models_lent[0] is not models_lent[1]
     assert loads == [key, key]

@@ -24,7 +24,7 @@ from typing import Any
 
 import pytest
 
-from support.paths import ROOT
+from support.paths import ROOT, TESTS
 
 LLAMA = Path("transformers", "models", "llama")
 
@@ -49,7 +49,7 @@ def copy_transformers(folder: Path) -> Path:
 def environment(transformers: Path | None = None, **more: str) -> dict[str, str]:
     """The environment of a process that imports mxlab from here and that copy of transformers."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("MX_", "MXLAB_", "PYTHONPATH"))}
-    path = [str(p) for p in (transformers, ROOT) if p is not None]
+    path = [str(p) for p in (transformers, ROOT, TESTS) if p is not None]
     return {**kept, "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(path), **more}
 
 
@@ -65,7 +65,7 @@ class Worker:
             subprocess.run(command, env=environment(copy), check=True, stdout=subprocess.DEVNULL)
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed with the process)
         self._process = subprocess.Popen(
-            [sys.executable, __file__],
+            [sys.executable, "-m", "support.llama"],
             env=environment(copy),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

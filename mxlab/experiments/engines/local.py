@@ -11,7 +11,7 @@ from typing import Any
 from mxlab.errors import MxlabError, SourceError
 from mxlab.eval.request import Evaluation
 from mxlab.experiments import runs
-from mxlab.sources import memory
+from mxlab.sources import devices
 from mxlab.sources.model_pool import Pool
 
 logger = logging.getLogger("mxlab")
@@ -66,7 +66,7 @@ class Engine:
             logger.error("failed: %s: %s", point.name, message)
             return Summary(failed=1)
         finally:
-            memory.release()
+            devices.release_memory()
 
     def _evaluate(self, point: Point, key: dict[str, Any]) -> Path:
         request = point.request

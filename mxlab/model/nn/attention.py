@@ -1,4 +1,4 @@
-"""Quantized keys, values and what else an attention multiplies.
+"""Quantize keys, values and whatever else an attention multiplies.
 
 In transformers an attention hands K, after the rotary embedding, and V to its cache's ``update`` and computes with what
 comes back. A stand-in for the cache is therefore the one place where every token's K and V pass exactly once, before
@@ -20,53 +20,66 @@ from transformers.cache_utils import EncoderDecoderCache
 
 from mxlab.errors import ConversionError
 from mxlab.formats import NumberFormat, Numerics
-from mxlab.model.nn.forward import Inside
+from mxlab.model.nn.forward import ForwardOverride
+from mxlab.model.nn.operands import Observable
 from mxlab.model.nn.phase import PassPhase
 from mxlab.model.nn.products import AttentionProducts
 from mxlab.numerics import quantize
 from mxlab.recipe.rule import KV_ROLES, Phase
-
-Observer = Callable[[str, NumberFormat, Tensor], None]
 
 # The roles that are met inside the attention's own computation; the last two not in a fused one.
 INNER_ROLES = ("q", "softmax", "p")
 EAGER_ROLES = ("softmax", "p")
 ROPE_ARGUMENT = "position_embeddings"
 
-# Scores below it are masked ones: exp of them is zero beside any other. Masks are made of a dtype's least value, and
-# may be widened afterwards.
-_MASKED = torch.finfo(torch.float16).min / 2
+# Scores below this are masked ones, whatever their dtype: exp of them is zero beside any other. Masks are made of the
+# least value of a dtype, float16's too, and may be widened afterwards.
+MASKED = torch.finfo(torch.float16).min / 2
 
 
-class AttentionQuantizer:
-    """Takes the place of an attention's forward and quantizes what its rule names.
+class QuantizedAttention(Observable):
+    """Takes the place of an attention's forward and quantizes the operands that its rule names.
 
-    ``observer``, where set, is called with the role, the format and the tensor before it is quantized: K and V are
-    (batch, heads, tokens, head_dim).
+    Args:
+        name: qualified name of the attention, for errors.
+        attention: the module.
+        cache_argument: name of its forward's argument that is the cache.
+        formats: by phase and role.
+        numerics: ``exact`` or ``microxcaling``.
+        phase: which phase a pass is in.
+        is_passive: show the operands to observers, and leave them unchanged.
     """
 
     def __init__(
-        self, formats: Mapping[Phase, Mapping[str, NumberFormat]], numerics: Numerics, phase: PassPhase | None = None
+        self,
+        name: str,
+        attention: nn.Module,
+        cache_argument: str,
+        formats: Mapping[Phase, Mapping[str, NumberFormat]],
+        numerics: Numerics,
+        phase: PassPhase | None = None,
+        is_passive: bool = False,
     ) -> None:
+        self._name, self._cache_argument = name, cache_argument
+        self._parameters = list(inspect.signature(type(attention).forward).parameters)[1:]
+        self._override = ForwardOverride(attention, self)
         self._formats = formats
         self._roles = {role for by_role in formats.values() for role in by_role}
         self.numerics: Numerics = numerics
         self.phase = phase or PassPhase()
-        self.observer: Observer | None = None
+        self._is_passive = is_passive
 
-    def attach(self, name: str, attention: nn.Module, cache_argument: str) -> None:
-        """Quantize what ``attention`` multiplies from now on; its forward takes a cache as ``cache_argument``."""
-        self._name, self._cache_argument = name, cache_argument
-        self._parameters = list(inspect.signature(type(attention).forward).parameters)[1:]
-        Inside(attention, self).install()
+    def install(self) -> None:
+        """Quantize what the attention multiplies, from now on."""
+        self._override.install()
 
     @property
     def formats(self) -> Mapping[str, NumberFormat]:
-        """The formats of the present phase of generation."""
+        """The formats by role in the current phase."""
         return self._formats[self.phase.current]
 
     def compute(self, forward: Callable, *args: Any, **kwargs: Any) -> Any:
-        """The attention's output, its operands quantized.
+        """Return the attention's output, its operands quantized.
 
         Raises:
             ConversionError: an operand that a format was given for was not met.
@@ -85,23 +98,25 @@ class AttentionQuantizer:
         return output
 
     def quantize(self, role: str, x: Tensor, axis: int = -1) -> Tensor:
-        """The operand as the attention computes with it."""
+        """Return the operand as the attention computes with it, same shape and dtype.
+
+        K, V and the query are (batch, heads, tokens, head_dim), scores and probabilities (batch, heads, tokens, keys).
+        Masked scores stay unchanged, and count as zeros in their block.
+        """
         fmt = self.formats.get(role)
         if fmt is None:
             return x
-        if role == "softmax":
-            # Masked scores stay as they are, and count as zeros in their block.
-            masked = x < _MASKED
-            return torch.where(masked, x, self._quantized(role, x.masked_fill(masked, 0.0), fmt, axis))
-        return self._quantized(role, x, fmt, axis)
+        if role != "softmax":
+            return self._quantized(role, x, fmt, axis)
+        masked = x < MASKED
+        return torch.where(masked, x, self._quantized(role, x.masked_fill(masked, 0.0), fmt, axis))
 
     def _quantized(self, role: str, x: Tensor, fmt: NumberFormat, axis: int) -> Tensor:
-        if self.observer is not None:
-            self.observer(role, fmt, x)
-        return quantize(x, fmt, axis=axis, numerics=self.numerics)
+        self._show("", role, x, axis)
+        return x if self._is_passive else quantize(x, fmt, axis=axis, numerics=self.numerics)
 
     def _with(self, args: tuple, kwargs: dict[str, Any], name: str, function: Callable[[Any], Any]) -> tuple:
-        """The arguments with the one called ``name``, None if it was not given, passed through ``function``."""
+        """Return the arguments with the one called ``name`` (None if not given) passed through ``function``."""
         index = self._parameters.index(name)
         if index < len(args):
             return (*args[:index], function(args[index]), *args[index + 1 :]), kwargs
@@ -127,13 +142,13 @@ class AttentionQuantizer:
         )
 
 
-def _stand_in(cache: Any, quantizer: AttentionQuantizer, seen: Counter[str]) -> Any:
-    """What an attention takes for its cache, which may be None: it quantizes what is written."""
+def _stand_in(cache: Any, attention: QuantizedAttention, seen: Counter[str]) -> Any:
+    """Return what the attention takes for its cache (which may be None): it quantizes what is written."""
     if not isinstance(cache, EncoderDecoderCache):
-        return _QuantizingCache(cache, quantizer, seen)
+        return _QuantizingCache(cache, attention, seen)
     pair = copy.copy(cache)
-    pair.self_attention_cache = _QuantizingCache(cache.self_attention_cache, quantizer, seen)  # pyright: ignore[reportAttributeAccessIssue]
-    pair.cross_attention_cache = _QuantizingCache(cache.cross_attention_cache, quantizer, seen)  # pyright: ignore[reportAttributeAccessIssue]
+    pair.self_attention_cache = _QuantizingCache(cache.self_attention_cache, attention, seen)  # pyright: ignore[reportAttributeAccessIssue]
+    pair.cross_attention_cache = _QuantizingCache(cache.cross_attention_cache, attention, seen)  # pyright: ignore[reportAttributeAccessIssue]
     seen.update(KV_ROLES)  # those of the encoder are written once, not in every call
     return pair
 
@@ -141,14 +156,14 @@ def _stand_in(cache: Any, quantizer: AttentionQuantizer, seen: Counter[str]) -> 
 class _QuantizingCache:
     """Quantizes what is written to ``cache`` (which may be None); all else is the cache's own."""
 
-    def __init__(self, cache: Any, quantizer: AttentionQuantizer, seen: Counter[str]) -> None:
+    def __init__(self, cache: Any, attention: QuantizedAttention, seen: Counter[str]) -> None:
         self._cache = cache
-        self._quantizer = quantizer
+        self._attention = attention
         self._seen = seen
 
     def update(self, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         self._seen.update(KV_ROLES)
-        key, value = self._quantizer.quantize("k", key), self._quantizer.quantize("v", value)
+        key, value = self._attention.quantize("k", key), self._attention.quantize("v", value)
         return (key, value) if self._cache is None else self._cache.update(key, value, *args, **kwargs)
 
     def get_seq_length(self, *args: Any, **kwargs: Any) -> int:

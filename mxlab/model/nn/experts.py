@@ -1,4 +1,4 @@
-"""Modules that multiply by parameters of their own, experts and routers, computed with quantized operands."""
+"""Quantize the products of modules that multiply by parameters of their own: experts and routers."""
 
 from __future__ import annotations
 
@@ -9,23 +9,29 @@ import torch
 from torch import Tensor, nn
 
 from mxlab.errors import ConversionError
-from mxlab.model.nn.forward import Inside
-from mxlab.model.nn.mark import Mark
-from mxlab.model.nn.operands import LinearQuantizer
+from mxlab.model.nn.forward import ForwardOverride
+from mxlab.model.nn.operands import LinearOperands, Observable
 from mxlab.model.nn.phase import PassPhase
 from mxlab.model.nn.products import ParameterProducts
+from mxlab.model.nn.weights import TensorVersion
 from mxlab.recipe.rule import Phase
 
-Quantizers = Mapping[Phase, LinearQuantizer]
+Operands = Mapping[Phase, LinearOperands]
 
 
-class ExpertsQuantizer:
+class QuantizedExperts(Observable):
     """Takes the place of the forward of an experts module, or of a router, and quantizes its products' operands.
 
-    Weights are put on the grid once, in place, in evaluation; one that is trained, or has changed since, or has a
-    format of its own for each phase, is quantized on the fly. ``weights`` names all parameters that the module
-    multiplies by, in the order in which it does; they have the axis they are summed over last, or (``is_transposed``)
-    last but one.
+    Weights are quantized once, in place, in evaluation; one that is trained, or has changed since, or has a format of
+    its own for each phase, is quantized on the fly.
+
+    Args:
+        name: qualified name of the module, for errors.
+        module: the module.
+        weights: all parameters that it multiplies by, in the order in which it does: [experts, out, in], or where
+            ``is_transposed`` [experts, in, out]; a router's is [experts, in].
+        is_transposed: whether the products sum over the last axis but one.
+        phase: which phase a pass is in.
     """
 
     def __init__(
@@ -33,28 +39,32 @@ class ExpertsQuantizer:
     ) -> None:
         self._name, self._module, self._weights, self._phase = name, module, weights, phase
         self._axis = -2 if is_transposed else -1
-        self._quantizers: dict[str, Quantizers] = {}
-        self._frozen: dict[str, Mark | int] = {}  # in a copy of the module, a checksum of what was frozen
-        Inside(module, self).install()
+        self._operands: dict[str, Operands] = {}
+        self._frozen: dict[str, TensorVersion | int] = {}  # in a copy of the module, a checksum of what was frozen
+        self._override = ForwardOverride(module, self)
         module.register_load_state_dict_post_hook(self._forget)
 
-    def add(self, weight: str, quantizers: Quantizers) -> None:
-        """Quantize the projection of that parameter."""
-        self._quantizers[weight] = quantizers
+    def install(self) -> None:
+        """Quantize the products of the module, from now on."""
+        self._override.install()
+
+    def add(self, weight: str, operands: Operands) -> None:
+        """Quantize the operands of the product with the parameter called ``weight``."""
+        self._operands[weight] = operands
 
     def freeze(self) -> None:
-        """Put the weights on the grid, in place, those that can be."""
-        for name, quantizers in self._quantizers.items():
+        """Quantize the weights in place, as far as they can be."""
+        for name, operands in self._operands.items():
             weight = getattr(self._module, name)
             is_trained = self._module.training and weight.requires_grad
-            if is_trained or weight.is_meta or len({q.weight_kind for q in quantizers.values()}) > 1:
+            if is_trained or weight.is_meta or len({o.weight_kind for o in operands.values()}) > 1:
                 continue
             with torch.no_grad():
-                weight.copy_(quantizers["prefill"].on_weight(weight, self._axis))
-            self._frozen[name] = Mark(weight)
+                weight.copy_(operands["prefill"].on_weight(weight, self._axis))
+            self._frozen[name] = TensorVersion(weight)
 
     def compute(self, forward: Callable, *args: Any, **kwargs: Any) -> Any:
-        """The module's output, its operands quantized.
+        """Return the module's output, its operands quantized.
 
         Raises:
             ConversionError: the module multiplies in a way that was not seen.
@@ -72,10 +82,11 @@ class ExpertsQuantizer:
 
     def _round(self, operand: str, product: int, x: Tensor, axis: int) -> Tensor:
         name = self._weights[product]
-        if name not in self._quantizers:
+        if name not in self._operands:
             return x
-        mx = self._quantizers[name][self._phase.current]
+        mx = self._operands[name][self._phase.current]
         if operand == "input":
+            self._show(name, "activation", x, axis)
             return mx.on_activation(x, axis=axis)
         return x if self._is_frozen(name) else mx.on_weight(x, axis)
 
@@ -88,7 +99,7 @@ class ExpertsQuantizer:
                 del self._frozen[name]
             return name in self._frozen
         if isinstance(mark, int):
-            mark = Mark(weight) if _checksum(weight) == mark else None
+            mark = TensorVersion(weight) if _checksum(weight) == mark else None
         if mark is None or not mark.is_of(weight):
             del self._frozen[name]
             return False
@@ -96,7 +107,7 @@ class ExpertsQuantizer:
         return True
 
     def _forget(self, *_: Any) -> None:
-        """Weights were loaded: they are not on the grid."""
+        """Weights were loaded: they are not quantized."""
         self._frozen.clear()
 
     def __getstate__(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Running a module's forward inside code of our own, whatever the module is."""
+"""Run a module's forward inside code of our own, whatever the module is."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from torch import nn
 
 
 class Computer(Protocol):
-    """What computes a module's output, given its forward."""
+    """Computes a module's output, given its forward."""
 
     def compute(self, forward: Any, *args: Any, **kwargs: Any) -> Any:
-        """The module's output."""
+        """Return the module's output."""
 
 
-class Inside:
+class ForwardOverride:
     """Stands in for a module's forward and hands it, with its arguments, to a computer.
 
     A hook before the call and one after it would not do for a context: after an interrupt no hook is called, and the
-    context would stay entered. Copies and pickles of the module keep it.
+    context would stay entered. Copies and pickles of the module keep the override.
     """
 
     def __init__(self, module: nn.Module, computer: Computer) -> None:
@@ -44,7 +44,7 @@ class Inside:
         return type(self._module).forward(self._module, *args, **kwargs)
 
 
-def computer_of(module: nn.Module) -> Any:
-    """The computer that a module's forward was handed to; None where there is none."""
+def override_of(module: nn.Module) -> Any:
+    """Return the computer that a module's forward is handed to; None where there is none."""
     found = (vars(module).get(name) for name in ("forward", "_old_forward"))
-    return next((f.computer for f in found if isinstance(f, Inside)), None)
+    return next((f.computer for f in found if isinstance(f, ForwardOverride)), None)

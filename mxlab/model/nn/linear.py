@@ -11,22 +11,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from mxlab.model.nn.operands import LinearQuantizer
+from mxlab.model.nn.operands import LinearOperands, Observable
 from mxlab.model.nn.phase import PassPhase
 from mxlab.model.nn.shared_input import SharedInput
-from mxlab.model.nn.weights import OnGrid
-from mxlab.recipe.rule import Phase
+from mxlab.model.nn.weights import QuantizedWeight
+from mxlab.recipe import Phase
+from mxlab.sources.devices import is_native
+
+# Half precision that torch multiplies slowly on this processor: a bfloat16 product takes six to ten times as long as a
+# float32 one without bfloat16 units.
+COMPUTED_IN_FLOAT32 = tuple(dtype for dtype in (torch.bfloat16,) if not is_native(dtype, torch.device("cpu")))
 
 
-class QuantizedLayer(OnGrid):
+class QuantizedLayer(Observable, QuantizedWeight):
     """A linear layer that computes with quantized operands; made by :meth:`convert`.
 
-    In evaluation the weight itself is put on the grid, once, in place, and again when it has changed: the first time
-    the layer runs or its state is read. A weight that is trained (the layer ran in training mode, or the weight got a
+    In evaluation the weight itself is quantized, once, in place, and again when it has changed: the first time the
+    layer runs or its state is read. A weight that is trained (the layer ran in training mode, or the weight got a
     gradient) is the full-precision master from then on, in evaluation too: it is quantized on the fly, gradients pass
     straight through, and what is saved is the master. So call ``train()`` before the first step, while the weight is
     still what was loaded. A weight that accelerate offloaded is quantized on the fly, too. One that is tied to another
-    module's stays as it is, and is saved so; the layer computes with a quantized copy.
+    module's stays unchanged, and is saved so; the layer computes with a quantized copy.
 
     Torch does not count writes through ``weight.data``: such a change is seen when the state is read, but not by the
     forward pass. Write to the weight itself, under ``torch.no_grad()``. Compiled code sees weights that are loaded, and
@@ -41,46 +46,60 @@ class QuantizedLayer(OnGrid):
     def convert(
         cls,
         layer: nn.Module,
-        quantizers: Mapping[Phase, LinearQuantizer],
+        operands: Mapping[Phase, LinearOperands],
         shared: SharedInput | None = None,
         phase: PassPhase | None = None,
         is_tied: bool = False,
     ) -> Any:
-        """Turn ``layer`` itself into a quantized one: its parameters, hooks and places in the model stay as they are.
+        """Turn ``layer`` itself into a quantized one: its parameters, hooks and places in the model stay the same.
 
         Layers with one ``shared`` quantize an input that is common to them once.
         """
         own = _own_forwards(layer)
         layer.__class__ = cls
         assert isinstance(layer, QuantizedLayer)
-        layer._start(quantizers, is_tied)
+        layer._prepare(operands, is_tied)
         layer.shared, layer.phase = shared or SharedInput(), phase or PassPhase()
         for name in own:
             setattr(layer, name, MethodType(cls.forward, layer))
         return layer
 
     @property
-    def mx(self) -> LinearQuantizer:
-        """What is done to the operands in the present phase of generation."""
-        return self.quantizers[self.phase.current]
+    def mx(self) -> LinearOperands:
+        """Operand treatment for the current phase (prefill or decode)."""
+        return self.operands[self.phase.current]
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in] to [..., out]."""
-        mx = self.mx
-        bias = self.bias
+        """Compute [..., out] from [..., in]."""
+        mx, bias = self.mx, self.bias
+        self._show("weight", "activation", x)
+        inputs, weight = self._quantized_input(x, mx), self._quantized_weight(mx)
         if bias is None or mx.adds_bias_apart:
-            return mx.on_product(self._product(self._grid_activation(x, mx), self._grid_weight(mx), None), bias)
-        y = self._product(self._grid_activation(x, mx), self._grid_weight(mx), mx.on_bias(bias))
-        return mx.on_product(y, None)
+            y = mx.on_product(self._product(inputs, weight, None), bias)
+        else:
+            y = mx.on_product(self._product(inputs, weight, mx.on_bias(bias)), None)
+        self._show("weight", "output", y)
+        return mx.on_output(y)
 
     def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Multiply in the dtype that this processor is fast in, and round the result once to that of ``x``.
+
+        Products of two bfloat16 numbers are exact in float32, and so are sums of a few: what differs from torch's own
+        bfloat16 product is the order in which float32 sums are added up, and with it at most the last bit.
+        """
+        if x.dtype not in COMPUTED_IN_FLOAT32 or x.device.type != "cpu":
+            return self._multiply(x, weight, bias)
+        wide = None if bias is None else bias.float()
+        return self._multiply(x.float(), weight.float(), wide).to(x.dtype)
+
+    def _multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         raise NotImplementedError
 
     def extra_repr(self) -> str:  # noqa: D102
         mx = self.mx
         return f"{super().extra_repr()}, weight={mx.weight}, activation={mx.activation}, {mx.numerics}"
 
-    def _grid_activation(self, x: Tensor, mx: LinearQuantizer) -> Tensor:
+    def _quantized_input(self, x: Tensor, mx: LinearOperands) -> Tensor:
         if torch.compiler.is_compiling() or not mx.shares_input:
             return mx.on_activation(x)
         return self.shared.get(x, mx.input_kind, mx.on_activation)
@@ -91,7 +110,7 @@ class MxLinear(QuantizedLayer, nn.Linear):
 
     input_axis = -1
 
-    def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def _multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
 
 
@@ -103,7 +122,7 @@ class MxConv1D(QuantizedLayer, Conv1D):
 
     input_axis = 0
 
-    def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def _multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         rows = x.view(-1, x.shape[-1])
         y = torch.mm(rows, weight) if bias is None else torch.addmm(bias, rows, weight)
         return y.view(*x.shape[:-1], -1)
@@ -113,17 +132,17 @@ QUANTIZED = {nn.Linear: MxLinear, Conv1D: MxConv1D}
 
 
 def convert(layer: nn.Module, *args: Any, **kwargs: Any) -> QuantizedLayer:
-    """Turn a ``torch.nn.Linear`` or a ``Conv1D`` into its quantized twin, as :meth:`QuantizedLayer.convert`."""
+    """Turn a ``torch.nn.Linear`` or a ``Conv1D`` into a quantized one, as :meth:`QuantizedLayer.convert`."""
     return QUANTIZED[type(layer)].convert(layer, *args, **kwargs)
 
 
 def is_convertible(layer: nn.Module) -> bool:
-    """Whether :func:`convert` takes effect: no other code than accelerate's replaced the layer's forward."""
+    """Return whether :func:`convert` takes effect: no code but accelerate's has replaced the layer's forward."""
     return "forward" not in vars(layer) or bool(_own_forwards(layer))
 
 
 def _own_forwards(layer: nn.Module) -> list[str]:
-    """Where accelerate's hooks, in place or taken off again, keep the layer's own forward as an attribute of it."""
+    """Return the attributes in which accelerate's hooks, in place or removed, keep the layer's own forward."""
     return [
         name
         for name in ("forward", "_old_forward")

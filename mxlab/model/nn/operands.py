@@ -1,8 +1,10 @@
-"""What a linear layer does to its operands and to its result."""
+"""Treat the operands of a product: round and quantize them, and show them to observers first."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -11,10 +13,29 @@ from mxlab.formats import MXFormat, NumberFormat, Numerics, Rounding, elementwis
 from mxlab.numerics import DTYPES, is_lossless, quantize, round_elementwise
 from mxlab.recipe import Elementwise
 
+# Told of an operand before it is quantized: its role, the tensor, and the axis of its blocks.
+Observer = Callable[[str, Tensor, int], None]
+
+
+class Observable:
+    """Shows operands to observers, one for each site: the one hook point of :func:`mxlab.model.observe.observe`."""
+
+    _observers: ClassVar[dict[str, Observer]] = {}  # by the site's parameter; an instance that is observed has its own
+
+    def set_observer(self, parameter: str, observer: Observer | None) -> None:
+        """Show the operands of the site with that parameter to ``observer``; None: to nobody any more."""
+        others = {name: o for name, o in self._observers.items() if name != parameter}
+        observers = others if observer is None else {**others, parameter: observer}
+        object.__setattr__(self, "_observers", observers)
+
+    def _show(self, parameter: str, role: str, x: Tensor, axis: int = -1) -> None:
+        if self._observers and (observer := self._observers.get(parameter)):
+            observer(role, x, axis)
+
 
 @dataclass(frozen=True)
-class LinearQuantizer:
-    """The formats of a linear layer's roles; None leaves a role as it is.
+class LinearOperands:
+    """The formats of a linear layer's roles in one phase; None leaves a role unchanged.
 
     The order is microxcaling's: round element-wise, quantize along the inner dimension, multiply, round the result,
     add the rounded bias, round again; then the output is quantized along its last axis. Without element-wise rounding
@@ -27,7 +48,7 @@ class LinearQuantizer:
     output: NumberFormat | None = None
     elementwise: Elementwise = field(default_factory=Elementwise)
     numerics: Numerics = "exact"
-    # The dtypes that element-wise rounding leaves as they are.
+    # The dtypes that element-wise rounding leaves unchanged.
     untouched: tuple[torch.dtype, ...] = field(init=False)
     # Equal where the same input, or weight, becomes the same; short, as they are compared at every call.
     input_kind: str = field(init=False)
@@ -43,22 +64,26 @@ class LinearQuantizer:
         object.__setattr__(self, "untouched", untouched)
 
     def on_weight(self, weight: Tensor, axis: int = -1) -> Tensor:
-        """The weight as the matmul sees it; ``axis`` is the one it sums over."""
+        """Return the weight as the matmul sees it, same shape and dtype; ``axis`` is the one that it sums over."""
         return self._quantized(self._rounded(weight, self.elementwise.weight_rounding), self.weight, axis)
 
     def on_activation(self, x: Tensor, out: Tensor | None = None, axis: int = -1) -> Tensor:
-        """The input [..., in] as the matmul sees it; in ``out``, where one is given and there is something to write."""
+        """Return the input [..., in] as the matmul sees it; in ``out``, if that is given and x is quantized."""
         return self._quantized(self._rounded(x, self.elementwise.output_rounding), self.activation, axis, out)
 
     def on_bias(self, bias: Tensor) -> Tensor:
-        """The bias [out] as it is added."""
+        """Return the bias [out] as it is added."""
         return self._quantized(self._rounded(bias, self.elementwise.weight_rounding), self.bias)
 
     def on_product(self, y: Tensor, bias: Tensor | None) -> Tensor:
-        """The output [..., out] from the result of the matmul and the bias that it did not add."""
+        """Round the result [..., out] of the matmul, and add the bias [out] that the matmul did not add."""
         y = self._rounded(y, self.elementwise.output_rounding)
         if bias is not None:
             y = self._rounded(y + self.on_bias(bias), self.elementwise.output_rounding)
+        return y
+
+    def on_output(self, y: Tensor) -> Tensor:
+        """Return the layer's output [..., out], quantized along its last axis."""
         return self._quantized(y, self.output)
 
     @property
@@ -68,14 +93,14 @@ class LinearQuantizer:
 
     @property
     def weight_is_idempotent(self) -> bool:
-        """Whether a weight that is on the grid stays as it is when it is quantized once more."""
+        """Whether quantizing a quantized weight once more leaves it unchanged."""
         fmt = self.weight
         is_stable = fmt is None or (isinstance(fmt, MXFormat) and fmt.scale == "e8m0" and fmt.scale_rule != "mase_int")
         return is_stable and self.numerics == "exact"
 
     @property
     def shares_input(self) -> bool:
-        """Whether layers with equal quantizers may share one quantized input: not if each draws its own noise."""
+        """Whether layers with equal operands may share one quantized input: not if each draws its own noise."""
         draws = self.activation is not None and self.activation.is_random
         return not draws and self.elementwise.output_rounding != "dither"
 

@@ -1,4 +1,4 @@
-"""Prefill and decode: which of the two a forward pass is."""
+"""Tell prefill from decode, pass by pass."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mxlab.recipe.rule import Phase
 
 
 class PassPhase(threading.local):
-    """Knows, during a forward pass of the model it is attached to, which phase of generation that is.
+    """Knows, during a forward pass of the model it is installed in, which phase of generation that is.
 
     ``decode`` is a pass that adds one token to a cache which holds others; every other, and whatever runs outside of a
     pass, is ``prefill``. Threads have a phase each.
@@ -23,8 +23,8 @@ class PassPhase(threading.local):
     def __init__(self) -> None:
         self._outer: list[Phase] = []  # of the passes that the present one is part of
 
-    def attach(self, model: nn.Module) -> None:
-        """Look at every call of ``model``, and of the models within it, which may be called alone, from now on."""
+    def install(self, model: nn.Module) -> None:
+        """Follow every call of ``model``, and of the models inside it, which may be called alone, from now on."""
         model.register_forward_pre_hook(self._restart)
         for module in model.modules():
             if module is model or isinstance(module, PreTrainedModel):

@@ -1,4 +1,4 @@
-"""Seeing the matmuls that a module's forward computes, whatever it computes them with.
+"""See the matmuls that a module's forward computes, whatever it computes them with.
 
 A :class:`torch.overrides.TorchFunctionMode` sees every torch function while it is entered. So a role inside an
 attention or inside experts needs no rewritten forward, and a module computes as it always did but for the operand that

@@ -1,4 +1,4 @@
-"""One quantized activation for all the projections that read it."""
+"""Quantize an activation once for all the projections that read it."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class SharedInput:
         self._is_open = False
         self._last: tuple[Tensor, Hashable, Tensor, Tensor | None] | None = None
 
-    def attach(self, parent: nn.Module) -> None:
+    def install(self, parent: nn.Module) -> None:
         """Remember inputs during the calls of ``parent``."""
         parent.register_forward_pre_hook(self._begin)
         parent.register_forward_hook(self._end, always_call=True)

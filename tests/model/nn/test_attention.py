@@ -12,7 +12,7 @@ from torch.overrides import _len_torch_function_stack
 
 import mxlab
 from mxlab.errors import ConversionError
-from mxlab.model.nn.forward import computer_of
+from mxlab.model.nn.forward import override_of
 
 from support.architectures import HEADS, HIDDEN, LAYERS, build, run, tokens
 from support.llama import checkpointed
@@ -166,7 +166,9 @@ def test_the_projections_of_gpt2_are_not_taken_for_its_attention(elementwise):
     model = build("gpt2", attn_implementation="eager")
     conversion = mxlab.apply(model, mxlab.Recipe("test", (linear, attention), elementwise=rounding))
     seen = []
-    computer_of(conversion.attentions[0].module).observer = lambda role, fmt, x: seen.append((role, tuple(x.shape)))
+    override_of(conversion.attentions[0].module).set_observer(
+        "", lambda role, x, _: seen.append((role, tuple(x.shape)))
+    )
     run(model)
     assert seen == [("q", (2, HEADS, 10, HEAD_DIM))]
 
@@ -179,7 +181,7 @@ def test_masked_scores_take_part_in_no_block(name, dtype):
     conversion = mxlab.apply(model, mxlab.Recipe("test", (mxlab.Rule(part="attention", softmax=FP4),)))
     largest = []
     for site in conversion.attentions:
-        computer_of(site.module).observer = lambda role, fmt, x: largest.append(x.abs().max().item())
+        override_of(site.module).set_observer("", lambda role, x, _: largest.append(x.abs().max().item()))
     assert run(model).isfinite().all()
     assert len(largest) == LAYERS
     assert max(largest) < 1000
@@ -335,7 +337,7 @@ def test_copies_and_pickles_keep_it():
     expected = run(model)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         attentions = [model.model.layers[0].self_attn, twin.model.layers[0].self_attn]
-        assert computer_of(attentions[0]) is not computer_of(attentions[1])
+        assert override_of(attentions[0]) is not override_of(attentions[1])
         assert torch.equal(run(twin), expected)
         nn.init.zeros_(twin.model.layers[0].self_attn.o_proj.weight)
         assert not torch.equal(run(twin), expected)

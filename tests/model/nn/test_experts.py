@@ -11,7 +11,7 @@ from torch.overrides import _len_torch_function_stack
 
 import mxlab
 from mxlab.errors import ConversionError
-from mxlab.model.nn.forward import computer_of
+from mxlab.model.nn.forward import override_of
 from mxlab.recipe import Elementwise
 
 from support.architectures import EXPERTS, HIDDEN, IS_OLD, build, run, tokens
@@ -158,7 +158,7 @@ def test_a_router(architecture):
 def test_experts_are_chosen_by_module_or_by_parameter(selector, names):
     rule = mxlab.Rule(weight=GATE_UP["weight"], **selector)
     conversion = mxlab.apply(make("mixtral"), mxlab.Recipe("test", (rule,)))
-    in_first = [site.name for site in conversion.linears if site.site.layer == 0]
+    in_first = [site.name for site in conversion.linears if site.layer == 0]
     assert in_first == [f"model.layers.0.mlp.experts.{name}" for name in names]
 
 
@@ -179,7 +179,7 @@ def test_weights_are_put_on_the_grid_once(monkeypatch):
 
 def quantizations_of(model, fmt: mxlab.MXFormat, monkeypatch):
     """A function that counts how often a forward pass quantizes to ``fmt``."""
-    from mxlab.model.nn import quantizer
+    from mxlab.model.nn import operands
 
     calls = []
 
@@ -187,7 +187,7 @@ def quantizations_of(model, fmt: mxlab.MXFormat, monkeypatch):
         calls.append(to)
         return mxlab.quantize(x, to, **more)
 
-    monkeypatch.setattr(quantizer, "quantize", counted)
+    monkeypatch.setattr(operands, "quantize", counted)
 
     def count(model) -> int:
         calls.clear()
@@ -329,7 +329,7 @@ def test_roles_that_experts_lack(role):
     model = make("mixtral")
     with pytest.raises(ConversionError, match=r"mlp\.experts: bias and output of experts and routers cannot"):
         mxlab.apply(model, mxlab.Recipe("test", (mxlab.Rule(part="mlp", **{role: GATE_UP["weight"]}),)))
-    assert computer_of(experts_of(model)) is None
+    assert override_of(experts_of(model)) is None
 
 
 def test_element_wise_rounding_of_experts():
@@ -346,7 +346,7 @@ def test_experts_that_mxlab_does_not_know():
 
     model = nn.ModuleList([OtherExperts(), nn.Linear(8, 8)])
     mlp = mxlab.Rule(part="mlp", weight=GATE_UP["weight"])
-    with pytest.raises(ConversionError, match=r"0 is a OtherExperts \(its products.*name = '0' and skip = true"):
+    with pytest.raises(ConversionError, match=r"0 is a OtherExperts \(mxlab does not know its products.*name = '0' and skip = true"):
         mxlab.apply(model, mxlab.Recipe("test", (mlp,)))
     conversion = mxlab.apply(model, mxlab.Recipe("test", (mxlab.Rule(name="0", skip=True), mlp)))
     assert [site.name for site in conversion.linears] == ["1"]

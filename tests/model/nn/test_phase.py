@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import mxlab
-from mxlab.model.nn.forward import computer_of
+from mxlab.model.nn.forward import override_of
 
 from support.architectures import CAUSAL, LAYERS, build, run, tokens
 
@@ -70,7 +70,8 @@ def test_keys_and_values_of_each_phase(name):
     conversion = mxlab.apply(model, mxlab.Recipe("test", PHASES.rules[2:]))
     seen = []
     for site in conversion.attentions:
-        computer_of(site.module).observer = lambda role, fmt, x: seen.append((role, fmt, x.shape[2]))
+        attention = override_of(site.module)
+        attention.set_observer("", lambda role, x, _, a=attention: seen.append((role, a.formats[role], x.shape[2])))
     generate(model, use_cache=True)
     first = [item for _ in range(LAYERS) for item in (("k", FP4, 5), ("v", FP6, 5))]
     later = [item for _ in range(LAYERS) for item in (("k", INT4, 1), ("v", FP4, 1))]
