@@ -23,11 +23,11 @@ def measure(recipe: str, limit: int) -> float:
 
 def child(recipe: str, folder: str, limit: int) -> None:
     """Evaluate, then print the process's own peak."""
-    from mxlab.eval.tasks import Request
+    from mxlab.eval.tasks import TaskRequest
     from mxlab.experiments import runs
     from mxlab.recipe import load_recipe
 
-    runs.run(Request(load_recipe(recipe), limit=limit), Path(folder) / recipe)
+    runs.run(TaskRequest(load_recipe(recipe), limit=limit), Path(folder) / recipe)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 

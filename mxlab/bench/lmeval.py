@@ -18,7 +18,7 @@ from mxlab.bench.stats import spread
 from mxlab.bench.timing import Effort, Twin, alternate, clock_for
 from mxlab.checks import check_int
 from mxlab.compat.recipes import load_any_recipe
-from mxlab.eval.tasks import Request, evaluate
+from mxlab.eval.tasks import TaskRequest, evaluate_tasks
 
 PLAIN = "baseline"
 WHOLE, FORWARD = "whole run", "forward passes"
@@ -60,7 +60,7 @@ def measure(settings: LmEvalSettings) -> Iterator[tuple[str, Outcome]]:
 
 
 def _run(settings: LmEvalSettings, name: str, forward: dict[str, list[float]], limit: int) -> None:
-    request = Request(
+    request = TaskRequest(
         recipe=load_any_recipe(name),
         model=settings.model,
         tasks=(settings.task,),
@@ -72,7 +72,7 @@ def _run(settings: LmEvalSettings, name: str, forward: dict[str, list[float]], l
     )
     # lm-eval prints while it works; the screen belongs to the results.
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        forward[name].append(evaluate(request, Path(folder)).forward_seconds)
+        forward[name].append(evaluate_tasks(request, Path(folder)).forward_seconds)
 
 
 def _row(settings: LmEvalSettings, what: str, name: str, samples: dict[str, list[float]]) -> Row:

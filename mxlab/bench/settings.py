@@ -16,6 +16,7 @@ from mxlab.errors import SpecError
 from mxlab.formats import NUMERICS, MXFormat
 from mxlab.sources import models
 from mxlab.sources import tasks as data
+from mxlab.sources.devices import DTYPES
 
 LAMBADA = "lambada_openai"
 ATTENTIONS = ("eager", "sdpa")
@@ -129,7 +130,7 @@ def check_numerics(values: tuple[str, ...]) -> None:
 
 def check_dtypes(values: tuple[str, ...]) -> None:
     """Raise FormatError unless all ``values`` are dtypes that mxlab quantizes."""
-    check_choices("dtype", values, devices.DTYPES)
+    check_choices("dtype", values, DTYPES)
 
 
 def expand_formats(formats: tuple[str, ...], blocks: tuple[int, ...]) -> list[MXFormat]:

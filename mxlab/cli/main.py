@@ -108,7 +108,7 @@ def evaluate(
 ) -> None:
     """Evaluate one model under one recipe, on tasks or on a text; the run directory goes to OUT/<recipe>/."""
     chosen = _recipe(recipe, set_ or [])
-    from mxlab.eval import kinds
+    from mxlab.eval.settings import request_from
     from mxlab.experiments import runs
 
     settings = _given(
@@ -125,7 +125,7 @@ def evaluate(
         device=device,
         max_length=max_length,
     )
-    request = kinds.make(chosen, settings, data_dir)
+    request = request_from(chosen, settings, data_dir)
     _start_logging()
     folder = runs.run(request, out / chosen.name, {**chosen.options, **_assigned(set_ or [])})
     _print_metrics(folder)

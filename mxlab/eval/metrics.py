@@ -61,6 +61,13 @@ class TokenScores:
         """The loss of all predictions."""
         return Loss.of(self.nll)
 
+    def means(self) -> dict[str, float]:
+        """Return the measures over all predictions by name: perplexity, the rest as means, in float64."""
+        loss = self.loss
+        columns = {"topk_entropy": self.entropy, "kl_divergence": self.kl, "top1_agreement": self.agrees}
+        means = {name: x.double().mean().item() for name, x in columns.items() if x is not None}
+        return {"perplexity": loss.perplexity, "cross_entropy": loss.cross_entropy, **means}
+
     @classmethod
     def joined(cls, parts: Sequence[TokenScores]) -> TokenScores:
         """The scores of all parts, one after the other."""

@@ -1,18 +1,24 @@
-"""What :func:`mxlab.experiments.runs.run` takes, whatever its kind, and what an evaluation gives."""
+"""Say what to evaluate, and what comes of it, whatever is scored: tasks (``tasks``) or a text (``text``)."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import Field, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any
 
+from mxlab.checks import check_choice, check_int
+from mxlab.errors import SpecError
 from mxlab.model.conversion import Conversion
 from mxlab.recipe import Recipe
+from mxlab.sources import models
+from mxlab.sources.devices import AUTO, DTYPES, choose_device, choose_dtype, describe_dtype
 from mxlab.sources.models import LoadedModel
 
 # Name, dtype and device -> a model that the caller may change, as :func:`mxlab.sources.models.load_model`.
 LoadModel = Callable[[str, str, str], LoadedModel]
+logger = logging.getLogger("mxlab")
 
 
 @dataclass(frozen=True)
@@ -26,40 +32,68 @@ class Outcome:
     scale_clamps: Mapping[str, Mapping[str, int]]
 
 
-class Evaluation(Protocol):
-    """A frozen dataclass that says what to evaluate, and how."""
+@dataclass(frozen=True)
+class EvaluationRequest:
+    """What every evaluation needs to know.
 
-    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+    Attributes:
+        recipe: what to quantize.
+        model: a hub name, a folder, or ``smollm2``.
+        dtype: float32, bfloat16, float16, or auto for the fastest one that the device computes natively.
+        device: auto, cpu, cuda, cuda:0, ...
+        batch_size: rows or windows that go through the model at once.
+        data_dir: a folder with the data; None for the hub.
 
-    @property
-    def recipe(self) -> Recipe:
-        """What to quantize."""
-        ...
+    Raises:
+        SpecError, FormatError: a value out of range.
+    """
 
-    @property
-    def model(self) -> str:
-        """What to evaluate: a hub name, a folder, or ``smollm2``."""
-        ...
+    recipe: Recipe
+    model: str = models.EMBEDDED
+    dtype: str = AUTO
+    device: str = "auto"
+    batch_size: int = 16
+    data_dir: Path | None = None
 
-    @property
-    def device(self) -> str:
-        """Where: auto, cpu, cuda, cuda:0, ..."""
-        ...
+    def __post_init__(self) -> None:
+        for name in ("model", "device"):
+            check_name(name, getattr(self, name))
+        check_int("batch_size", self.batch_size, 1, None, "a whole number, 1 or more")
+        check_choice("dtype", self.dtype, (AUTO, *DTYPES))
 
     @property
     def sources(self) -> tuple[Hashable, ...]:
         """The model and the data it needs: where they fail for one evaluation, they fail for all with the same."""
-        ...
-
-    @property
-    def batch_size(self) -> int:
-        """What goes through the model at once."""
-        ...
+        raise NotImplementedError
 
     def key(self) -> dict[str, Any]:
-        """What tells it from others, as plain values: two with an equal key give the same result."""
-        ...
+        """Return what tells it from others, as plain values: two with an equal key give the same result.
+
+        Raises:
+            SourceError: a file of the data is missing.
+        """
+        return {
+            "recipe": self.recipe.hash,
+            "model": models.identity(self.model),
+            "revision": models.revision(self.model),
+            "dtype": choose_dtype(self.dtype, choose_device(self.device)),
+            "batch_size": self.batch_size,
+        }
 
     def evaluate(self, folder: Path, load: LoadModel) -> Outcome:
         """Run it; the metrics go to ``folder`` as ``metrics_<time>.json``, in lm-eval's layout."""
-        ...
+        raise NotImplementedError
+
+    def load(self, load: LoadModel) -> LoadedModel:
+        """Load the model in the dtype of the request; say which one ``auto`` is."""
+        device = choose_device(self.device)
+        dtype = choose_dtype(self.dtype, device)
+        if self.dtype == AUTO:
+            logger.info("dtype auto is %s: %s", dtype, describe_dtype(device))
+        return load(self.model, dtype, self.device)
+
+
+def check_name(name: str, value: object) -> None:
+    """Raise SpecError unless ``value`` is a text that is not empty."""
+    if not isinstance(value, str) or not value:
+        raise SpecError(f"{name} is {value!r}: it must be a name")

@@ -1,4 +1,4 @@
-"""One evaluation: load a model, convert it, score it with lm-eval's own HFLM and ``simple_evaluate``."""
+"""Evaluate a model on tasks: load it, convert it, score it with lm-eval's own HFLM and ``simple_evaluate``."""
 
 from __future__ import annotations
 
@@ -17,60 +17,44 @@ from lm_eval.evaluator import simple_evaluate
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.models import huggingface
 
-from mxlab.checks import check_choice, check_int
+from mxlab import rundir
+from mxlab.checks import check_int
 from mxlab.errors import RunError, SpecError
-from mxlab.eval.request import LoadModel, Outcome
+from mxlab.eval.request import EvaluationRequest, LoadModel, Outcome
 from mxlab.model.apply import apply
 from mxlab.model.observe import count_scale_clamps
-from mxlab.recipe import Recipe
 from mxlab.sources import models
-from mxlab.sources import tasks as data
+from mxlab.sources.tasks import PASSAGES, digests, load_tasks
 
 logger = logging.getLogger("mxlab")
 _HFLM: Any = huggingface.HFLM  # lm-eval's registry hides its type
 
 
 @dataclass(frozen=True)
-class Request:
-    """What to evaluate, and how.
+class TaskRequest(EvaluationRequest):
+    """Which tasks of lm-eval to score, and how.
 
     Attributes:
-        recipe: what to quantize.
-        model: a hub name, a folder, or ``smollm2``.
         tasks: names of lm-eval tasks, or ``mxlab_passages``.
         limit: rows of each task: a count (1 or more), a fraction (below 1), or None for all, as in lm-eval.
-        batch_size: rows of a batch.
-        dtype: float32, bfloat16 or float16.
-        device: auto, cpu, cuda, cuda:0, ...
-        data_dir: a folder with the data of ``lambada_openai`` and ``wikitext``; None for the hub.
         max_length: longest context in tokens.
 
     Raises:
-        SpecError: a value out of range.
+        SpecError, FormatError: a value out of range.
     """
 
-    recipe: Recipe
-    model: str = models.EMBEDDED
-    tasks: tuple[str, ...] = (data.PASSAGES,)
+    tasks: tuple[str, ...] = (PASSAGES,)
     limit: float | None = None
-    batch_size: int = 16
-    dtype: str = "bfloat16"
-    device: str = "auto"
-    data_dir: Path | None = None
     max_length: int = 2048
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         limit = self.limit
         if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int | float) or not _usable(limit)):
             raise SpecError(f"limit is {limit!r}: it must be a whole number of rows, or a fraction between 0 and 1")
-        for name in ("model", "device"):
-            if not isinstance(value := getattr(self, name), str) or not value:
-                raise SpecError(f"{name} is {value!r}: it must be a name")
         if not self.tasks or not all(isinstance(task, str) and task for task in self.tasks):
             raise SpecError(f"tasks is {self.tasks!r}: name at least one task")
-        check_int("batch_size", self.batch_size, 1, None, "a whole number, 1 or more")
         check_int("max_length", self.max_length, 2, None, "a whole number of tokens, 2 or more")
-        check_choice("dtype", self.dtype, devices.DTYPES)
 
     @property
     def sources(self) -> tuple[Hashable, ...]:
@@ -78,26 +62,22 @@ class Request:
         return self.model, self.tasks, self.data_dir
 
     def key(self) -> dict[str, Any]:
-        """What tells it from others; raises SourceError where a data file is missing."""
+        """Return what tells it from others; raises SourceError where a data file is missing."""
         return {
-            "recipe": self.recipe.hash,
-            "model": models.identity(self.model),
-            "revision": models.revision(self.model),
+            **super().key(),
             "tasks": list(self.tasks),
-            "data": data.digests(self.tasks, self.data_dir),
+            "data": digests(self.tasks, self.data_dir),
             "limit": self.limit,
-            "dtype": self.dtype,
-            "batch_size": self.batch_size,
             "max_length": self.max_length,
         }
 
     def evaluate(self, folder: Path, load: LoadModel = models.load_model) -> Outcome:
-        """Score the tasks; see :func:`evaluate`."""
-        return evaluate(self, folder, load)
+        """Score the tasks; see :func:`evaluate_tasks`."""
+        return evaluate_tasks(self, folder, load)
 
 
-def evaluate(request: Request, folder: Path, load: LoadModel = models.load_model) -> Outcome:
-    """Run ``request``; lm-eval's metrics go to ``folder`` as ``metrics_<time>.json``, exactly as lm-eval writes them.
+def evaluate_tasks(request: TaskRequest, folder: Path, load: LoadModel = models.load_model) -> Outcome:
+    """Score tasks with lm-eval; its metrics go to ``folder`` as ``metrics_<time>.json``, exactly as it writes them.
 
     Raises:
         SourceError: the model or the data cannot be had.
@@ -106,8 +86,8 @@ def evaluate(request: Request, folder: Path, load: LoadModel = models.load_model
     """
     # The tracker's clock starts with it; total_evaluation_time_seconds includes loading, as on lm-eval's command line.
     tracker = EvaluationTracker(output_path=str(folder / "metrics.json"))
-    tasks = data.load_tasks(request.tasks, request.data_dir)
-    loaded = load(request.model, request.dtype, request.device)
+    tasks = load_tasks(request.tasks, request.data_dir)
+    loaded = request.load(load)
     conversion = apply(loaded.model, request.recipe)
     clamps = count_scale_clamps(conversion)
     lm = _TimedHFLM(
@@ -130,8 +110,7 @@ def evaluate(request: Request, folder: Path, load: LoadModel = models.load_model
     if results is None:
         raise RunError("lm-eval gave no results: this process is not the first of its group")
     tracker.save_results_aggregated(results=results)
-    metrics_file = _written(folder)
-    return Outcome(metrics_file, results["results"], conversion, lm.forward_seconds, clamps)
+    return Outcome(_metrics_file(folder), results["results"], conversion, lm.forward_seconds, clamps)
 
 
 class _TimedHFLM(_HFLM):
@@ -177,9 +156,9 @@ def _context(model: Any, wanted: int) -> int:
     return min(has, wanted)
 
 
-def _written(folder: Path) -> Path:
-    """lm-eval's metrics file; its tracker swallows write errors, so look."""
-    files = sorted(folder.glob("metrics_*.json"))
+def _metrics_file(folder: Path) -> Path:
+    """Return lm-eval's metrics file, once it is clear that it can be read: the tracker swallows write errors."""
+    files = rundir.metrics_files(folder)
     try:
         json.loads(files[-1].read_text(encoding="utf-8"))
     except (IndexError, OSError, ValueError) as e:

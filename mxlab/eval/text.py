@@ -1,4 +1,4 @@
-"""One evaluation on a text: perplexity over windows of it, and how far the model is from the unquantized one."""
+"""Evaluate a model on a text: perplexity over windows of it, and its divergence from the unquantized model."""
 
 from __future__ import annotations
 
@@ -6,63 +6,48 @@ import copy
 import datetime
 import json
 import time
+from collections import Counter
 from collections.abc import Hashable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from mxlab.checks import check_choice, check_int
-from mxlab.errors import RunError, SpecError
+from mxlab.checks import check_bool, check_int
+from mxlab.errors import RunError
 from mxlab.eval.metrics import TOP_K, TokenScores
-from mxlab.eval.request import LoadModel, Outcome
-from mxlab.eval.windows import score_windows, sliding_windows
-from mxlab.model.apply import apply
+from mxlab.eval.request import EvaluationRequest, LoadModel, Outcome, check_name
+from mxlab.eval.scorer import Predictor, Scorer, check_context
+from mxlab.eval.windows import sliding_windows
 from mxlab.model.observe import count_scale_clamps
-from mxlab.recipe import Recipe
 from mxlab.sources import devices, models, texts
 from mxlab.sources.texts import CorpusText
 
 
 @dataclass(frozen=True)
-class TextRequest:
-    """Which text to score under which recipe, and how.
+class TextRequest(EvaluationRequest):
+    """Which text to score, and how.
 
     Attributes:
-        recipe: what to quantize.
-        model: a hub name, a folder, or ``smollm2``.
         text: a name or a path, as :func:`mxlab.sources.texts.load_text` takes it.
         window: tokens of a window.
         stride: tokens from one window to the next; None for disjoint windows.
         windows: the first so many windows; None for the whole text.
-        batch_size: windows of a batch.
-        dtype: float32, bfloat16 or float16.
-        device: auto, cpu, cuda, cuda:0, ...
-        data_dir: a folder with the file of the text; None for the hub.
-        compare: whether to run the unquantized model beside it, for KL divergence and top-1 agreement.
+        compare: whether to run the unquantized model as well, for KL divergence and top-1 agreement.
 
     Raises:
         SpecError, FormatError: a value out of range.
     """
 
-    recipe: Recipe
-    model: str = models.EMBEDDED
+    batch_size: int = 4
     text: str = "wikitext2"
     window: int = 512
     stride: int | None = None
     windows: int | None = None
-    batch_size: int = 4
-    dtype: str = "bfloat16"
-    device: str = "auto"
-    data_dir: Path | None = None
     compare: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("model", "device", "text"):
-            if not isinstance(value := getattr(self, name), str) or not value:
-                raise SpecError(f"{name} is {value!r}: it must be a name")
+        super().__post_init__()
+        check_name("text", self.text)
         check_int("window", self.window, 2, None, "a whole number of tokens, 2 or more")
         if self.stride is not None:
             check_int(
@@ -70,10 +55,7 @@ class TextRequest:
             )
         if self.windows is not None:
             check_int("windows", self.windows, 1, None, "a whole number, 1 or more")
-        check_int("batch_size", self.batch_size, 1, None, "a whole number, 1 or more")
-        check_choice("dtype", self.dtype, devices.DTYPES)
-        if not isinstance(self.compare, bool):
-            raise SpecError(f"compare is {self.compare!r}: it must be true or false")
+        check_bool("compare", self.compare)
 
     @property
     def sources(self) -> tuple[Hashable, ...]:
@@ -81,28 +63,25 @@ class TextRequest:
         return self.model, self.text, self.data_dir
 
     def key(self) -> dict[str, Any]:
-        """What tells it from others; raises SourceError where the text is missing."""
+        """Return what tells it from others; raises SourceError where the text is missing."""
+        name = texts.label(self.text)
         return {
-            "recipe": self.recipe.hash,
-            "model": models.identity(self.model),
-            "revision": models.revision(self.model),
-            "text": texts.label(self.text),
-            "data": {texts.label(self.text): texts.digest(self.text, self.data_dir)},
+            **super().key(),
+            "text": name,
+            "data": {name: texts.digest(self.text, self.data_dir)},
             "window": self.window,
             "stride": self.stride or self.window,
             "windows": self.windows,
-            "dtype": self.dtype,
-            "batch_size": self.batch_size,
             "compare": self.compare,
         }
 
     def evaluate(self, folder: Path, load: LoadModel = models.load_model) -> Outcome:
-        """Score the text; see :func:`evaluate`."""
-        return evaluate(self, folder, load)
+        """Score the text; see :func:`evaluate_text`."""
+        return evaluate_text(self, folder, load)
 
 
-def evaluate(request: TextRequest, folder: Path, load: LoadModel = models.load_model) -> Outcome:
-    """Score the text of ``request``; the metrics go to ``folder`` as ``metrics_<time>.json``, in lm-eval's layout.
+def evaluate_text(request: TextRequest, folder: Path, load: LoadModel = models.load_model) -> Outcome:
+    """Score a text; the metrics go to ``folder`` as ``metrics_<time>.json``, in lm-eval's layout.
 
     ``cross_entropy``, ``kl_divergence`` and ``topk_entropy`` are nats per token, means over all scored tokens;
     ``top1_agreement`` is a share of them. ``n-samples`` counts windows.
@@ -116,48 +95,24 @@ def evaluate(request: TextRequest, folder: Path, load: LoadModel = models.load_m
     """
     start = time.perf_counter()
     text = texts.load_text(request.text, request.data_dir)
-    loaded = load(request.model, request.dtype, request.device)
+    loaded = request.load(load)
     check_context(loaded.model, request.window)
     ids = texts.encode(loaded.tokenizer, text)
     windows = sliding_windows(len(ids), request.window, request.stride, request.windows)
-    reference = _Predict(_copy(loaded.model)) if request.compare else None
-    conversion = apply(loaded.model, request.recipe)
-    clamps = count_scale_clamps(conversion)
-    predict = _Predict(loaded.model)
-    scores = score_windows(predict, ids, windows, request.batch_size, reference)
-    results = {text.name: _results(scores)}
+    reference = Predictor(_copy(loaded.model)) if request.compare else None
+    clamps: dict[str, Counter[str]] = {}
+    scorer = Scorer(lambda: loaded.model, ids, windows, request.batch_size, reference)
+    score = scorer.score(request.recipe, lambda conversion: clamps.update(count_scale_clamps(conversion)))
+    results = {text.name: _results(score.tokens)}
+    every_window = sliding_windows(len(ids), request.window, request.stride)
     record = {
         "results": results,
-        "config": _config(request, text, loaded.model.device),
-        "n-samples": {text.name: {"original": _count(ids, request), "effective": len(windows)}},
+        "config": _config(request, text, loaded.model),
+        "n-samples": {text.name: {"original": len(every_window), "effective": len(windows)}},
         "model_name": request.model,
         "total_evaluation_time_seconds": time.perf_counter() - start,
     }
-    return Outcome(_write(folder, record), results, conversion, predict.seconds, clamps)
-
-
-class _Predict:
-    """A model's logits, and the seconds they took."""
-
-    def __init__(self, model: Any) -> None:
-        self._model = model
-        self.seconds = 0.0
-
-    @torch.no_grad()
-    def __call__(self, ids: Tensor) -> Tensor:
-        start = time.perf_counter()
-        logits = self._model(input_ids=ids.to(self._model.device), use_cache=False).logits
-        if logits.is_cuda:
-            torch.cuda.synchronize(logits.device)
-        self.seconds += time.perf_counter() - start
-        return logits
-
-
-def check_context(model: Any, window: int) -> None:
-    """Raise SpecError where a window of so many tokens is longer than the model's context."""
-    context = getattr(model.config, "max_position_embeddings", None) or window
-    if window > context:
-        raise SpecError(f"window is {window} tokens, and the model's context {context}: give a shorter window")
+    return Outcome(_write(folder, record), results, score.conversion, score.forward_seconds, clamps)
 
 
 def _copy(model: Any) -> Any:
@@ -170,31 +125,15 @@ def _copy(model: Any) -> Any:
 
 
 def _results(scores: TokenScores) -> dict[str, Any]:
-    loss = scores.loss
-    measures = {
-        "perplexity": loss.perplexity,
-        "cross_entropy": loss.cross_entropy,
-        "topk_entropy": _mean(scores.entropy),
-    }
-    if scores.kl is not None and scores.agrees is not None:
-        measures |= {"kl_divergence": _mean(scores.kl), "top1_agreement": _mean(scores.agrees)}
-    return {**{f"{name},none": value for name, value in measures.items()}, "tokens": loss.tokens}
+    return {**{f"{name},none": value for name, value in scores.means().items()}, "tokens": scores.loss.tokens}
 
 
-def _mean(values: Tensor) -> float:
-    return values.double().mean().item()
-
-
-def _count(ids: Tensor, request: TextRequest) -> int:
-    return len(sliding_windows(len(ids), request.window, request.stride))
-
-
-def _config(request: TextRequest, text: CorpusText, device: torch.device) -> dict[str, Any]:
+def _config(request: TextRequest, text: CorpusText, model: Any) -> dict[str, Any]:
     return {
         "model_args": {"pretrained": request.model},
-        "model_dtype": f"torch.{request.dtype}",
+        "model_dtype": str(model.dtype),
         "batch_size": request.batch_size,
-        "device": str(device),
+        "device": str(model.device),
         "text": {"name": text.name, "sha256": text.sha256, "origin": text.origin, "characters": len(text.text)},
         "window": request.window,
         "stride": request.stride or request.window,

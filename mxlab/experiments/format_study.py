@@ -13,22 +13,18 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
-import torch
-from torch import Tensor
-
 from mxlab import shipped
 from mxlab.checks import check_choice, check_int, check_keys
 from mxlab.errors import FormatError, MxlabError, RunError, SpecError
-from mxlab.eval.metrics import Loss, TokenScores
-from mxlab.eval.windows import Predict, score_windows, sliding_windows
+from mxlab.eval.scorer import Predictor, Scorer, remember
+from mxlab.eval.windows import sliding_windows
 from mxlab.experiments import provenance
 from mxlab.formats import SCALE_RULES, MXFormat
-from mxlab.model.apply import apply
 from mxlab.recipe import Recipe
 from mxlab.recipe.rule import Rule
 from mxlab.sources import models, texts
-from mxlab.sources.model_pool import Pool
+from mxlab.sources.devices import AUTO, choose_device, choose_dtype
+from mxlab.sources.model_pool import ModelPool
 
 logger = logging.getLogger("mxlab")
 
@@ -41,6 +37,7 @@ ROLES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "all": (("weight", "activation"), ("k", "v")),
 }
 _ROWS, _STUDY = "rows.jsonl", "study.json"
+_COLUMNS = ("perplexity", "cross_entropy", "kl_divergence", "top1_agreement")  # of a row, besides what names it
 
 
 @dataclass(frozen=True)
@@ -67,7 +64,7 @@ class FormatStudy:
     window: int = 512
     batch_size: int = 4
     model: str = models.EMBEDDED
-    dtype: str = "bfloat16"
+    dtype: str = AUTO
     compare: bool = True
 
     def __post_init__(self) -> None:
@@ -129,28 +126,28 @@ def recipe_of(fmt: MXFormat, role: str) -> Recipe:
 
 
 def run(
-    comparison: FormatStudy,
+    study: FormatStudy,
     out: Path,
     command: str,
     data_dir: Path | None = None,
     device: str = "auto",
     track: Callable[[list], Iterable] = iter,
 ) -> list[StudyRow]:
-    """Make every row of ``comparison`` that ``out`` does not hold yet; one that fails is recorded, the rest goes on.
+    """Make every row of ``study`` that ``out`` does not hold yet; one that fails is recorded, the rest goes on.
 
     Raises:
         RunError: ``out`` holds another comparison, or cannot be written.
         SourceError, MetricError: the model or the text cannot be had, or the text is too short.
     """
-    text = texts.load_text(comparison.text, data_dir)
-    data = {"text_sha256": text.sha256, "model_id": models.identity(comparison.model)}
-    _open(out, {**asdict(comparison), **data}, command)
-    scorer = _Scorer(comparison, text, device)
+    text = texts.load_text(study.text, data_dir)
+    data = {"text_sha256": text.sha256, "model_id": models.identity(study.model)}
+    _open(out, {**asdict(study), **data}, command)
+    rows = _Rows(study, text, device)
     done = read(out)
     known = {(row.format, row.role) for row in done if not row.error}
-    points: list[tuple[MXFormat | None, str]] = [(None, ""), *comparison.points()]
+    points: list[tuple[MXFormat | None, str]] = [(None, ""), *study.points()]
     for fmt, role in track([point for point in points if (str(point[0] or UNQUANTIZED), point[1]) not in known]):
-        row = scorer.row(fmt, role)
+        row = rows.make(fmt, role)
         logger.info("%s %s: %s", row.format, row.role, row.error or f"perplexity {row.perplexity:.4g}")
         with (out / _ROWS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(row)) + "\n")
@@ -170,37 +167,40 @@ def read(folder: Path) -> list[StudyRow]:
     return list(rows.values())
 
 
-class _Scorer:
-    """Scores one recipe after the other on the same windows of the same model."""
+class _Rows:
+    """Makes one row after the other, on the same windows of the same model."""
 
-    def __init__(self, comparison: FormatStudy, text: texts.CorpusText, device: str) -> None:
-        self._pool, self._comparison, self._device = Pool(), comparison, device
-        loaded = self._load()
-        self._ids = texts.encode(loaded.tokenizer, text)
-        self._windows = sliding_windows(len(self._ids), comparison.window, None, comparison.windows)
-        self._reference = _remembered(_predict(loaded.model)) if comparison.compare else None
+    def __init__(self, study: FormatStudy, text: texts.CorpusText, device: str) -> None:
+        pool, where = ModelPool(), choose_device(device)
+        dtype = choose_dtype(study.dtype, where)
 
-    def row(self, fmt: MXFormat | None, role: str) -> StudyRow:
-        """The row of a format in a role; of the unquantized model where there is none."""
+        def lend() -> models.LoadedModel:
+            return pool.load(study.model, dtype, device)
+
+        loaded = lend()
+        ids = texts.encode(loaded.tokenizer, text)
+        windows = sliding_windows(len(ids), study.window, None, study.windows)
+        reference = remember(Predictor(loaded.model)) if study.compare else None
+        self._scorer = Scorer(lambda: lend().model, ids, windows, study.batch_size, reference)
+
+    def make(self, fmt: MXFormat | None, role: str) -> StudyRow:
+        """Return the row of a format in a role; of the unquantized model where there is none."""
         start = time.perf_counter()
         recipe = Recipe(UNQUANTIZED) if fmt is None else recipe_of(fmt, role)
         head: dict[str, Any] = {"format": str(fmt or UNQUANTIZED), "role": role, "recipe": recipe.hash}
         try:
-            loaded = self._load()
-            bits = apply(loaded.model, recipe).bits_per_parameter
-            scores = self._scores(_predict(loaded.model))
+            score = self._scorer.score(recipe)
         except Exception as e:  # one bad row, of whatever kind, must not end the others
             message = str(e) if isinstance(e, MxlabError) else f"{type(e).__name__}: {e}"
             return StudyRow(**head, error=message)
+        means: dict[str, Any] = {name: value for name, value in score.tokens.means().items() if name in _COLUMNS}
         return StudyRow(
-            **head, bits_per_parameter=bits, **_measures(scores), seconds=round(time.perf_counter() - start, 2)
+            **head,
+            **means,
+            bits_per_parameter=score.conversion.bits_per_parameter,
+            tokens=score.tokens.loss.tokens,
+            seconds=round(time.perf_counter() - start, 2),
         )
-
-    def _load(self) -> models.LoadedModel:
-        return self._pool.load(self._comparison.model, self._comparison.dtype, self._device)
-
-    def _scores(self, predict: Predict) -> TokenScores:
-        return score_windows(predict, self._ids, self._windows, self._comparison.batch_size, self._reference)
 
 
 def _with_rules(fmt: MXFormat, rules: Iterable[str]) -> Iterator[MXFormat]:
@@ -212,43 +212,6 @@ def _with_rules(fmt: MXFormat, rules: Iterable[str]) -> Iterator[MXFormat]:
         if rule == "max" or (rule == "mase_int" and not fmt.element_format.is_int):
             continue
         yield replace(fmt, scale_rule=rule)
-
-
-def _measures(scores: TokenScores) -> dict[str, Any]:
-    loss: Loss = scores.loss
-    measured = {"perplexity": loss.perplexity, "cross_entropy": loss.cross_entropy, "tokens": loss.tokens}
-    if scores.kl is not None and scores.agrees is not None:
-        measured |= {"kl_divergence": _mean(scores.kl), "top1_agreement": _mean(scores.agrees)}
-    return measured
-
-
-def _mean(values: Tensor) -> float:
-    return values.double().mean().item()
-
-
-def _predict(model: Any) -> Predict:
-    @torch.no_grad()
-    def predict(ids: Tensor) -> Tensor:
-        return model(input_ids=ids.to(model.device), use_cache=False).logits
-
-    return predict
-
-
-def _remembered(predict: Predict) -> Predict:
-    """``predict``, computed once for each batch, as long as a quarter of the free main memory holds the logits."""
-    kept: dict[bytes, Tensor] = {}
-    room = psutil.virtual_memory().available // 4
-
-    def remembering(ids: Tensor) -> Tensor:
-        key = ids.cpu().numpy().tobytes()
-        if key in kept:
-            return kept[key]
-        logits = predict(ids)
-        if sum(x.nbytes for x in kept.values()) + logits.nbytes < room:
-            kept[key] = logits
-        return logits
-
-    return remembering
 
 
 def _open(out: Path, study: Mapping[str, Any], command: str) -> None:

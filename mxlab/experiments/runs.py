@@ -20,7 +20,7 @@ from typing import Any, TextIO
 
 from mxlab import rundir
 from mxlab.errors import RunError
-from mxlab.eval.request import Evaluation, LoadModel, Outcome
+from mxlab.eval.request import EvaluationRequest, LoadModel, Outcome
 from mxlab.experiments import provenance
 from mxlab.recipe import Recipe
 from mxlab.sources import devices, models
@@ -29,7 +29,7 @@ logger = logging.getLogger("mxlab")
 
 
 def run(
-    request: Evaluation,
+    request: EvaluationRequest,
     stage_folder: Path,
     options: dict[str, Any] | None = None,
     command: str | None = None,
@@ -61,7 +61,7 @@ def run(
         return rundir.publish(folder, stage_folder, label(request.recipe))
 
 
-def _evaluate(request: Evaluation, folder: Path, load: LoadModel) -> tuple[Outcome, int]:
+def _evaluate(request: EvaluationRequest, folder: Path, load: LoadModel) -> tuple[Outcome, int]:
     """The outcome and the batch size it took: half as large each time that memory ran out."""
     while True:
         try:
@@ -81,7 +81,7 @@ def _evaluate(request: Evaluation, folder: Path, load: LoadModel) -> tuple[Outco
         request = replace(request, batch_size=request.batch_size // 2)
 
 
-def run_key(request: Evaluation) -> dict[str, Any]:
+def run_key(request: EvaluationRequest) -> dict[str, Any]:
     """What makes two runs the same run: a finished one with an equal key need not be run again."""
     return {**request.key(), "code": provenance.code_version()}
 

@@ -12,8 +12,8 @@ from mxlab import shipped
 from mxlab.checks import check_int, check_keys
 from mxlab.compat.recipes import load_any_recipe
 from mxlab.errors import SpecError
-from mxlab.eval import kinds
-from mxlab.eval.request import Evaluation
+from mxlab.eval.request import EvaluationRequest
+from mxlab.eval.settings import KEYS, conflicting_keys, request_from
 from mxlab.experiments.engines.gpus import started
 from mxlab.experiments.engines.local import Engine, Point, Summary
 from mxlab.recipe.mx_specs import OPTIONS, override
@@ -43,7 +43,7 @@ class Sweep:
         name = " ".join(f"{k}={v}" for k, v in values.items()) or request.recipe.name
         return Point(name, values, request, out / self.stage)
 
-    def request(self, point: Mapping[str, Any], data_dir: Path | None) -> Evaluation:
+    def request(self, point: Mapping[str, Any], data_dir: Path | None) -> EvaluationRequest:
         """The evaluation at one point of the grid.
 
         Raises:
@@ -51,7 +51,7 @@ class Sweep:
         """
         chosen = {"recipe": self.recipe, **self.settings, **point}
         recipe = override(load_any_recipe(chosen.pop("recipe")), {k: v for k, v in chosen.items() if k in OPTIONS})
-        return kinds.make(recipe, {k: v for k, v in chosen.items() if k not in OPTIONS}, data_dir)
+        return request_from(recipe, {k: v for k, v in chosen.items() if k not in OPTIONS}, data_dir)
 
 
 class Track(Protocol):
@@ -101,7 +101,7 @@ def run_sweep(
 
 
 def _parse(values: dict[str, Any], source: str) -> Sweep:
-    known = ["stage", "recipe", "grid", *kinds.KEYS, *OPTIONS]
+    known = ["stage", "recipe", "grid", *KEYS, *OPTIONS]
     grid = values.get("grid", {})
     if not isinstance(grid, dict):
         raise SpecError(f"{source}: grid must be a table of lists, such as [grid] block_size = [16, 32]")
@@ -130,6 +130,6 @@ def with_settings(sweep: Sweep, settings: Mapping[str, Any]) -> Sweep:
 
     Where they name a text, the sweep's own settings for tasks give way, and the reverse.
     """
-    gone = {*settings, *kinds.displaced(settings)}
+    gone = {*settings, *conflicting_keys(settings)}
     kept, grid = ({k: v for k, v in values.items() if k not in gone} for values in (sweep.settings, sweep.grid))
     return replace(sweep, settings={**kept, **settings}, grid=grid)

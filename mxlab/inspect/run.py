@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mxlab import rundir
 from mxlab.errors import MetricError
-from mxlab.eval.text import TextRequest, check_context
+from mxlab.eval.scorer import check_context
+from mxlab.eval.text import TextRequest
 from mxlab.experiments import runs
 from mxlab.inspect import files
 from mxlab.inspect.inspection import Inspection, inspect
@@ -28,16 +30,16 @@ def run(request: TextRequest, stage_folder: Path, track: Track = untracked) -> t
     with runs.new_run(stage_folder) as folder:
         runs.write_origin(folder, request.recipe)
         text = texts.load_text(request.text, request.data_dir)
-        loaded = models.load_model(request.model, request.dtype, request.device)
+        loaded = request.load(models.load_model)
         check_context(loaded.model, request.window)
         rows = first_windows(texts.encode(loaded.tokenizer, text), request.windows or 1, request.window)
         inspection = inspect(loaded.model, request.recipe, rows, track)
-        files.write(inspection, _origin(request, text), folder)
+        files.write(inspection, _origin(request, text, loaded.model.dtype), folder)
         return rundir.publish(folder, stage_folder, request.recipe.name), inspection
 
 
 def first_windows(ids: Tensor, windows: int, window: int) -> Tensor:
-    """The first tokens of a text as (windows, tokens of a window).
+    """Return the first tokens of a text (tokens,) as (windows, tokens of a window).
 
     Raises:
         MetricError: there are not as many.
@@ -50,9 +52,9 @@ def first_windows(ids: Tensor, windows: int, window: int) -> Tensor:
     return ids[: windows * window].view(windows, window)
 
 
-def _origin(request: TextRequest, text: CorpusText) -> dict[str, Any]:
+def _origin(request: TextRequest, text: CorpusText, dtype: torch.dtype) -> dict[str, Any]:
     return {
         "model": models.identity(request.model),
-        "dtype": request.dtype,
+        "dtype": str(dtype).removeprefix("torch."),
         "text": {"name": text.name, "sha256": text.sha256, "origin": text.origin},
     }

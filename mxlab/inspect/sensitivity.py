@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from mxlab.errors import MetricError
-from mxlab.eval.metrics import Loss, kl_divergence, token_nll
+from mxlab.eval.metrics import TokenScores
+from mxlab.eval.scorer import Predictor, Scorer, remember
+from mxlab.eval.windows import sliding_windows
 from mxlab.inspect.parts import GROUPS, Cut, cut
-from mxlab.model.apply import apply
 from mxlab.recipe import Recipe
 
 
@@ -27,6 +27,22 @@ class Track(Protocol):
 def untracked(sequence: Sequence[Any], *, description: str) -> Iterable[Any]:
     """Shows nothing."""
     return sequence
+
+
+@dataclass(frozen=True)
+class _Losses:
+    """Negative log-likelihood and KL divergence of each token (N,), in float64: differences of them are small."""
+
+    nll: Tensor
+    kl: Tensor
+
+    @classmethod
+    def of(cls, scores: TokenScores | _Losses) -> _Losses:
+        """The losses of scores that were compared with a reference."""
+        if isinstance(scores, _Losses):
+            return scores
+        assert scores.kl is not None
+        return cls(scores.nll.double(), scores.kl.double())
 
 
 @dataclass(frozen=True)
@@ -55,11 +71,12 @@ class Cost:
     kl: Estimate
 
     @classmethod
-    def of(cls, scores: _Tokens | None, base: _Tokens | None) -> Cost | None:
-        """What ``scores`` cost beyond ``base``; None where one of the models gave no numbers."""
+    def of(cls, scores: TokenScores | _Losses | None, base: TokenScores | _Losses | None) -> Cost | None:
+        """Return what ``scores`` cost beyond ``base``; None where one of the models gave no numbers."""
         if scores is None or base is None:
             return None
-        return cls(Estimate.of(scores.nll - base.nll), Estimate.of(scores.kl - base.kl))
+        ours, theirs = (_Losses.of(x) for x in (scores, base))
+        return cls(Estimate.of(ours.nll - theirs.nll), Estimate.of(ours.kl - theirs.kl))
 
 
 @dataclass(frozen=True)
@@ -116,69 +133,37 @@ def sensitivity(model: nn.Module, recipe: Recipe, rows: Tensor, track: Track = u
         ConversionError: the recipe does not fit the model.
         MetricError: the logits of the unquantized model are not numbers.
     """
-    scorer = _Scorer(model, rows)
+    ids, windows = rows.flatten(), sliding_windows(rows.numel(), rows.shape[1])
+    scorer = Scorer(lambda: copy.deepcopy(model), ids, windows, 1, remember(Predictor(model)))
+    plain = scorer.score_reference()
     whole, cuts = cut(model, recipe)
     wanted = {r.hash: r for r in (whole, *(r for c in cuts for r in (c.alone, c.without)))}
-    scores = {key: scorer.score(r) for key, r in track(list(wanted.items()), description="sensitivity")}
-    plain, full = scorer.unquantized, scores[whole.hash]
+    scores = {key: _score(scorer, r) for key, r in track(list(wanted.items()), description="sensitivity")}
+    full = scores[whole.hash]
 
     def part(c: Cut) -> Part:
         alone, without = scores[c.alone.hash], scores[c.without.hash]
         return Part(c.group, c.name, Cost.of(alone, plain), Cost.of(full, without))
 
     def interaction(group: str) -> Cost | None:
-        return Cost.of(full, _together([scores[c.alone.hash] for c in cuts if c.group == group], plain))
+        return Cost.of(full, _sum_of_costs([scores[c.alone.hash] for c in cuts if c.group == group], plain))
 
-    loss = Loss.of(plain.nll)
+    loss = plain.loss
     interactions = {group: interaction(group) for group in GROUPS}
     return Sensitivity(loss.cross_entropy, loss.tokens, Cost.of(full, plain), tuple(map(part, cuts)), interactions)
 
 
-@dataclass(frozen=True)
-class _Tokens:
-    """The negative log-likelihood of each token, and the divergence of its prediction from the unquantized model's."""
+def _score(scorer: Scorer, recipe: Recipe) -> TokenScores | None:
+    """The scores under ``recipe``; None where the logits are not numbers."""
+    try:
+        return scorer.score(recipe).tokens
+    except MetricError:
+        return None
 
-    nll: Tensor
-    kl: Tensor
 
-
-def _together(alone: Sequence[_Tokens | None], plain: _Tokens) -> _Tokens | None:
-    """What the scores would be if the parts' costs, each alone, added up."""
-    parts = [scores for scores in alone if scores is not None]
+def _sum_of_costs(alone: Sequence[TokenScores | None], plain: TokenScores) -> _Losses | None:
+    """What the losses would be if the parts' costs, each alone, added up."""
+    base, parts = _Losses.of(plain), [_Losses.of(scores) for scores in alone if scores is not None]
     if len(parts) < len(alone):
         return None
-    return _Tokens(plain.nll + sum(p.nll - plain.nll for p in parts), plain.kl + sum(p.kl - plain.kl for p in parts))
-
-
-class _Scorer:
-    """The scores of one model under many recipes, token by token, beside its unquantized logits."""
-
-    def __init__(self, model: nn.Module, rows: Tensor) -> None:
-        self._model, self._rows = model, rows.to(next(model.parameters()).device)
-        self._reference = list(self._logits(model))
-        self.unquantized = self._compared(self._reference)
-
-    def score(self, recipe: Recipe) -> _Tokens | None:
-        """The scores under ``recipe``; None where the logits are not numbers."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # dither draws the same noise for every part
-            quantized = copy.deepcopy(self._model)
-            apply(quantized, recipe)
-            try:
-                return self._compared(self._logits(quantized))
-            except MetricError:
-                return None
-
-    @torch.no_grad()
-    def _logits(self, model: Any) -> Iterator[Tensor]:
-        """(tokens, vocabulary) of each row, one at a time."""
-        for row in self._rows:
-            yield model(input_ids=row[None], use_cache=False).logits[0]
-
-    def _compared(self, logits: Iterable[Tensor]) -> _Tokens:
-        """The scores in float64: differences of them are small."""
-        nll, kl = [], []
-        for x, row, base in zip(logits, self._rows, self._reference, strict=True):
-            nll.append(token_nll(x[:-1], row[1:]))
-            kl.append(kl_divergence(base[:-1], x[:-1]))
-        return _Tokens(torch.cat(nll).double(), torch.cat(kl).double())
+    return _Losses(base.nll + sum(p.nll - base.nll for p in parts), base.kl + sum(p.kl - base.kl for p in parts))

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 from mxlab import rundir
@@ -26,14 +27,20 @@ def get(name: str, make: Callable[[Path], None]) -> Path:
     target = folder() / name
     if target.is_dir():
         return target
-    try:
-        with rundir.partial(target.parent) as temporary:
+    with ExitStack() as stack:
+        try:
+            temporary = stack.enter_context(rundir.partial(target.parent))
+        except OSError as e:
+            raise SourceError(
+                f"cannot write to the cache folder {folder()}: {e.strerror}; set {ENVIRONMENT_VARIABLE} to another folder"
+            ) from None
+        try:
             make(temporary)
             _rename(temporary, target)
-    except OSError as e:
-        raise SourceError(
-            f"cannot fill the cache folder {target}: {e}; make room, or set {ENVIRONMENT_VARIABLE} to another folder"
-        ) from e
+        except OSError as e:
+            raise SourceError(
+                f"cannot fill the cache folder {target}: {e}; make room, or set {ENVIRONMENT_VARIABLE} to another folder"
+            ) from e
     return target
 
 

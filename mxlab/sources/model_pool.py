@@ -10,7 +10,7 @@ from mxlab.sources.models import LoadedModel
 _SHARE = 0.25  # of the free memory, that a copy may take
 
 
-class Pool:
+class ModelPool:
     """Lends models that the borrower may change: copies of the last one, which is kept as it was loaded.
 
     Where a copy would take more than a quarter of the free memory, the model itself is lent, and loaded anew next time.

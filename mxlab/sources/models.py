@@ -18,7 +18,6 @@ from mxlab.recipe.mx_specs import ENVIRONMENT_VARIABLE
 from mxlab.sources import download_cache
 from mxlab.sources.devices import (
     AUTO,
-    DTYPES,
     choose_device,
     choose_dtype,
     connect_parts,

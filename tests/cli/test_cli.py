@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from mxlab import rundir
 from mxlab.cli import main as cli
-from mxlab.experiments import runs
 from mxlab.recipe import load_recipe
 
 from support.paths import ROOT
@@ -205,7 +205,7 @@ def test_sweep_report_and_resume(mxlab, tiny_llama, tmp_path):
     assert (code, "0 runs made, 0 found finished, 4 failed" in printed) == (1, True)
     assert "failures.jsonl" in err
     assert "no model folder /no/such" in err
-    assert len((out / "ex1" / runs.FAILURES).read_text(encoding="utf-8").splitlines()) == 4
+    assert len((out / "ex1" / rundir.FAILURES).read_text(encoding="utf-8").splitlines()) == 4
 
     code, printed, _ = mxlab(*arguments, "--model", tiny_llama)
     assert (code, "4 runs made, 0 found finished, 0 failed" in printed) == (0, True)

@@ -12,7 +12,7 @@ import pytest
 
 from mxlab.errors import ConversionError, FormatError, SpecError
 from mxlab.eval.request import Outcome
-from mxlab.eval.tasks import Request, evaluate
+from mxlab.eval.tasks import TaskRequest, evaluate_tasks
 from mxlab.formats import MXFormat
 from mxlab.recipe import Recipe, Rule, load_recipe
 from mxlab.recipe.mx_specs import override
@@ -23,9 +23,9 @@ SCORES = ("acc,none", "perplexity,none")
 @cache
 def smollm2(name: str, **options: Any) -> tuple[Outcome, dict[str, Any]]:
     """The embedded model on eight embedded passages: the outcome, and lm-eval's metrics file."""
-    request = Request(override(load_recipe(name), options), limit=8, batch_size=8, device="cpu")
+    request = TaskRequest(override(load_recipe(name), options), limit=8, batch_size=8, device="cpu")
     with TemporaryDirectory() as folder:
-        outcome = evaluate(request, Path(folder))
+        outcome = evaluate_tasks(request, Path(folder))
         return outcome, json.loads(outcome.metrics_file.read_text(encoding="utf-8"))
 
 
@@ -36,7 +36,7 @@ def scores(outcome: Outcome) -> list[float]:
 def tiny(folder: Path, model: Path, chosen: Recipe, **settings: Any) -> Outcome:
     folder.mkdir(exist_ok=True)
     settings = {"limit": 4, "dtype": "float32", "batch_size": 2, "device": "cpu", **settings}
-    return evaluate(Request(chosen, str(model), **settings), folder)
+    return evaluate_tasks(TaskRequest(chosen, str(model), **settings), folder)
 
 
 # ---- the embedded model
@@ -191,9 +191,9 @@ def test_a_recipe_that_does_not_fit(tiny_llama, tmp_path):
 )
 def test_bad_requests(change, message):
     with pytest.raises((SpecError, FormatError), match=re.escape(message)):
-        replace(Request(Recipe("r")), **change)
+        replace(TaskRequest(Recipe("r")), **change)
 
 
 @pytest.mark.parametrize("limit", [None, 1, 1.0, 256, 0.25, 1e-9])
 def test_good_limits(limit):
-    assert Request(Recipe("r"), limit=limit).limit == limit
+    assert TaskRequest(Recipe("r"), limit=limit).limit == limit

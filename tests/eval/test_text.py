@@ -19,7 +19,7 @@ from mxlab.formats import MXFormat
 from mxlab.recipe import Recipe, Rule, load_recipe
 from mxlab.report import read
 from mxlab.sources import models, texts
-from mxlab.sources.model_pool import Pool
+from mxlab.sources.model_pool import ModelPool
 
 SETTINGS = {"text": "passages", "window": 64, "windows": 4, "dtype": "float32", "device": "cpu", "batch_size": 3}
 
@@ -62,7 +62,7 @@ def test_two_windows_of_the_embedded_model(tmp_path):
 
 def test_quantizing_costs(tmp_path):
     request = TextRequest(load_recipe("ex1"), text="passages", window=96, windows=1, device="cpu", compare=True)
-    pool = Pool()
+    pool = ModelPool()
     ex1, baseline = (
         replace(request, recipe=load_recipe(name)).evaluate(tmp_path, pool.load).results["passages"]
         for name in ("ex1", "baseline")

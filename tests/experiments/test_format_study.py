@@ -7,6 +7,7 @@ import pytest
 
 import mxlab
 from mxlab.errors import FormatError, RunError, SpecError
+from mxlab.eval import scorer
 from mxlab.experiments import format_study
 from mxlab.experiments.format_study import FormatStudy, StudyRow
 from mxlab.report import format_study as comparison_tables
@@ -85,7 +86,7 @@ def test_what_cannot_be_compared(change, message):
 def test_the_shipped_comparisons_load():
     assert len(list(format_study.load_study("formats").points())) == 4 * (5 * 6 + 2 * 7 + 2)
     assert format_study.load_study("whole_text").windows is None
-    with pytest.raises(SpecError, match=r"no comparison 'format'.*did you mean 'formats'"):
+    with pytest.raises(SpecError, match=r"no study 'format'.*did you mean 'formats'"):
         format_study.load_study("format")
 
 
@@ -141,8 +142,8 @@ def test_finished_rows_are_kept_and_the_rest_is_made(study, tmp_path, monkeypatc
     (out / "rows.jsonl").write_text("".join(lines[:3]), encoding="utf-8")
     made = []
     monkeypatch.setattr(
-        format_study._Scorer,
-        "row",
+        format_study._Rows,
+        "make",
         lambda self, fmt, role: made.append(role) or StudyRow(str(fmt), role, perplexity=1.0),
     )
     assert len(run(study, out)) == len(first)
@@ -156,13 +157,13 @@ def test_a_failing_row_does_not_end_the_others_and_is_tried_again(study, tmp_pat
             raise RuntimeError("no luck")
         return real(model, recipe)
 
-    real = format_study.apply
-    monkeypatch.setattr(format_study, "apply", failing)
+    real = scorer.apply
+    monkeypatch.setattr(scorer, "apply", failing)
     rows = run(study, tmp_path / "out")
     assert {row.error for row in rows if row.role == "weights"} == {"RuntimeError: no luck"}
     assert not any(row.error for row in rows if row.role == "all")
     comparison_tables.write(rows, tmp_path / "out")
-    monkeypatch.setattr(format_study, "apply", real)
+    monkeypatch.setattr(scorer, "apply", real)
     assert not any(row.error for row in run(study, tmp_path / "out"))
 
 

@@ -25,7 +25,7 @@ from torch import nn
 from mxlab import rundir
 from mxlab.errors import ConversionError, MxlabError, RunError, SourceError
 from mxlab.eval.request import LoadModel, Outcome
-from mxlab.eval.tasks import Request
+from mxlab.eval.tasks import TaskRequest
 from mxlab.experiments import provenance, runs
 from mxlab.model.apply import Conversion
 from mxlab.recipe import Recipe, load_recipe
@@ -34,23 +34,23 @@ FILES = ["command.txt", "env.json", "env.txt", "inventory.json", "output.log", "
 
 
 @pytest.fixture
-def request_(tiny_llama: Path) -> Request:
+def request_(tiny_llama: Path) -> TaskRequest:
     """A request that takes a second."""
-    return Request(load_recipe("ex2"), str(tiny_llama), limit=2, dtype="float32", batch_size=2, device="cpu")
+    return TaskRequest(load_recipe("ex2"), str(tiny_llama), limit=2, dtype="float32", batch_size=2, device="cpu")
 
 
 @pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> list[Request]:
+def quick(monkeypatch: pytest.MonkeyPatch) -> list[TaskRequest]:
     """Evaluations that cost nothing; the list holds their requests."""
     seen = []
 
-    def evaluate(request: Request, folder: Path, load: LoadModel) -> Outcome:
+    def evaluate(request: TaskRequest, folder: Path, load: LoadModel) -> Outcome:
         seen.append(request)
         file = folder / "metrics_1.json"
         file.write_text('{"results": {}}', encoding="utf-8")
         return Outcome(file, {}, Conversion(nn.Linear(1, 1), request.recipe, ()), 0.0, {})
 
-    monkeypatch.setattr(Request, "evaluate", evaluate)
+    monkeypatch.setattr(TaskRequest, "evaluate", evaluate)
     return seen
 
 
@@ -146,7 +146,7 @@ def test_log_and_terminal_see_the_same(request_, tmp_path, monkeypatch, capsys):
         raise ConversionError("no")
 
     seen = []
-    monkeypatch.setattr(Request, "evaluate", evaluate)
+    monkeypatch.setattr(TaskRequest, "evaluate", evaluate)
     monkeypatch.setattr(rundir.shutil, "rmtree", lambda folder, **_: seen.append((folder / "output.log").read_text()))
     levels = [logging.getLogger(name).level for name in ("mxlab", "lm_eval")]
     with pytest.raises(ConversionError):
@@ -167,7 +167,7 @@ def test_an_exception_leaves_nothing(error, request_, tmp_path, monkeypatch):
         (folder / "metrics_1.json").write_text("{}", encoding="utf-8")
         raise error
 
-    monkeypatch.setattr(Request, "evaluate", evaluate)
+    monkeypatch.setattr(TaskRequest, "evaluate", evaluate)
     with pytest.raises(error if isinstance(error, type) else type(error)):
         runs.run(request_, tmp_path)
     assert names(tmp_path) == []
@@ -267,7 +267,7 @@ def small_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, BaseExceptio
         tried: list[int] = []
         left: list[weakref.ref[nn.Module]] = []
 
-        def evaluate(request: Request, folder: Path, load: LoadModel) -> Outcome:
+        def evaluate(request: TaskRequest, folder: Path, load: LoadModel) -> Outcome:
             assert all(model() is None for model in left)  # what the failed attempt held is free again
             tried.append(request.batch_size)
             model = nn.Linear(1, 1)
@@ -278,7 +278,7 @@ def small_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, BaseExceptio
             file.write_text('{"results": {}}', encoding="utf-8")
             return Outcome(file, {}, Conversion(model, request.recipe, ()), 0.0, {})
 
-        monkeypatch.setattr(Request, "evaluate", evaluate)
+        monkeypatch.setattr(TaskRequest, "evaluate", evaluate)
         return tried
 
     return set_up

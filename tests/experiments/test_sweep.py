@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 from torch import nn
 
+from mxlab import rundir
 from mxlab.errors import RunError, SourceError, SpecError
 from mxlab.eval.request import LoadModel, Outcome
-from mxlab.eval.tasks import Request
+from mxlab.eval.tasks import TaskRequest
 from mxlab.eval.text import TextRequest
 from mxlab.experiments import provenance, runs, sweep
 from mxlab.experiments.demo import SWEEPS
@@ -24,11 +25,11 @@ GRID = {(b, s, c) for b in (16, 32, 64) for s in (8, 6) for c in (True, False)}
 
 
 @pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> list[Request]:
+def quick(monkeypatch: pytest.MonkeyPatch) -> list[TaskRequest]:
     """Evaluations that cost nothing; the list holds their requests. The model ``bad`` fails."""
     seen = []
 
-    def evaluate(request: Request, folder: Path, load: LoadModel) -> Outcome:
+    def evaluate(request: TaskRequest, folder: Path, load: LoadModel) -> Outcome:
         seen.append(request)
         if request.model == "bad":
             raise ZeroDivisionError("a bug")
@@ -38,7 +39,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> list[Request]:
         file.write_text('{"results": {}}', encoding="utf-8")
         return Outcome(file, {}, Conversion(nn.Linear(1, 1), request.recipe, ()), 0.0, {})
 
-    monkeypatch.setattr(Request, "evaluate", evaluate)
+    monkeypatch.setattr(TaskRequest, "evaluate", evaluate)
     return seen
 
 
@@ -53,7 +54,7 @@ def grid(**keys: list[Any]) -> Sweep:
 
 
 def failures(folder: Path) -> list[dict]:
-    lines = (folder / "stage" / runs.FAILURES).read_text(encoding="utf-8").splitlines()
+    lines = (folder / "stage" / rundir.FAILURES).read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
 
 
@@ -285,7 +286,7 @@ def test_ctrl_c_ends_the_sweep_and_the_next_one_goes_on(tmp_path, quick):
     with pytest.raises(KeyboardInterrupt):
         run_sweep(grid(model=["a", "stop", "b"]), tmp_path)
     assert [r.model for r in quick] == ["a", "stop"]
-    assert not (tmp_path / "stage" / runs.FAILURES).exists()
+    assert not (tmp_path / "stage" / rundir.FAILURES).exists()
     assert run_sweep(grid(model=["a", "c", "b"]), tmp_path) == Summary(finished=2, skipped=1)
 
 
@@ -353,7 +354,7 @@ def test_models_and_recipes(tiny_llama, tmp_path):
     """
     sweeping = sweep.load_sweep(written(tmp_path, text))
     assert run_sweep(sweeping, tmp_path) == Summary(finished=5, failed=1)
-    [failure] = [json.loads(line) for line in (tmp_path / "grid" / runs.FAILURES).read_text("utf-8").splitlines()]
+    [failure] = [json.loads(line) for line in (tmp_path / "grid" / rundir.FAILURES).read_text("utf-8").splitlines()]
     assert failure["label"] == f"model={tiny_llama} recipe={file}"
     assert "matches no module" in failure["error"]
     folders = sorted((tmp_path / "grid").glob("2*"))
@@ -369,7 +370,7 @@ def test_a_missing_source_is_asked_for_once(tmp_path, monkeypatch):
         asked.append(name)
         raise SourceError(f"no {name}")
 
-    monkeypatch.setattr(models, "load", load)
+    monkeypatch.setattr(models, "load_model", load)
     sweeping = Sweep("stage", "ex1", {"text": "passages"}, {"model": ["a", "b"], "block_size": [16, 32, 64]})
     assert run_sweep(sweeping, tmp_path) == Summary(failed=6)
     assert asked == ["a", "b"]
@@ -404,6 +405,6 @@ def test_a_text_takes_the_place_of_tasks():
     assert {type(scored.request(point, None)) for point in scored.points()} == {TextRequest}
     back = with_settings(scored, {"tasks": ["t"]})
     [request, *_] = [back.request(point, None) for point in back.points()]
-    assert (type(request), request.tasks) == (Request, ("t",))
+    assert (type(request), request.tasks) == (TaskRequest, ("t",))
     with pytest.raises(SpecError, match="tasks is given, which is not for a text"):
         with_settings(shipped, {"text": "passages", "tasks": ["t"]}).request({}, None)

@@ -22,6 +22,7 @@ def gpus(monkeypatch):
         monkeypatch.setattr(torch.cuda, "device_count", lambda: len(free))
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[device.index], 2**40))
         monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
 
     return set_up
 
@@ -116,3 +117,43 @@ def test_an_error_of_memory_is_told_from_one_of_the_source(tiny_llama, gpus, mon
     monkeypatch.setattr(devices, "free_memory", lambda device: 1)
     with pytest.raises(RunError, match="more than the GPUs have free"):
         models.load_model(str(tiny_llama))
+
+
+@pytest.mark.parametrize(
+    ("flags", "capability", "expected"),
+    [
+        ("avx2 fma", "AVX2", "float32"),
+        ("avx2 avx512f avx512_bf16", "AVX512", "bfloat16"),
+        ("avx512f amx_bf16", "AVX512", "bfloat16"),
+        ("avx512f avx512_bf16", "AVX2", "float32"),  # torch is kept from using it
+        ("avx512f", "AVX512", "float32"),
+    ],
+)
+def test_dtype_auto_on_a_cpu(flags, capability, expected, monkeypatch):
+    devices._cpu_flags.cache_clear()
+    monkeypatch.setattr(devices.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(devices.Path, "read_text", lambda *_, **__: f"processor : 0\nflags\t: {flags}\n")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    try:
+        assert devices.choose_dtype("auto", torch.device("cpu")) == expected
+        assert devices.choose_dtype("bfloat16", torch.device("cpu")) == "bfloat16"
+    finally:
+        devices._cpu_flags.cache_clear()
+
+
+@pytest.mark.parametrize(("capability", "expected"), [((7, 5), "float16"), ((8, 0), "bfloat16"), ((9, 0), "bfloat16")])
+def test_dtype_auto_on_a_gpu(capability, expected, gpus, monkeypatch):
+    gpus(1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert devices.choose_dtype("auto", torch.device("cuda:0")) == expected
+
+
+def test_a_slow_dtype_is_warned_of_once(monkeypatch, caplog):
+    monkeypatch.setattr(devices, "is_native", lambda dtype, device: dtype == torch.float32)
+    monkeypatch.setattr(devices, "_warned", set())
+    for _ in range(2):
+        devices.warn_of_slow_dtype("bfloat16", torch.device("cpu"))
+        devices.warn_of_slow_dtype("float32", torch.device("cpu"))
+    [record] = caplog.records
+    assert "six to ten times" in record.getMessage()
+    assert "dtype auto" in record.getMessage()

@@ -6,7 +6,7 @@ import torch
 from mxlab.model.apply import apply
 from mxlab.recipe import load_recipe
 from mxlab.sources import devices, models
-from mxlab.sources.model_pool import Pool
+from mxlab.sources.model_pool import ModelPool
 
 
 @pytest.fixture
@@ -14,7 +14,7 @@ def loads(monkeypatch):
     """The models that were really loaded."""
     names = []
     load = models.load_model
-    monkeypatch.setattr(models, "load", lambda *args: (names.append(args), load(*args))[1])
+    monkeypatch.setattr(models, "load_model", lambda *args: (names.append(args), load(*args))[1])
     return names
 
 
@@ -24,7 +24,7 @@ def logits(model):
 
 
 def test_copies_of_one_model(tiny_llama, loads):
-    pool, key = Pool(), (str(tiny_llama), "float32", "cpu")
+    pool, key = ModelPool(), (str(tiny_llama), "float32", "cpu")
     first = pool.load(*key)
     before = logits(first.model)
     apply(first.model, load_recipe("ex2"))
@@ -38,7 +38,7 @@ def test_copies_of_one_model(tiny_llama, loads):
 
 
 def test_another_model_takes_its_place(tiny_llama, loads):
-    pool = Pool()
+    pool = ModelPool()
     keys = [(str(tiny_llama), dtype, "cpu") for dtype in ("float32", "bfloat16", "float32")]
     for key in keys:
         assert str(pool.load(*key).model.dtype) == f"torch.{key[1]}"
@@ -46,7 +46,7 @@ def test_another_model_takes_its_place(tiny_llama, loads):
 
 
 def test_without_room_the_model_itself_is_lent(tiny_llama, loads, monkeypatch):
-    pool, key = Pool(), (str(tiny_llama), "float32", "cpu")
+    pool, key = ModelPool(), (str(tiny_llama), "float32", "cpu")
     monkeypatch.setattr(devices, "free_memory", lambda device: 1000)
     models_lent = [pool.load(*key).model for _ in range(2)]
     assert models_lent[0] is not models_lent[1]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mxlab.errors import SourceError, SpecError
-from mxlab.sources import download_cache, models
+from mxlab.sources import devices, download_cache, models
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def folder(tiny_llama: Path, tmp_path: Path) -> Path:
 # ---- loading
 
 
-@pytest.mark.parametrize("dtype", models.DTYPES)
+@pytest.mark.parametrize("dtype", devices.DTYPES)
 def test_a_folder(dtype, tiny_llama):
     loaded = models.load_model(str(tiny_llama), dtype, "cpu")
     assert {p.dtype for p in loaded.model.parameters()} == {getattr(torch, dtype)}

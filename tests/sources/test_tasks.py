@@ -8,9 +8,8 @@ import datasets
 import pytest
 from lm_eval.evaluator_utils import get_sample_size
 
-from mxlab import shipped
 from mxlab.errors import SourceError
-from mxlab.sources import download_cache
+from mxlab.sources import download_cache, texts
 from mxlab.sources import tasks as data
 from mxlab.sources.tasks import PASSAGES, wikitext_pages
 
@@ -157,7 +156,7 @@ def test_lambada_and_its_quarter(shared):
 
 
 def test_the_embedded_passages():
-    lines = (shipped.TASKS / "passages.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (texts.PASSAGES_FILE).read_text(encoding="utf-8").splitlines()
     assert [doc["text"] for doc in docs(PASSAGES)] == [json.loads(line)["text"] for line in lines]
     assert sorted(task(PASSAGES).aggregation()) == ["acc", "perplexity"]
 

@@ -8,7 +8,6 @@ import datasets
 import pytest
 from transformers import AutoTokenizer
 
-from mxlab import shipped
 from mxlab.errors import MetricError, SourceError
 from mxlab.sources import texts
 
@@ -57,7 +56,7 @@ def test_a_path(tmp_path, monkeypatch):
 
 def test_the_passages():
     text = texts.load_text("passages")
-    rows = [json.loads(line)["text"] for line in (shipped.TASKS / "passages.jsonl").read_text("utf-8").splitlines()]
+    rows = [json.loads(line)["text"] for line in (texts.PASSAGES_FILE).read_text("utf-8").splitlines()]
     assert text.text.split("\n\n") == rows
     assert texts.digest("passages") == text.sha256
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from mxlab.errors import MxlabError, SourceError
-from mxlab.eval.request import Evaluation
+from mxlab.eval.request import EvaluationRequest
 from mxlab.experiments import runs
 from mxlab.sources import devices
-from mxlab.sources.model_pool import Pool
+from mxlab.sources.model_pool import ModelPool
 
 logger = logging.getLogger("mxlab")
 
@@ -23,7 +23,7 @@ class Point:
 
     name: str
     values: Mapping[str, Any]
-    request: Evaluation
+    request: EvaluationRequest
     stage_folder: Path
 
 
@@ -46,7 +46,7 @@ class Engine:
     """Runs points one by one, with one pool of models; a model or data that could not be had is not asked for again."""
 
     def __init__(self) -> None:
-        self._pool = Pool()
+        self._pool = ModelPool()
         self._missing: dict[tuple[Hashable, ...], SourceError] = {}
 
     def run(self, point: Point) -> Summary:

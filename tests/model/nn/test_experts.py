@@ -346,7 +346,9 @@ def test_experts_that_mxlab_does_not_know():
 
     model = nn.ModuleList([OtherExperts(), nn.Linear(8, 8)])
     mlp = mxlab.Rule(part="mlp", weight=GATE_UP["weight"])
-    with pytest.raises(ConversionError, match=r"0 is a OtherExperts \(mxlab does not know its products.*name = '0' and skip = true"):
+    with pytest.raises(
+        ConversionError, match=r"0 is a OtherExperts \(mxlab does not know its products.*name = '0' and skip = true"
+    ):
         mxlab.apply(model, mxlab.Recipe("test", (mlp,)))
     conversion = mxlab.apply(model, mxlab.Recipe("test", (mxlab.Rule(name="0", skip=True), mlp)))
     assert [site.name for site in conversion.linears] == ["1"]
