@@ -140,7 +140,11 @@ class Spelling:
                 raise FormatError(
                     f"cannot read '{self.name}@{self.block_size}' in the format {self.text!r}: {kind} has no block size"
                 )
-            values["block_size"] = _value("block_size", self.block_size, parameters["block_size"])
+            if not re.fullmatch(r"[+-]?[0-9]+", self.block_size):
+                raise FormatError(
+                    f"block_size is {self.block_size!r}: it must be a whole number of elements, or 0 for the whole axis"
+                )
+            values["block_size"] = int(self.block_size)
         if missing := [name for name in known if parameters[name] is MISSING and name not in values]:
             raise FormatError(
                 f"the format {self.text!r} does not say its {' and '.join(missing)}: add {missing[0]}=<number>"

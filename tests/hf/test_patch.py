@@ -349,7 +349,7 @@ def test_a_transformers_that_pip_did_not_install(site, tmp_path):
 
 
 def test_transformers_is_not_imported(site):
-    code = "import sys; from mxlab import patching; patch.status(); print({'torch', 'transformers'} & set(sys.modules))"
+    code = "import sys; from mxlab.hf import patch; patch.status(); print({'torch', 'transformers'} & set(sys.modules))"
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, env=llama.environment(site), capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"

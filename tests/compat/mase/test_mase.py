@@ -21,6 +21,7 @@ from mxlab.recipe import Recipe
 from mxlab.recipe.rule import Rule
 
 from support.architectures import build
+from support.paths import ROOT
 
 FILES = Path(__file__).parent / "files"
 LAYERS = r"model\.layers\.\d+\."
@@ -210,7 +211,7 @@ def test_a_linear_layer_against_the_formula():
 
 
 def test_the_example_of_the_docs():
-    page = (FILES.parent.parent / "docs" / "mase.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "mase.md").read_text(encoding="utf-8")
     theirs, ours = re.findall(r"```toml\n(.*?)```", page, flags=re.DOTALL)
     config = mase.load(theirs)
     assert config.recipe == Recipe.from_toml(ours)
@@ -245,7 +246,8 @@ def test_other_files_are_not_taken_for_one(text, tmp_path):
 
 def test_loading_needs_no_torch_and_our_own_recipes_no_reader():
     code = (
-        "import sys; from mxlab import recipe; load_any_recipe('ex2'); assert 'mxlab.compat' not in sys.modules;"
+        "import sys; from mxlab.compat.recipes import load_any_recipe; load_any_recipe('ex2');"
+        "assert 'mxlab.compat.mase' not in sys.modules;"
         f"load_any_recipe({str(FILES / 'config_a_rtn.toml')!r}); assert 'mxlab.compat.mase.recipe' in sys.modules;"
         "assert 'torch' not in sys.modules"
     )

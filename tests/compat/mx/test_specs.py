@@ -231,7 +231,5 @@ def test_assert_mode(monkeypatch):
     mx_assert_test(None)
     monkeypatch.setenv("MX_ASSERT", "True")
     mx_assert_test(MxSpecs())
-    with pytest.raises(
-        SpecError, match=r"mx_specs is None in quantize_mx_op, called from .*test_compat_mx_specs\.py, l"
-    ):
+    with pytest.raises(SpecError, match=r"mx_specs is None in quantize_mx_op, called from .*test_specs\.py, l"):
         quantize_mx_op(None, None)
