@@ -6,6 +6,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from mxlab import _moved
+
 if TYPE_CHECKING:
     from mxlab.formats import ElementFormat, MXFormat
     from mxlab.model.apply import apply
@@ -52,3 +54,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *__all__])
+
+
+_moved.install()

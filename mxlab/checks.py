@@ -29,7 +29,7 @@ def check_choice(name: str, value: object, allowed: Sequence[object]) -> None:
 
 
 def check_keys(values: Mapping[str, object], known: Sequence[str], source: str) -> None:
-    """Raise SpecError at the first key of ``values`` that is not ``known``; ``source`` names the table they stand in."""
+    """Raise SpecError at the first key of ``values`` that is not ``known``; ``source`` names their table."""
     for key in values:
         if key not in known:
             raise SpecError(f"{source}: unknown key {key!r}{suggestion(key, known)}; known are {', '.join(known)}")

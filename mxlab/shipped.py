@@ -1,6 +1,6 @@
-"""Files that come with mxlab: recipes, sweeps, studies, the patched Llama. A TOML file is found by its name or its path.
+"""Find the files that come with mxlab (recipes, sweeps, studies, the patched Llama), and TOML files by name or path.
 
-In a checkout they lie where a reader looks for them, at the top level; a wheel carries them inside the package.
+In a checkout they are where a reader looks for them, at the top level; a wheel carries them inside the package.
 """
 
 import tomllib

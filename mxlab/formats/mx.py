@@ -27,10 +27,11 @@ class MXFormat(NumberFormat):
     Attributes:
         element: element format name (see :func:`element`); stored in its canonical spelling.
         block_size: elements that share a scale, along the quantized axis; 0 means the whole axis.
-        scale: format of the shared scale (:data:`mxlab.formats.scales.SCALES`): ``e8m0``, a bare exponent; ``e5m3``; ``e4m3``,
-            with one float32 scale for the tensor (NVFP4).
+        scale: format of the shared scale (:data:`mxlab.formats.scales.SCALES`): ``e8m0``, a bare exponent; ``e5m3``;
+            ``e4m3``, with one float32 scale for the tensor (NVFP4).
         scale_bits: width of the shared exponent, 1..8; 0 means 8, as in microxcaling.
-        scale_rule: how the scale is chosen (:mod:`mxlab.formats.scales`); with a floating-point scale ``floor`` means ``max``.
+        scale_rule: how the scale is chosen (:mod:`mxlab.formats.scales`); with a floating-point scale ``floor`` means
+            ``max``.
         rounding: ``nearest`` (ties away from zero), ``even`` (ties to even), ``floor`` (toward zero) or ``dither``
             (stochastic); with the rule ``mase_int``, ``nearest`` means ``even``.
         flush_fp32_subnorms: blocks whose largest magnitude is below 2^-126 become zero.

@@ -35,7 +35,7 @@ _PARSED: dict[str, NumberFormat] = {}  # no lru_cache: torch.compile warns of th
 
 
 def parse_format(text: NumberFormat | str) -> NumberFormat:
-    """Return the format that ``text`` spells: ``fp4_e2m1@32`` or ``integer,width=8,frac=4``; a format is returned as is.
+    """Return the format that ``text`` spells (``fp4_e2m1@32``, ``integer,width=8,frac=4``), or is.
 
     Raises:
         FormatError: no such format; the message lists both kinds, or names the parameter that could not be read.

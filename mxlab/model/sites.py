@@ -93,7 +93,7 @@ def layer_count(model: nn.Module) -> int:
 
 
 def multiplied_parameters(module: nn.Module) -> tuple[str, ...]:
-    """Return the parameters that the forward of experts or of a router multiplies by, in order; () for other modules."""
+    """Return the parameters that the forward of experts or of a router multiplies by, in order; else ()."""
     own = {name: p.ndim for name, p in module.named_parameters(recurse=False)}
     if _ROUTER.search(type(module).__name__):
         return ("weight",) if own.get("weight") == 2 else ()

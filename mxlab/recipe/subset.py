@@ -1,7 +1,7 @@
-"""Parts of a recipe: some of its roles, or some of its modules. Nothing here needs torch.
+"""Cut parts from a recipe: some of its roles, or some of its modules. Nothing here needs torch.
 
-They are cut from a recipe whose rules name one module each, as :func:`mxlab.model.plan.spelled_out` makes it: where rules
-choose by pattern, taking one away would let a later one step in.
+The rules of the recipe must name one module each, as :meth:`mxlab.model.plan.Plan.spelled_out` makes them: where rules
+select by pattern, taking one away would let a later one step in.
 """
 
 from __future__ import annotations

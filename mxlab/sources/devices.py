@@ -164,7 +164,7 @@ def shares_of_gpus(source: str, dtype: torch.dtype, place: torch.device) -> dict
 
 
 def connect_parts(model: Any) -> None:
-    """Make each part of a spread model (its ``hf_device_map``) fetch its inputs; the output returns to the first device.
+    """Make each part of a spread model (its ``hf_device_map``) fetch its inputs, and the output go back to the start.
 
     Takes the place of accelerate's hooks, which replace the forward of every module, so that none could be quantized.
     """

@@ -32,14 +32,16 @@ def get(name: str, make: Callable[[Path], None]) -> Path:
             temporary = stack.enter_context(rundir.partial(target.parent))
         except OSError as e:
             raise SourceError(
-                f"cannot write to the cache folder {folder()}: {e.strerror}; set {ENVIRONMENT_VARIABLE} to another folder"
+                f"cannot write to the cache folder {folder()}: {e.strerror}; set {ENVIRONMENT_VARIABLE} to "
+                "another folder"
             ) from None
         try:
             make(temporary)
             _rename(temporary, target)
         except OSError as e:
             raise SourceError(
-                f"cannot fill the cache folder {target}: {e}; make room, or set {ENVIRONMENT_VARIABLE} to another folder"
+                f"cannot fill the cache folder {target}: {e}; make room, or set {ENVIRONMENT_VARIABLE} to "
+                "another folder"
             ) from e
     return target
 
