@@ -31,9 +31,9 @@ figs: setup
 	rm -rf results/smollm2-135m/report
 	.venv/bin/mxlab report results/smollm2-135m --out results/smollm2-135m/report
 	cp results/smollm2-135m/report/figs/*.png figs/
-	$(PYTHON) docs/tiers.py results/wikitext2/tiers results/wikitext2/tiers.csv
-	for page in results inspect recipes; do $(PYTHON) docs/fill.py docs/$$page.md || exit 1; done
-	$(PYTHON) docs/formats.py
+	$(PYTHON) tools/docs/tiers_table.py results/wikitext2/tiers results/wikitext2/tiers.csv
+	for page in results inspect recipes; do $(PYTHON) tools/docs/fill_tables.py docs/$$page.md || exit 1; done
+	$(PYTHON) tools/docs/formats_page.py
 
 # DATA is a folder with lambada_openai.jsonl; without one, the embedded passages are read.
 DATA ?= $(wildcard ../shared/data)

@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 
 from mxlab.bench.results import Document, make_folder
 from mxlab.errors import SourceError
-from mxlab.report.figures import DPI, STYLE
+from mxlab.report.style import DPI, STYLE
 
 # By twin: what the legend says, the colour and the marker. What is not named here is not drawn.
 _LOOKS = {

@@ -210,13 +210,13 @@ def compare(
     _refuse_environment("mxlab compare")
     _hide_inner_bars()
     from mxlab.experiments import format_study
-    from mxlab.report import format_study as comparison_tables
+    from mxlab.report.format_study import write_study
 
     _start_logging()
     command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     with _progress() as progress:
         rows = format_study.run(format_study.load_study(file), out, command, data_dir, device, progress.track)
-    comparison_tables.write(rows, out)
+    write_study(out)
     table = Table("format", "role", "bits", "perplexity", "KL", "top-1", box=None)
     for row in rows:
         measured = (row.bits_per_parameter, row.perplexity, row.kl_divergence, row.top1_agreement)

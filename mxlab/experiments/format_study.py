@@ -22,21 +22,20 @@ from mxlab.experiments import provenance
 from mxlab.formats import SCALE_RULES, MXFormat
 from mxlab.recipe import Recipe
 from mxlab.recipe.rule import Rule
+from mxlab.report.study_rows import ROLES, ROWS, STUDY, UNQUANTIZED, StudyRow, read_rows
 from mxlab.sources import models, texts
 from mxlab.sources.devices import AUTO, choose_device, choose_dtype
 from mxlab.sources.model_pool import ModelPool
 
 logger = logging.getLogger("mxlab")
 
-UNQUANTIZED = "unquantized"
 # Which roles of linear layers and of attentions take the format.
-ROLES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+_ROLES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "weights": (("weight",), ()),
     "activations": (("activation",), ()),
     "kv": ((), ("k", "v")),
     "all": (("weight", "activation"), ("k", "v")),
 }
-_ROWS, _STUDY = "rows.jsonl", "study.json"
 _COLUMNS = ("perplexity", "cross_entropy", "kl_divergence", "top1_agreement")  # of a row, besides what names it
 
 
@@ -58,7 +57,7 @@ class FormatStudy:
 
     formats: tuple[str, ...]
     scale_rules: tuple[str, ...] = ("floor",)
-    roles: tuple[str, ...] = tuple(ROLES)
+    roles: tuple[str, ...] = ROLES
     text: str = "wikitext2"
     windows: int | None = None
     window: int = 512
@@ -71,7 +70,7 @@ class FormatStudy:
         for rule in self.scale_rules:
             check_choice("scale_rules", rule, SCALE_RULES)
         for role in self.roles:
-            check_choice("roles", role, tuple(ROLES))
+            check_choice("roles", role, ROLES)
         check_int("window", self.window, 2, None, "a whole number of tokens, 2 or more")
         if not list(self.points()):
             raise SpecError("there is nothing to compare: name formats, scale_rules they can have, and roles")
@@ -82,23 +81,6 @@ class FormatStudy:
             for fmt in _with_rules(MXFormat.parse(text), self.scale_rules):
                 for role in self.roles:
                     yield fmt, role
-
-
-@dataclass(frozen=True)
-class StudyRow:
-    """One format in one role. Cross-entropy and KL divergence are nats per token; ``error`` says what failed."""
-
-    format: str
-    role: str
-    recipe: str = ""
-    bits_per_parameter: float | None = None
-    perplexity: float | None = None
-    cross_entropy: float | None = None
-    kl_divergence: float | None = None
-    top1_agreement: float | None = None
-    tokens: int = 0
-    seconds: float = 0.0
-    error: str = ""
 
 
 def load_study(path: str | Path) -> FormatStudy:
@@ -118,7 +100,7 @@ def load_study(path: str | Path) -> FormatStudy:
 
 def recipe_of(fmt: MXFormat, role: str) -> Recipe:
     """``fmt`` in that role of every decoder layer, MLP and attention; all else in high precision."""
-    linear, attention = ROLES[role]
+    linear, attention = _ROLES[role]
     rules = [Rule(part=part, **dict.fromkeys(linear, fmt)) for part in ("mlp", "attention") if linear]  # pyright: ignore
     if attention:
         rules.append(Rule(part="attention", **dict.fromkeys(attention, fmt)))  # pyright: ignore
@@ -143,28 +125,15 @@ def run(
     data = {"text_sha256": text.sha256, "model_id": models.identity(study.model)}
     _open(out, {**asdict(study), **data}, command)
     rows = _Rows(study, text, device)
-    done = read(out)
+    done = read_rows(out)
     known = {(row.format, row.role) for row in done if not row.error}
     points: list[tuple[MXFormat | None, str]] = [(None, ""), *study.points()]
     for fmt, role in track([point for point in points if (str(point[0] or UNQUANTIZED), point[1]) not in known]):
         row = rows.make(fmt, role)
         logger.info("%s %s: %s", row.format, row.role, row.error or f"perplexity {row.perplexity:.4g}")
-        with (out / _ROWS).open("a", encoding="utf-8") as file:
+        with (out / ROWS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(row)) + "\n")
-    return read(out)
-
-
-def read(folder: Path) -> list[StudyRow]:
-    """The rows of a comparison, the last one made of each point. Raises RunError where one cannot be read."""
-    file = folder / _ROWS
-    rows: dict[tuple[str, str], StudyRow] = {}
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines() if file.exists() else [], 1):
-        try:
-            row = StudyRow(**json.loads(line))
-        except (ValueError, TypeError) as e:
-            raise RunError(f"{file}, line {number} is not a row of a comparison: {e}; remove the line") from None
-        rows[row.format, row.role] = row
-    return list(rows.values())
+    return read_rows(out)
 
 
 class _Rows:
@@ -217,11 +186,11 @@ def _with_rules(fmt: MXFormat, rules: Iterable[str]) -> Iterator[MXFormat]:
 def _open(out: Path, study: Mapping[str, Any], command: str) -> None:
     """Make the folder of a comparison, or see that it holds this one."""
     text = json.dumps(study, indent=1) + "\n"
-    file = out / _STUDY
+    file = out / STUDY
     try:
         out.mkdir(parents=True, exist_ok=True)
         if file.exists() and file.read_text(encoding="utf-8") != text:
-            raise RunError(f"{out} holds another comparison ({_STUDY} differs): give another --out folder")
+            raise RunError(f"{out} holds another comparison ({STUDY} differs): give another --out folder")
         file.write_text(text, encoding="utf-8")
         with (out / "env.jsonl").open("a", encoding="utf-8") as log:  # a line for each time it was started
             log.write(json.dumps({"command": command, **provenance.describe()}) + "\n")

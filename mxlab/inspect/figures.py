@@ -18,7 +18,7 @@ from mxlab.inspect.parts import OUTSIDE
 from mxlab.inspect.sensitivity import Estimate
 from mxlab.recipe.rule import ATTENTION_ROLES
 from mxlab.report.document import Image
-from mxlab.report.figures import DPI, SHAPES, STYLE
+from mxlab.report.style import DPI, SHAPES, STYLE
 
 _WIDTH = 7.6  # inches
 _ROW = 0.22  # of a heat map, inches

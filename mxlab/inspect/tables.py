@@ -8,8 +8,7 @@ from mxlab.inspect.inspection import Inspection
 from mxlab.inspect.operands import Operand
 from mxlab.inspect.sensitivity import Cost, Estimate, Part
 from mxlab.inspect.statistics import Statistics
-from mxlab.report.document import Cell, Column, Table
-from mxlab.report.run import Measured
+from mxlab.report.document import Cell, Column, Measured, Table
 
 _COSTS = (
     Column("ce_alone", measured=True),

@@ -41,7 +41,7 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class BaselineComparison:
     """A baseline, and in what a result differs from it."""
 
     baseline: Result
@@ -85,10 +85,10 @@ def _unrecorded(result: Result) -> int:
     return sum(read(result) is None for read in EVALUATION.values())
 
 
-def compare(result: Result, baselines: Sequence[Result]) -> Comparison | None:
+def compare_with_nearest(result: Result, baselines: Sequence[Result]) -> BaselineComparison | None:
     """Compare a result with the baseline nearest to it; None where there is none."""
     comparisons = [
-        Comparison(baseline, _differences(result, baseline, EVALUATION | MEASUREMENT)) for baseline in baselines
+        BaselineComparison(baseline, _differences(result, baseline, EVALUATION | MEASUREMENT)) for baseline in baselines
     ]
     return min(comparisons, key=lambda comparison: len(comparison.differences), default=None)
 

@@ -4,11 +4,24 @@ Text and cells may hold `code` between backticks; nothing else in them is markup
 """
 
 import csv
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from mxlab.report.run import Measured
+
+@dataclass(frozen=True)
+class Measured:
+    """A metric and its standard error; None where lm-eval gives no error ("N/A")."""
+
+    value: float
+    stderr: float | None
+
+    @property
+    def is_nan(self) -> bool:
+        """Whether the metric is not a number: there is a result, but nothing to rank or draw."""
+        return math.isnan(self.value)
+
 
 Cell = str | int | float | bool | Measured | None
 

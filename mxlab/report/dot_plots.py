@@ -7,12 +7,13 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from mxlab.report.comparability import by_evaluation, compare
+from mxlab.report.comparability import by_evaluation, compare_with_nearest
 from mxlab.report.document import Image
-from mxlab.report.figures import ACCURACY, DPI, PERPLEXITY, STYLE, Quantity, panels
+from mxlab.report.figures import ACCURACY, PERPLEXITY, Quantity, panels
 from mxlab.report.options import option_text, options_rank
 from mxlab.report.read import Tree
 from mxlab.report.run import BASELINE, Result
+from mxlab.report.style import DPI, STYLE
 from mxlab.report.tables import stage_title
 
 
@@ -71,7 +72,7 @@ def _draw(axes: Axes, quantity: Quantity, results: Sequence[Result], baselines: 
         elinewidth=0.9,
     )
     axes.set_xlabel(quantity.axis)
-    comparison = compare(results[0], baselines)
+    comparison = compare_with_nearest(results[0], baselines)
     measured = quantity.point(comparison.baseline) if comparison and comparison.accuracy else None
     if measured:
         axes.axvline(measured.value, label=BASELINE, color="black", dashes=(6, 3), linewidth=1.1, zorder=1)

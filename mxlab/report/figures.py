@@ -10,34 +10,20 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from mxlab.report.comparability import by_evaluation, compare
-from mxlab.report.document import Image
+from mxlab.report.comparability import by_evaluation, compare_with_nearest
+from mxlab.report.document import Image, Measured
 from mxlab.report.options import Option, option_rank, option_text
 from mxlab.report.read import Tree
-from mxlab.report.run import BASELINE, Measured, Result
+from mxlab.report.run import BASELINE, Result
+from mxlab.report.style import DPI, SHAPES, STYLE
 from mxlab.report.tables import stage_title
 
 EXERCISES = ("ex1", "ex2")
-DPI = 200
 DODGE = 0.07  # of the distance of two block sizes: identical series lie side by side instead of on each other
 MAX_DODGE = 0.7  # what all the series of a block size may take together
 
 # scale_bits chooses the stroke and the fill, the other options the colour and the marker: grey prints keep them apart.
 STROKES = (("-", True), ("--", False), (":", True), ("-.", False))
-SHAPES = (("#0b3c6f", "o"), ("#d1660a", "s"), ("#2e7d4f", "^"), ("#8e3b8a", "D"), ("#555555", "v"))
-
-STYLE: dict[Any, Any] = {
-    "font.family": "DejaVu Sans",
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#dddddd",
-    "grid.linewidth": 0.6,
-    "lines.linewidth": 1.4,
-    "legend.fontsize": 9,
-}
 
 Series = tuple[tuple[str, Option], ...]
 
@@ -137,7 +123,7 @@ def _panel(quantity: Quantity, groups: Sequence[Sequence[Result]], tree: Tree) -
 
 def _baseline(quantity: Quantity, result: Result, baselines: Sequence[Result]) -> tuple[Measured | None, str]:
     """The baseline's value, or why it is not drawn."""
-    comparison = compare(result, baselines)
+    comparison = compare_with_nearest(result, baselines)
     if comparison is None:
         return None, ""
     if not (comparison.speed if quantity is SPEED else comparison.accuracy):

@@ -1,4 +1,4 @@
-"""A comparison of formats as CSV tables, one line for each format under each rule, and as a figure."""
+"""Show a study of formats as CSV tables, one line for each format under each rule, and as a figure."""
 
 from __future__ import annotations
 
@@ -11,17 +11,21 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from mxlab.experiments.format_study import ROLES, UNQUANTIZED, StudyRow
 from mxlab.formats import MXFormat
-from mxlab.report.figures import DPI, STYLE
+from mxlab.report.study_rows import ROLES, UNQUANTIZED, StudyRow, read_rows
+from mxlab.report.style import DPI, STYLE
 
 _LEAST = 0.1  # percent: what is better, or nearer to the unquantized model, is drawn there
 _MEASURES = ("perplexity", "kl_divergence", "top1_agreement")
 
 
-def write(rows: Sequence[StudyRow], folder: Path) -> None:
-    """``perplexity.csv`` and its like, and ``perplexity.png``, from the rows without an error."""
-    good = [row for row in rows if not row.error]
+def write_study(folder: Path) -> None:
+    """Write ``perplexity.csv`` and its like, and ``perplexity.png``, from the rows of a study that have no error.
+
+    Raises:
+        RunError: a row that cannot be read.
+    """
+    good = [row for row in read_rows(folder) if not row.error]
     for measure in _MEASURES:
         if any(getattr(row, measure) is not None for row in good):
             _write_table(good, measure, folder / f"{measure}.csv")

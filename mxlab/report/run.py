@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from mxlab import rundir
 from mxlab.errors import ReportError
+from mxlab.report.document import Measured
 from mxlab.report.options import Option, Options, in_order, options_of_name
 
 T = TypeVar("T")
@@ -26,19 +27,6 @@ ENVIRONMENT_LINES = re.compile(
     r"|Nvidia driver version|CPU\(s\)|Model name):.*\S",
     re.MULTILINE,
 )
-
-
-@dataclass(frozen=True)
-class Measured:
-    """A metric and its standard error; None where lm-eval gives no error ("N/A")."""
-
-    value: float
-    stderr: float | None
-
-    @property
-    def is_nan(self) -> bool:
-        """Whether the metric is not a number: there is a result, but nothing to rank or draw."""
-        return math.isnan(self.value)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,13 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
 from mxlab.report import tables
-from mxlab.report.comparability import Difference, compare, identical_groups, identity_sentence, metrics_text
+from mxlab.report.comparability import (
+    Difference,
+    compare_with_nearest,
+    identical_groups,
+    identity_sentence,
+    metrics_text,
+)
 from mxlab.report.document import Block, Code, Heading, Image, Items, Paragraph
 from mxlab.report.read import Tree
 from mxlab.report.run import Result, Run
@@ -81,7 +87,7 @@ def _comparability(tree: Tree) -> list[Block]:
     groups: defaultdict[tuple[str, tuple[Difference, ...]], list[Result]] = defaultdict(list)
     verdicts: dict[tuple[Difference, ...], str] = {}
     for result in tree.results:
-        comparison = compare(result, tree.baselines)
+        comparison = compare_with_nearest(result, tree.baselines)
         if comparison and not result.run.is_baseline:
             groups[result.run.stage, comparison.differences].append(result)
             verdicts[comparison.differences] = comparison.verdict

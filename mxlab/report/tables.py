@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 
-from mxlab.report.comparability import by_evaluation, compare
+from mxlab.report.comparability import by_evaluation, compare_with_nearest
 from mxlab.report.document import Cell, Column, Table
 from mxlab.report.options import SWEPT, brief, further_options, option_text
 from mxlab.report.read import Tree
@@ -154,7 +154,7 @@ def _notes(result: Result, tree: Tree) -> str:
         several = len({baseline.run.folder for baseline in tree.baselines}) > 1
         notes = [size, f"run `{result.run.run_id}`" if several else ""]
     else:
-        comparison = compare(result, tree.baselines)
+        comparison = compare_with_nearest(result, tree.baselines)
         notes = [size, brief(result.run.options), comparison.verdict if comparison else ""]
     return "; ".join(filter(None, (*notes, *_remarks(result))))
 

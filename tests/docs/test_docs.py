@@ -10,7 +10,7 @@ from support.paths import ROOT
 
 @pytest.fixture(scope="module")
 def fill():
-    spec = importlib.util.spec_from_file_location("fill", ROOT / "docs" / "fill.py")
+    spec = importlib.util.spec_from_file_location("fill", ROOT / "tools" / "docs" / "fill_tables.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

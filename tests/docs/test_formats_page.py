@@ -18,12 +18,12 @@ DRAWN = {path.name for path in (ROOT / "figs" / "formats").glob("*.png")}
 
 @pytest.fixture(scope="module")
 def page():
-    sys.path.insert(0, str(ROOT / "docs"))
+    sys.path.insert(0, str(ROOT / "tools" / "docs"))
     try:
-        yield importlib.import_module("formats")
+        yield importlib.import_module("formats_page")
     finally:
-        sys.path.remove(str(ROOT / "docs"))
-        for name in ("formats", "formats_figures"):
+        sys.path.remove(str(ROOT / "tools" / "docs"))
+        for name in ("formats_page", "formats_figures"):
             sys.modules.pop(name, None)
 
 

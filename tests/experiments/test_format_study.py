@@ -9,8 +9,9 @@ import mxlab
 from mxlab.errors import FormatError, RunError, SpecError
 from mxlab.eval import scorer
 from mxlab.experiments import format_study
-from mxlab.experiments.format_study import FormatStudy, StudyRow
-from mxlab.report import format_study as comparison_tables
+from mxlab.experiments.format_study import FormatStudy
+from mxlab.report.format_study import write_study
+from mxlab.report.study_rows import StudyRow
 
 
 @pytest.fixture
@@ -111,7 +112,7 @@ def test_rows_and_tables(study, tmp_path):
     assert (base.kl_divergence, base.top1_agreement, base.tokens) == (0.0, 1.0, 30)
     assert everything.kl_divergence > weights.kl_divergence > 0
     assert weights.bits_per_parameter == everything.bits_per_parameter < base.bits_per_parameter == 32
-    comparison_tables.write(rows, out)
+    write_study(out)
     lines = list(csv.DictReader((out / "perplexity.csv").read_text(encoding="utf-8").splitlines()))
     assert (lines[0]["format"], lines[0]["all"]) == ("unquantized", f"{base.perplexity:.4g}")
     assert (lines[1]["format"], lines[1]["scale_rule"]) == ("fp4_e2m1@16", "floor")
@@ -162,7 +163,7 @@ def test_a_failing_row_does_not_end_the_others_and_is_tried_again(study, tmp_pat
     rows = run(study, tmp_path / "out")
     assert {row.error for row in rows if row.role == "weights"} == {"RuntimeError: no luck"}
     assert not any(row.error for row in rows if row.role == "all")
-    comparison_tables.write(rows, tmp_path / "out")
+    write_study(tmp_path / "out")
     monkeypatch.setattr(scorer, "apply", real)
     assert not any(row.error for row in run(study, tmp_path / "out"))
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mxlab.formats import FormatFamily
 from mxlab.numerics import quantize
-from mxlab.report.figures import DPI, SHAPES, STYLE
+from mxlab.report.style import DPI, SHAPES, STYLE
 
 BLUE, ORANGE = SHAPES[0][0], SHAPES[1][0]
 DRAWS = 2000  # of stochastic signs

@@ -1,6 +1,6 @@
 """Writes the tables of a Markdown page anew from the CSV files that its comments name: no figure is typed by hand.
 
-python docs/fill.py docs/results.md [--check]
+python tools/docs/fill_tables.py docs/results.md [--check]
 
 A table stands between ``<!-- table FILE: COLUMN ... -->`` and ``<!-- end -->``; FILE is relative to the repository.
 A column with a standard error prints it behind its value. With --check nothing is written, and a page out of date is
@@ -12,7 +12,7 @@ import re
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TABLE = re.compile(r"(<!-- table (?P<file>[^:]+): (?P<columns>[^>]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 

@@ -1,6 +1,6 @@
 """One line for each run of a stage that was scored on a text, as a CSV table: what docs/recipes.md shows.
 
-python docs/tiers.py results/wikitext2/tiers results/wikitext2/tiers.csv
+python tools/docs/tiers_table.py results/wikitext2/tiers results/wikitext2/tiers.csv
 """
 
 import csv

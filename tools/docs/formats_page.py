@@ -1,6 +1,6 @@
 """Writes the tables of docs/formats.md anew and draws figs/formats/: every number is what the code says or computes.
 
-python docs/formats.py [--check]
+python tools/docs/formats_page.py [--check]
 
 A table stands between ``<!-- NAME -->`` and ``<!-- end -->``. With --check nothing is written, and a page out of date
 is an error.
@@ -21,7 +21,7 @@ from mxlab.formats import ELEMENTS, FAMILIES, ElementFormat, FormatFamily, MXFor
 from mxlab.formats.scales import SCALE_RULES, SCALES, ScaleFormat
 from mxlab.numerics import quantize
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "formats.md"
 FIGURES = ROOT / "figs" / "formats"
 SECTION = re.compile(r"(<!-- (?P<name>[a-z ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
