@@ -18,6 +18,9 @@ from mxlab.report.run import Result, Run
 
 Images = Mapping[str, Sequence[Image]]
 
+# The numbers of the tables, in the order of the report; each stage has one of its own below that of the sweeps.
+HEADLINE, SWEEPS, UNKNOWN, CLAMPS, FAILURES = "12345"
+
 
 def report(tree: Tree, images: Images) -> list[Block]:
     """All of a tree's report; ``images`` are its figures by stage."""
@@ -55,17 +58,17 @@ def _headline(tree: Tree) -> list[Block]:
     )
     others = sorted({name for result in tree.results for name in result.other_metrics})
     unseen = [Paragraph(f"Other metrics, not shown: {', '.join(others)}.")] if others else []
-    return [*blocks, tables.headline(tree), *unseen, Paragraph(note)]
+    return [*blocks, tables.headline_table(tree, HEADLINE), *unseen, Paragraph(note)]
 
 
 def _sweeps(tree: Tree, images: Images) -> list[Block]:
     blocks: list[Block] = []
     for number, stage in enumerate(filter(tree.swept, tree.stages), start=1):
-        table = tables.sweep(tree, stage, f"2.{number}")
+        table = tables.sweep_table(tree, stage, f"{SWEEPS}.{number}")
         blocks.append(Heading(2, re.sub(r"^ex(\d+)$", r"Exercise \1", stage)))
-        blocks.append(table or Paragraph("The options of its runs are unknown: see Table 3."))
+        blocks.append(table or Paragraph(f"The options of its runs are unknown: see Table {UNKNOWN}."))
         blocks += images.get(stage, ())
-    unknown = tables.unknown(tree)
+    unknown = tables.unknown_table(tree, UNKNOWN)
     if unknown:
         blocks += [
             Heading(2, "Runs of unknown configuration"),
@@ -134,7 +137,7 @@ def _identity(group: Sequence[Result]) -> str:
 
 def _clamps(tree: Tree) -> list[Block]:
     heading = Heading(3, "Clamped shared scales")
-    table = tables.clamps(tree)
+    table = tables.clamps_table(tree, CLAMPS)
     if table is None:
         return [heading, Paragraph("Not recorded: no `run.json` counts them.")]
     meaning = (
@@ -148,7 +151,7 @@ def _clamps(tree: Tree) -> list[Block]:
 
 def _incomplete(tree: Tree) -> list[Block]:
     heading = Heading(2, "Incomplete runs")
-    table = tables.failures(tree)
+    table = tables.failures_table(tree, FAILURES)
     items = [f"`{incomplete.folder}`: {incomplete.why}." for incomplete in tree.incomplete]
     items += [f"{note}." for note in tree.superseded]
     blocks = [*([Items(tuple(items))] if items else []), *([table] if table else [])]

@@ -25,8 +25,8 @@ def stage_title(stage: str) -> str:
     return stage.capitalize() if re.fullmatch(r"ex\d+|baseline", stage) else stage
 
 
-def headline(tree: Tree) -> Table:
-    """Table 1: the baseline, then the best accuracy and the best speed of each stage.
+def headline_table(tree: Tree, number: str) -> Table:
+    """List the baseline, then the best accuracy and the best speed of each stage.
 
     Results of different evaluation settings (n, task, model, ...) do not compete: a stage has two rows for each.
     """
@@ -36,12 +36,12 @@ def headline(tree: Tree) -> Table:
         for stage in tree.stages
         for label, result in _best_of_stage(tree.of_stage(stage))
     ]
-    title = "Table 1: Headline results (baseline, and the best of each stage)"
-    return Table("table_1_headline", title, (CONFIG, *tasks, *MEASURES, NOTES), tuple(rows))
+    title = f"Table {number}: Headline results (baseline, and the best of each stage)"
+    return Table(f"table_{number}_headline", title, (CONFIG, *tasks, *MEASURES, NOTES), tuple(rows))
 
 
-def sweep(tree: Tree, stage: str, number: str) -> Table | None:
-    """Every run of a stage whose configuration is known, in the order of the options; None where there is none."""
+def sweep_table(tree: Tree, stage: str, number: str) -> Table | None:
+    """List every run of a stage whose configuration is known, in the order of the options; None where there is none."""
     results = [result for result in tree.swept(stage) if result.run.options is not None]
     if not results:
         return None
@@ -66,8 +66,8 @@ def sweep(tree: Tree, stage: str, number: str) -> Table | None:
     return Table(slug, title, (*options, *tasks, *MEASURES, *sizes, RUN_ID, *notes), tuple(rows))
 
 
-def unknown(tree: Tree) -> Table | None:
-    """The runs of which neither run.json nor the folder's name tells the configuration; None where there is none."""
+def unknown_table(tree: Tree, number: str) -> Table | None:
+    """List the runs of which neither run.json nor the folder's name tells the configuration; None where there is none."""
     results = [result for result in tree.results if result.run.options is None and not result.run.is_baseline]
     tasks = _task_column(tree)
     notes = _notes_column(results)
@@ -83,12 +83,12 @@ def unknown(tree: Tree) -> Table | None:
         for result in results
     ]
     columns = (STAGE, *tasks, *MEASURES, N, RUN_ID, *notes)
-    title = "Table 3: Runs of unknown configuration"
-    return Table("table_3_unknown_configuration", title, columns, tuple(rows)) if rows else None
+    title = f"Table {number}: Runs of unknown configuration"
+    return Table(f"table_{number}_unknown_configuration", title, columns, tuple(rows)) if rows else None
 
 
-def clamps(tree: Tree) -> Table | None:
-    """How often the shared scale was clamped, for each run and role; None where no run recorded it."""
+def clamps_table(tree: Tree, number: str) -> Table | None:
+    """Count how often the shared scale was clamped, for each run and role; None where no run recorded it."""
     rows = [
         (run.stage, run.run_id, role, counts["blocks"], counts["clamped"], _percent(counts), counts["overflowed"])
         for run in tree.runs
@@ -96,18 +96,20 @@ def clamps(tree: Tree) -> Table | None:
     ]
     counted = (Column("blocks"), Column("clamped"), Column("clamped %"), Column("overflowed"))
     columns = (STAGE, RUN_ID, Column("role", "left"), *counted)
-    return Table("table_4_scale_clamps", "Table 4: Clamped shared scales", columns, tuple(rows)) if rows else None
+    title = f"Table {number}: Clamped shared scales"
+    return Table(f"table_{number}_scale_clamps", title, columns, tuple(rows)) if rows else None
 
 
-def failures(tree: Tree) -> Table | None:
-    """The runs which a sweep could not finish, from failures.jsonl; None where there is none."""
+def failures_table(tree: Tree, number: str) -> Table | None:
+    """List the runs that a sweep could not finish, from failures.jsonl; None where there is none."""
     rows = tuple((failure.folder, failure.label, failure.error, failure.time) for failure in tree.failures)
     columns = tuple(Column(name, "left") for name in ("folder", "label", "error", "time"))
-    return Table("table_5_failures", "Table 5: Failures of sweeps", columns, rows) if rows else None
+    title = f"Table {number}: Failures of sweeps"
+    return Table(f"table_{number}_failures", title, columns, rows) if rows else None
 
 
 def _best_of_stage(results: Sequence[Result]) -> list[tuple[str, Result]]:
-    """The rows of a stage in Table 1 with their labels."""
+    """The headline rows of a stage with their labels."""
     baselines = [(stage_title(result.run.stage), result) for result in results if result.run.is_baseline]
     groups = by_evaluation(result for result in results if not result.run.is_baseline)
     return [*baselines, *(row for group in sorted(groups, key=_limited) for row in _best(group))]
