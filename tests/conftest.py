@@ -5,6 +5,7 @@ import os
 from support.paths import ROOT
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
+os.environ["COLUMNS"] = "300"  # before rich makes consoles: what is printed is not to be wrapped
 
 from pathlib import Path
 

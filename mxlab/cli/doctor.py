@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
-import os
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+from rich.markup import escape
+from rich.table import Table
+
+from mxlab import environment
+from mxlab.cli.console import console
+from mxlab.cli.options import DataDirOption
 from mxlab.errors import MxlabError
 from mxlab.experiments import provenance
 from mxlab.hf import patch
-from mxlab.recipe.mx_specs import ENVIRONMENT_VARIABLE, MxSpecs
-from mxlab.sources import download_cache
+from mxlab.recipe.mx_specs import MxSpecs
 
 _HUB_TIMEOUT = 5  # seconds
 
 
+def doctor(data_dir: DataDirOption = None) -> None:
+    """Say what is in place: the patch, versions, the backend, hub and data."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for name, well, found in checks(data_dir):
+        table.add_row("[green]ok[/]" if well else "[red]--[/]", name, escape(found))
+    console.print(table)
+
+
 def checks(data_dir: Path | None = None) -> Iterator[tuple[str, bool, str]]:
-    """One line of the report after another: what was looked at, whether it is well, and what was found."""
+    """Yield one line of the report after another: what was looked at, whether it is well, and what was found."""
     yield "mxlab", True, provenance.code_version()
     yield from _versions()
     yield "patch", *_patch()
@@ -30,7 +42,7 @@ def checks(data_dir: Path | None = None) -> Iterator[tuple[str, bool, str]]:
     yield (
         "token",
         True,
-        "HF_TOKEN is set" if os.environ.get("HF_TOKEN") else "HF_TOKEN is not set (gated models need it)",
+        "HF_TOKEN is set" if environment.has_hub_token() else "HF_TOKEN is not set (gated models need it)",
     )
     yield "embedded model", *_embedded_model()
     yield "data", *_data(data_dir)
@@ -55,15 +67,21 @@ def _specs() -> tuple[bool, str]:
         specs = MxSpecs.from_environment()
     except MxlabError as e:
         return False, str(e)
-    return True, "is not set: a patched Llama is stock Llama" if specs is None else os.environ[ENVIRONMENT_VARIABLE]
+    if specs is None:
+        return True, "is not set: a patched Llama is stock Llama"
+    return True, environment.variables()[environment.MX_SPECS]
 
 
 def _device() -> str:
     import torch
 
+    from mxlab.sources.devices import choose_dtype, describe_dtype
+
     if torch.cuda.is_available():
         return ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
-    return f"CPU, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    cpu = torch.device("cpu")
+    capability, threads = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
+    return f"CPU, {capability}, {threads} threads; {describe_dtype(cpu)}: dtype auto is {choose_dtype('auto', cpu)}"
 
 
 def _cpu_kernels() -> tuple[bool, str]:
@@ -106,7 +124,7 @@ def _embedded_model() -> tuple[bool, str]:
         models.gguf_file()
     except MxlabError as e:
         return False, str(e)
-    converted = (download_cache.folder() / "models").is_dir()
+    converted = (environment.cache_folder() / "models").is_dir()
     return True, f"{models.EMBEDDED} is installed" + ("" if converted else "; converted at its first use (15 s)")
 
 

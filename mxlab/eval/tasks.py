@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
@@ -17,12 +16,13 @@ from lm_eval.evaluator import simple_evaluate
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.models import huggingface
 
-from mxlab import rundir
+from mxlab import environment, rundir
 from mxlab.checks import check_int
 from mxlab.errors import RunError, SpecError
 from mxlab.eval.request import EvaluationRequest, LoadModel, Outcome
 from mxlab.model.apply import apply
 from mxlab.model.observe import count_scale_clamps
+from mxlab.progress import Steps
 from mxlab.sources import models
 from mxlab.sources.tasks import PASSAGES, digests, load_tasks
 
@@ -114,15 +114,24 @@ def evaluate_tasks(request: TaskRequest, folder: Path, load: LoadModel = models.
 
 
 class _TimedHFLM(_HFLM):
-    """lm-eval's HFLM, with the seconds spent inside the model's forward pass beside it."""
+    """lm-eval's HFLM, which counts the seconds inside the model's forward pass and reports progress."""
 
     forward_seconds = 0.0
+    _steps: Steps | None = None
 
     def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
-        return super().loglikelihood(requests, disable_tqdm=disable_tqdm or _bars_are_hidden())
+        return self._counted(super().loglikelihood, requests, len(requests), disable_tqdm)
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> Any:
-        return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm or _bars_are_hidden())
+        return self._counted(super().loglikelihood_rolling, requests, None, disable_tqdm)  # windows: not known yet
+
+    def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
+        return self._counted(super().generate_until, requests, len(requests), disable_tqdm)
+
+    def _counted(self, call: Callable[..., Any], requests: Any, total: int | None, disable_tqdm: bool) -> Any:
+        with Steps("rows", total) as steps:
+            self._steps = steps
+            return call(requests, disable_tqdm=disable_tqdm or environment.inner_bars_are_hidden())
 
     def _model_call(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         return self._timed(super()._model_call, *args, **kwargs)
@@ -136,12 +145,9 @@ class _TimedHFLM(_HFLM):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.forward_seconds += time.perf_counter() - start
+        if self._steps is not None:
+            self._steps.advance(len(result))
         return result
-
-
-def _bars_are_hidden() -> bool:
-    """tqdm's own switch, which lm-eval overrides where it makes its bars."""
-    return os.environ.get("TQDM_DISABLE") == "1"
 
 
 def _usable(limit: float) -> bool:

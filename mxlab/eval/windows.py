@@ -18,6 +18,7 @@ from torch import Tensor
 from mxlab.checks import check_int
 from mxlab.errors import MetricError
 from mxlab.eval.metrics import TokenScores, score_tokens
+from mxlab.progress import Steps
 
 # (windows, tokens) of token ids -> logits (windows, tokens, vocabulary)
 Predict = Callable[[Tensor], Tensor]
@@ -88,15 +89,25 @@ def score_windows(
         MetricError: the logits are not numbers.
     """
     parts: list[TokenScores] = []
-    for batch in _batches(windows, batch_size):
-        inputs = torch.stack([ids[w.start : w.stop] for w in batch])
-        logits = predict(inputs)
-        expected = reference(inputs) if reference else None
-        for i, w in enumerate(batch):
-            rows = slice(w.first - w.start - 1, w.stop - w.start - 1)
-            wanted = None if expected is None else expected[i, rows]
-            parts.append(score_tokens(logits[i, rows], ids[w.first : w.stop], wanted))
+    with Steps("windows", len(windows)) as steps:
+        for batch in _batches(windows, batch_size):
+            parts += _score_batch(predict, ids, batch, reference)
+            steps.advance(len(batch))
     return TokenScores.joined(parts)
+
+
+def _score_batch(
+    predict: Predict, ids: Tensor, batch: Sequence[Window], reference: Predict | None
+) -> list[TokenScores]:
+    inputs = torch.stack([ids[w.start : w.stop] for w in batch])
+    logits = predict(inputs)
+    expected = reference(inputs) if reference else None
+    scores = []
+    for i, w in enumerate(batch):
+        rows = slice(w.first - w.start - 1, w.stop - w.start - 1)
+        wanted = None if expected is None else expected[i, rows]
+        scores.append(score_tokens(logits[i, rows], ids[w.first : w.stop], wanted))
+    return scores
 
 
 def _batches(windows: Sequence[Window], size: int) -> Iterator[list[Window]]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mxlab.experiments.sweep import Summary, Sweep, Track, run_sweep
+from mxlab.experiments.sweep import Summary, Sweep, run_sweep
+from mxlab.progress import track
 from mxlab.sources.models import EMBEDDED
 from mxlab.sources.tasks import PASSAGES
 
-_SETTINGS = {"model": EMBEDDED, "tasks": [PASSAGES], "dtype": "bfloat16"}
+_SETTINGS = {"model": EMBEDDED, "tasks": [PASSAGES]}
 _BLOCK_SIZES = {"block_size": [16, 32, 64]}
 
 SWEEPS = (
@@ -18,6 +19,6 @@ SWEEPS = (
 )
 
 
-def run_demo(out: Path, track: Track) -> Summary:
+def run_demo(out: Path) -> Summary:
     """Baseline, Ex1 and Ex2 over three block sizes, into ``out``; runs that are there already are kept."""
-    return sum((run_sweep(sweep, out, track=track) for sweep in SWEEPS), Summary())
+    return sum((run_sweep(sweep, out) for sweep in track(SWEEPS, "demo")), Summary())

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from mxlab.eval.scorer import Predictor, Scorer, remember
 from mxlab.eval.windows import sliding_windows
 from mxlab.experiments import provenance
 from mxlab.formats import SCALE_RULES, MXFormat
+from mxlab.progress import track
 from mxlab.recipe import Recipe
 from mxlab.recipe.rule import Rule
 from mxlab.report.study_rows import ROLES, ROWS, STUDY, UNQUANTIZED, StudyRow, read_rows
@@ -113,7 +114,6 @@ def run(
     command: str,
     data_dir: Path | None = None,
     device: str = "auto",
-    track: Callable[[list], Iterable] = iter,
 ) -> list[StudyRow]:
     """Make every row of ``study`` that ``out`` does not hold yet; one that fails is recorded, the rest goes on.
 
@@ -128,7 +128,7 @@ def run(
     done = read_rows(out)
     known = {(row.format, row.role) for row in done if not row.error}
     points: list[tuple[MXFormat | None, str]] = [(None, ""), *study.points()]
-    for fmt, role in track([point for point in points if (str(point[0] or UNQUANTIZED), point[1]) not in known]):
+    for fmt, role in track([p for p in points if (str(p[0] or UNQUANTIZED), p[1]) not in known], "formats"):
         row = rows.make(fmt, role)
         logger.info("%s %s: %s", row.format, row.role, row.error or f"perplexity {row.perplexity:.4g}")
         with (out / ROWS).open("a", encoding="utf-8") as file:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mxlab import environment
 from mxlab.errors import SpecError
 from mxlab.sources import models
-from mxlab.sources import tasks as data
+from mxlab.sources.tasks import PASSAGES
 
 LLAMA = "meta-llama/Llama-3.2-1B"
 
@@ -35,14 +35,15 @@ class Settings:
     results: Path
 
     @classmethod
-    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Settings:
+    def from_environment(cls, variables: Mapping[str, str] | None = None) -> Settings:
         """The settings of this session. Raises SpecError where ``MXLAB_LIMIT`` is not a number."""
-        model = environment.get("MXLAB_MODEL") or LLAMA
-        folder = environment.get("MXLAB_DATA_DIR")
+        given = environment.variables() if variables is None else variables
+        model = given.get(environment.MODEL) or LLAMA
+        folder = given.get(environment.DATA_DIR)
         embedded = model == models.EMBEDDED and not folder
-        tasks = environment.get("MXLAB_TASKS") or (data.PASSAGES if embedded else "lambada_openai")
-        results = Path(environment.get("MXLAB_RESULTS") or "results")
-        limit = _number(environment.get("MXLAB_LIMIT"))
+        tasks = given.get(environment.TASKS) or (PASSAGES if embedded else "lambada_openai")
+        results = Path(given.get(environment.RESULTS) or "results")
+        limit = _number(given.get(environment.LIMIT))
         return cls(model, tuple(tasks.split(",")), limit, Path(folder) if folder else None, results)
 
     @property

@@ -96,7 +96,7 @@ def find(stage_folder: Path, key: dict[str, Any]) -> Path | None:
 
 
 def read_metrics(folder: Path) -> list[tuple[str, str, str, str]]:
-    """The metrics of a run directory as rows of text: task, metric, value, standard error."""
+    """Return the metrics of a run directory as rows of text: task, metric, value, standard error."""
     results = _read_json(rundir.metrics_files(folder)[-1])["results"]
     return [
         (task, name.partition(",")[0], f"{value:.6g}", _stderr(values, name))
@@ -104,6 +104,12 @@ def read_metrics(folder: Path) -> list[tuple[str, str, str, str]]:
         for name, value in values.items()
         if "," in name and "_stderr" not in name and isinstance(value, int | float)
     ]
+
+
+def read_seconds(folder: Path) -> float | None:
+    """Return the whole time of a run's evaluation, loading included; None where it was not recorded."""
+    seconds = _read_json(rundir.metrics_files(folder)[-1]).get("total_evaluation_time_seconds")
+    return None if seconds is None else float(seconds)  # lm-eval writes it as a text
 
 
 def _stderr(values: dict[str, Any], name: str) -> str:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from mxlab import shipped
 from mxlab.checks import check_int, check_keys
@@ -16,6 +16,7 @@ from mxlab.eval.request import EvaluationRequest
 from mxlab.eval.settings import KEYS, conflicting_keys, request_from
 from mxlab.experiments.engines.gpus import started
 from mxlab.experiments.engines.local import Engine, Point, Summary
+from mxlab.progress import track
 from mxlab.recipe.mx_specs import OPTIONS, override
 
 
@@ -54,16 +55,6 @@ class Sweep:
         return request_from(recipe, {k: v for k, v in chosen.items() if k not in OPTIONS}, data_dir)
 
 
-class Track(Protocol):
-    """Passes the points of a sweep on, one by one."""
-
-    def __call__(self, sequence: Sequence[Any], *, description: str) -> Iterable[Any]: ...  # noqa: D102
-
-
-def _untracked(sequence: Sequence[Any], *, description: str) -> Iterable[Any]:
-    return sequence
-
-
 def load_sweep(path: str | Path) -> Sweep:
     """A sweep from a TOML file, or a shipped one by name (``ex1``).
 
@@ -75,16 +66,13 @@ def load_sweep(path: str | Path) -> Sweep:
     return _parse(shipped.read_toml(shipped.find("sweep", path), str(path)), str(path))
 
 
-def run_sweep(
-    sweep: Sweep, out: Path, data_dir: Path | None = None, track: Track = _untracked, workers: int = 1
-) -> Summary:
+def run_sweep(sweep: Sweep, out: Path, data_dir: Path | None = None, workers: int = 1) -> Summary:
     """Run every point of ``sweep`` into ``out/<stage>``; one that fails is recorded and the rest goes on.
 
     Args:
         sweep: what to run.
         out: the results folder.
         data_dir: a folder with the data; None for the hub.
-        track: wraps the list of points, to show how far it is (such as rich's ``Progress.track``).
         workers: processes, each with a GPU of its own; 1 for this process.
 
     Raises:
@@ -95,9 +83,9 @@ def run_sweep(
     points = [sweep.at(values, out, data_dir) for values in sweep.points()]
     if workers == 1:
         engine = Engine()
-        return sum((engine.run(point) for point in track(points, description=sweep.stage)), Summary())
+        return sum((engine.run(point) for point in track(points, sweep.stage)), Summary())
     with started(points, workers) as futures:
-        return sum((future.result() for future in track(futures, description=sweep.stage)), Summary())
+        return sum((future.result() for future in track(futures, sweep.stage)), Summary())
 
 
 def _parse(values: dict[str, Any], source: str) -> Sweep:

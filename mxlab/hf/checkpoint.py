@@ -13,7 +13,7 @@ from mxlab.recipe import Recipe
 from mxlab.sources import models
 
 
-def convert(model: str, recipe: Recipe, dtype: str, out: Path) -> Conversion:
+def save_converted(model: str, recipe: Recipe, dtype: str, out: Path) -> Conversion:
     """Load ``model`` on the CPU, apply ``recipe``, and save it into the new folder ``out``, whole or not at all.
 
     The folder loads in transformers as any other, with weights on the grid; what a recipe does to activations and to

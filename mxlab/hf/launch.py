@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import shutil
 import signal
@@ -15,9 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mxlab import environment
 from mxlab.errors import RunError, SpecError
 from mxlab.recipe import mx_specs
-from mxlab.recipe.mx_specs import ENVIRONMENT_VARIABLE, INVENTORY_VARIABLE, MxSpecs
+from mxlab.recipe.mx_specs import ENVIRONMENT_VARIABLE, MxSpecs
 
 _PATCH_REMEDY = "put the patch in place with: ./install.sh --patch"
 _REFUSED = 2  # the exit code of mxlab.hf.patch where it says itself what is wrong
@@ -35,8 +35,10 @@ def main(arguments: Sequence[str]) -> int:
     _check_interpreter(command)
     with tempfile.TemporaryDirectory(prefix="mxlab-") as folder:
         inventory = Path(folder) / "inventory.json"
-        environment = {**os.environ, ENVIRONMENT_VARIABLE: mx.to_json(), INVENTORY_VARIABLE: str(inventory)}
-        exit_code = _call(command, environment)
+        variables = environment.with_variables(
+            **{environment.MX_SPECS: mx.to_json(), environment.INVENTORY: str(inventory)}
+        )
+        exit_code = _call(command, variables)
         if exit_code == 0:
             _check_inventory(inventory, command)
     return exit_code
@@ -67,15 +69,15 @@ def parse(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
 def _specs(given: dict[str, Any]) -> MxSpecs:
     """What the options say; without any, MX_SPECS_JSON of our own environment, which they would silently replace."""
     inherited = MxSpecs.from_environment() if not given else None
-    if given and ENVIRONMENT_VARIABLE in os.environ:
+    if given and ENVIRONMENT_VARIABLE in environment.variables():
         raise SpecError(f"mxlab run: {ENVIRONMENT_VARIABLE} is set and MX options are given: use one of the two")
     return inherited or MxSpecs.from_mapping(given, "mxlab run")
 
 
-def _call(command: list[str], environment: dict[str, str]) -> int:
+def _call(command: list[str], variables: dict[str, str]) -> int:
     with _Relay() as relay:
         try:
-            process = relay.start(command, environment)
+            process = relay.start(command, variables)
         except OSError as e:
             raise RunError(f"mxlab run: cannot start {command[0]!r}: {e.strerror}") from None
         while True:
@@ -99,9 +101,9 @@ class _Relay:
         self._process: subprocess.Popen | None = None
         self._early: list[int] = []
 
-    def start(self, command: list[str], environment: dict[str, str]) -> subprocess.Popen:
+    def start(self, command: list[str], variables: dict[str, str]) -> subprocess.Popen:
         """Start the child. Raises OSError where that is not possible."""
-        self._process = subprocess.Popen(command, env=environment)
+        self._process = subprocess.Popen(command, env=variables)
         for number in self._early:
             self._process.send_signal(number)
         return self._process

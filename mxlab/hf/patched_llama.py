@@ -6,6 +6,7 @@ import logging
 
 from torch import nn
 
+from mxlab import environment
 from mxlab.model.apply import prepare
 from mxlab.recipe.mx_specs import MxSpecs
 
@@ -27,4 +28,4 @@ def convert_llama(model: nn.Module) -> None:
         line += f"; without effect: {', '.join(specs.without_effect)}"
     # A warning, so that it is seen without any set-up of logging.
     logger.warning(line)
-    conversion.write_inventory()
+    conversion.write_inventory(environment.inventory_file())

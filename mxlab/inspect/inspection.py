@@ -15,9 +15,10 @@ from torch import Tensor
 from mxlab.compat.recipes import load_any_recipe
 from mxlab.errors import SpecError
 from mxlab.inspect.operands import Operand, collect
-from mxlab.inspect.sensitivity import Sensitivity, Track, sensitivity, untracked
+from mxlab.inspect.sensitivity import Sensitivity, sensitivity
 from mxlab.inspect.statistics import Statistics
 from mxlab.model.apply import Conversion, apply
+from mxlab.progress import track
 from mxlab.recipe import Recipe
 from mxlab.recipe.rule import ROLES
 
@@ -76,7 +77,7 @@ class Inspection:
         }
 
 
-def inspect(model: Any, recipe: Recipe | str | Path, rows: Tensor, track: Track = untracked) -> Inspection:
+def inspect(model: Any, recipe: Recipe | str | Path, rows: Tensor) -> Inspection:
     """Inspect ``model`` under ``recipe`` on calibration text; the model stays as it is.
 
     Every pass is a prefill: formats for decode alone do not take part. Where the recipe has attention computed eagerly,
@@ -86,7 +87,6 @@ def inspect(model: Any, recipe: Recipe | str | Path, rows: Tensor, track: Track 
         model: an unquantized Hugging Face causal LM in evaluation mode; one more copy of it must fit into memory.
         recipe: a Recipe, the name of a shipped one, or a TOML file.
         rows: (windows, tokens) of token ids.
-        track: wraps the lists of passes, to show how far it is (such as rich's ``Progress.track``).
 
     Raises:
         SpecError: no such recipe, or one that quantizes nothing in prefill.
@@ -102,9 +102,9 @@ def inspect(model: Any, recipe: Recipe | str | Path, rows: Tensor, track: Track 
     notes = tuple(conversion.notes)
     with _attention_of(model, conversion):
         del conversion  # and its model
-        batches = track(list(rows.to(model.device).split(1)), description="statistics")
+        batches = track(list(rows.to(model.device).split(1)), "statistics")
         operands = tuple(collect(model, chosen, batches))
-        costs = sensitivity(model, chosen, rows, track)
+        costs = sensitivity(model, chosen, rows)
     return Inspection(chosen, (rows.shape[0], rows.shape[1]), operands, costs, notes)
 
 

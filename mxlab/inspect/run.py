@@ -13,14 +13,13 @@ from mxlab.errors import MetricError
 from mxlab.eval.scorer import check_context
 from mxlab.eval.text import TextRequest
 from mxlab.experiments import runs
-from mxlab.inspect import files
 from mxlab.inspect.inspection import Inspection, inspect
-from mxlab.inspect.sensitivity import Track, untracked
+from mxlab.inspect.write import write_inspection
 from mxlab.sources import models, texts
 from mxlab.sources.texts import CorpusText
 
 
-def run(request: TextRequest, stage_folder: Path, track: Track = untracked) -> tuple[Path, Inspection]:
+def run(request: TextRequest, stage_folder: Path) -> tuple[Path, Inspection]:
     """Inspect the model of ``request`` on the first windows of its text, into a new folder of ``stage_folder``.
 
     Raises:
@@ -33,8 +32,8 @@ def run(request: TextRequest, stage_folder: Path, track: Track = untracked) -> t
         loaded = request.load(models.load_model)
         check_context(loaded.model, request.window)
         rows = first_windows(texts.encode(loaded.tokenizer, text), request.windows or 1, request.window)
-        inspection = inspect(loaded.model, request.recipe, rows, track)
-        files.write(inspection, _origin(request, text, loaded.model.dtype), folder)
+        inspection = inspect(loaded.model, request.recipe, rows)
+        write_inspection(inspection, _origin(request, text, loaded.model.dtype), folder)
         return rundir.publish(folder, stage_folder, request.recipe.name), inspection
 
 

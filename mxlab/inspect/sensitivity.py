@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -15,18 +14,8 @@ from mxlab.eval.metrics import TokenScores
 from mxlab.eval.scorer import Predictor, Scorer, remember
 from mxlab.eval.windows import sliding_windows
 from mxlab.inspect.parts import GROUPS, Cut, cut
+from mxlab.progress import track
 from mxlab.recipe import Recipe
-
-
-class Track(Protocol):
-    """Passes the elements of a sequence on, one by one."""
-
-    def __call__(self, sequence: Sequence[Any], *, description: str) -> Iterable[Any]: ...  # noqa: D102
-
-
-def untracked(sequence: Sequence[Any], *, description: str) -> Iterable[Any]:
-    """Shows nothing."""
-    return sequence
 
 
 @dataclass(frozen=True)
@@ -118,7 +107,7 @@ class Sensitivity:
         return [part for part in self.parts if part.group == group]
 
 
-def sensitivity(model: nn.Module, recipe: Recipe, rows: Tensor, track: Track = untracked) -> Sensitivity:
+def sensitivity(model: nn.Module, recipe: Recipe, rows: Tensor) -> Sensitivity:
     """Score ``model`` under every part of ``recipe``, each time on a fresh copy; the model stays as it is.
 
     The cost of a part alone, summed over the parts of a group, need not be the cost of the whole: errors interact.
@@ -127,7 +116,6 @@ def sensitivity(model: nn.Module, recipe: Recipe, rows: Tensor, track: Track = u
         model: unquantized.
         recipe: what to take apart.
         rows: (windows, tokens) of token ids; each token but a window's first is predicted.
-        track: wraps the list of passes, to show how far it is (such as rich's ``Progress.track``).
 
     Raises:
         ConversionError: the recipe does not fit the model.
@@ -138,7 +126,7 @@ def sensitivity(model: nn.Module, recipe: Recipe, rows: Tensor, track: Track = u
     plain = scorer.score_reference()
     whole, cuts = cut(model, recipe)
     wanted = {r.hash: r for r in (whole, *(r for c in cuts for r in (c.alone, c.without)))}
-    scores = {key: _score(scorer, r) for key, r in track(list(wanted.items()), description="sensitivity")}
+    scores = {key: _score(scorer, r) for key, r in track(list(wanted.items()), "sensitivity")}
     full = scores[whole.hash]
 
     def part(c: Cut) -> Part:

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from mxlab import environment
 from mxlab.compat.recipes import load_any_recipe
 from mxlab.errors import ConversionError
 from mxlab.formats import NumberFormat
@@ -55,7 +56,7 @@ def apply(model: nn.Module, recipe: Recipe | str | Path) -> Conversion:
     conversion = replace(conversion, weight_clamps=clamps, remarks=(*conversion.remarks, *_meta_remarks(plan)))
     _freeze(model)
     logger.info(conversion.summary())
-    conversion.write_inventory()
+    conversion.write_inventory(environment.inventory_file())
     return conversion
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -17,7 +16,6 @@ from torch import nn
 from mxlab.model import sites
 from mxlab.model.plan import QuantizedSite
 from mxlab.recipe import Recipe
-from mxlab.recipe.mx_specs import INVENTORY_VARIABLE
 from mxlab.recipe.rule import PHASES
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
@@ -130,10 +128,10 @@ class Conversion:
             "notes": self.notes,
         }
 
-    def write_inventory(self) -> None:
-        """Write the inventory where `mxlab run` asked for it, if this process runs under it."""
-        if path := os.environ.get(INVENTORY_VARIABLE):
-            Path(path).write_text(json.dumps(self.inventory(), indent=1), encoding="utf-8")
+    def write_inventory(self, file: Path | None) -> None:
+        """Write the inventory as JSON; nothing where there is no file to write."""
+        if file is not None:
+            file.write_text(json.dumps(self.inventory(), indent=1), encoding="utf-8")
 
 
 def _blocks_last(site: QuantizedSite) -> tuple[int, ...]:

@@ -8,20 +8,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
+from mxlab import environment
 from mxlab.checks import check_choice, check_int, suggestion
 from mxlab.errors import FormatError, SpecError
 from mxlab.formats import ROUNDINGS, MXFormat, element, elementwise_format
 from mxlab.recipe import Elementwise, Recipe
 from mxlab.recipe.rule import KV_ROLES, Rule
 
-ENVIRONMENT_VARIABLE = "MX_SPECS_JSON"
-# Where `mxlab run` asks its child to write what was quantized.
-INVENTORY_VARIABLE = "MXLAB_INVENTORY"
+ENVIRONMENT_VARIABLE = environment.MX_SPECS
 
 # Where Llama and its kin keep what Ex1 and Ex2 quantize.
 LINEARS = r"(.*\.)?(q|k|v|o|gate|up|down)_proj"
@@ -131,9 +129,9 @@ class MxSpecs:
         return cls.from_mapping(values, source)
 
     @classmethod
-    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> MxSpecs | None:
+    def from_environment(cls, variables: Mapping[str, str] | None = None) -> MxSpecs | None:
         """The specs in ``MX_SPECS_JSON``; None where it is not set. Raises SpecError as :meth:`from_json`."""
-        text = environment.get(ENVIRONMENT_VARIABLE)
+        text = (environment.variables() if variables is None else variables).get(ENVIRONMENT_VARIABLE)
         return None if text is None else cls.from_json(text)
 
     def to_json(self) -> str:

@@ -67,7 +67,7 @@ def sweep_table(tree: Tree, stage: str, number: str) -> Table | None:
 
 
 def unknown_table(tree: Tree, number: str) -> Table | None:
-    """List the runs of which neither run.json nor the folder's name tells the configuration; None where there is none."""
+    """List the runs whose configuration neither run.json nor the folder's name tells; None where there is none."""
     results = [result for result in tree.results if result.run.options is None and not result.run.is_baseline]
     tasks = _task_column(tree)
     notes = _notes_column(results)

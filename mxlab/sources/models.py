@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from mxlab import environment
 from mxlab.errors import RunError, SourceError
-from mxlab.recipe.mx_specs import ENVIRONMENT_VARIABLE
+from mxlab.progress import Steps
 from mxlab.sources import download_cache
 from mxlab.sources.devices import (
     AUTO,
@@ -53,7 +51,7 @@ def load_model(name: str, dtype: str = AUTO, device: str = "auto") -> LoadedMode
     dtype = choose_dtype(dtype, place)
     warn_of_slow_dtype(dtype, place)
     source = str(embedded_folder()) if name == EMBEDDED else _source(name)
-    with _unpatched():
+    with Steps(f"loading {name}"), environment.hidden(environment.MX_SPECS):  # it would act on a patched transformers
         return _from_pretrained(source, getattr(torch, dtype), place, may_spread=device == "auto")
 
 
@@ -67,7 +65,7 @@ def skeleton(name: str, dtype: str = AUTO) -> Any:
 
     dtype = choose_dtype(dtype, choose_device("auto"))
     source = str(embedded_folder()) if name == EMBEDDED else _source(name)
-    with _unpatched():
+    with environment.hidden(environment.MX_SPECS):  # it would act on a patched transformers
         try:
             config = AutoConfig.from_pretrained(source)
             with torch.device("meta"):
@@ -145,7 +143,10 @@ def _convert_gguf(folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     gguf = gguf_file()
-    with _unpatched():
+    with (
+        Steps("converting the embedded model, once"),
+        environment.hidden(environment.MX_SPECS),
+    ):  # it would act on a patched transformers
         model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     # The weights are plain numbers now: neither the config nor save_pretrained may take them for GGUF's.
@@ -177,19 +178,8 @@ def _explained(source: str, error: Exception) -> str:
     first_line = str(error).strip().partition("\n")[0] or type(error).__name__
     if Path(source).is_dir():
         return f"cannot load a causal LM from the folder {source}: {first_line}"
-    token = "is set" if os.environ.get("HF_TOKEN") else "is not set: a gated model such as Llama needs one"
+    token = "is set" if environment.has_hub_token() else "is not set: a gated model such as Llama needs one"
     return (
         f"cannot load {source!r} from the Hugging Face hub: {first_line} (HF_TOKEN {token}). Check the name and the "
         f"network, give a folder, or use the embedded model: --model {EMBEDDED}"
     )
-
-
-@contextmanager
-def _unpatched() -> Iterator[None]:
-    """Hide MX_SPECS_JSON, which would make a patched transformers quantize the model as it is made."""
-    hidden = os.environ.pop(ENVIRONMENT_VARIABLE, None)
-    try:
-        yield
-    finally:
-        if hidden is not None:
-            os.environ[ENVIRONMENT_VARIABLE] = hidden

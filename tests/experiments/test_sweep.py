@@ -4,11 +4,12 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from torch import nn
 
-from mxlab import rundir
+from mxlab import progress, rundir
 from mxlab.errors import RunError, SourceError, SpecError
 from mxlab.eval.request import LoadModel, Outcome
 from mxlab.eval.tasks import TaskRequest
@@ -298,14 +299,12 @@ def test_a_place_that_cannot_be_written_ends_the_sweep(tmp_path, quick):
 
 
 def test_the_points_are_tracked(tmp_path, quick):
-    described = []
-
-    def track(points, *, description):
-        described.append((description, len(points)))
-        return points
-
-    run_sweep(grid(block_size=[16, 32]), tmp_path, track=track)
-    assert described == [("stage", 2)]
+    reporter = Mock()
+    with progress.shown_by(reporter):
+        run_sweep(grid(block_size=[16, 32]), tmp_path)
+    [steps] = [call.args[0] for call in reporter.begin.call_args_list]
+    assert (steps.description, steps.total, steps.done) == ("stage", 2, 2)
+    reporter.end.assert_called_once_with(steps)
 
 
 def test_settings_take_the_place_of_grid_keys():

@@ -17,7 +17,7 @@ from mxlab.cli import main as cli
 from mxlab.errors import ConversionError, MetricError, SpecError
 from mxlab.eval.metrics import next_token_loss, sqnr_db
 from mxlab.formats import MXFormat, parse_format
-from mxlab.inspect import figures, files, tables
+from mxlab.inspect import figures, tables, write
 from mxlab.inspect.inspection import inspect
 from mxlab.inspect.operands import collect, projection_of
 from mxlab.inspect.parts import cut
@@ -230,7 +230,7 @@ def test_formats_beside_microscaling(llama, tmp_path):
     assert weight.sqnr_db == pytest.approx(sqnr_db(expected, quantization.quantize(expected, fixed)), rel=1e-9)
     assert weight.values
     assert not weight.scales
-    files.write(found, {"model": "m", "dtype": "float32", "text": {"name": "t"}}, tmp_path)
+    write.write_inspection(found, {"model": "m", "dtype": "float32", "text": {"name": "t"}}, tmp_path)
     assert (tmp_path / "exponents.png").stat().st_size > 10_000
 
 
@@ -338,7 +338,7 @@ def test_what_is_on_the_grid_already_costs_nothing(tmp_path):
         assert cost.cross_entropy == cost.kl == Estimate(0.0, 0.0)
     assert layers["1"].alone == layers["1"].saved == found.sensitivity.whole
     assert found.sensitivity.whole.kl.value > 0
-    files.write(found, {"model": "m", "dtype": "float32", "text": {"name": "t"}}, tmp_path)
+    write.write_inspection(found, {"model": "m", "dtype": "float32", "text": {"name": "t"}}, tmp_path)
     rows = {row["module"]: row for row in json.loads((tmp_path / "inspection.json").read_text())["operands"]}
     assert rows["model.layers.0.mlp.up_proj"]["sqnr_db"] is None
     assert rows["model.layers.1.mlp.up_proj"]["sqnr_db"] > 10
@@ -355,7 +355,7 @@ def test_a_part_that_gives_no_numbers(tmp_path):
     assert roles["activations"].alone is None
     assert roles["weights"].alone.kl.value > 0
     assert any(o.statistics.lost for o in found.operands)
-    files.write(found, {"model": "m", "dtype": "float32", "text": {"name": "t"}}, tmp_path)
+    write.write_inspection(found, {"model": "m", "dtype": "float32", "text": {"name": "t"}}, tmp_path)
     with (tmp_path / "roles.csv").open(newline="") as file:
         rows = {row["role"]: row for row in csv.DictReader(file)}
     assert rows["activations"]["kl_alone"] == rows["whole recipe"]["kl_alone"] == rows["weights"]["kl_share_%"] == ""
@@ -422,7 +422,7 @@ def test_a_text_that_is_too_short():
 
 
 def test_the_files_of_an_inspection(inspection, tmp_path):
-    files.write(inspection, {"model": "tiny", "dtype": "float32", "text": {"name": "random"}}, tmp_path)
+    write.write_inspection(inspection, {"model": "tiny", "dtype": "float32", "text": {"name": "random"}}, tmp_path)
     document = json.loads((tmp_path / "inspection.json").read_text())
     assert document["model"] == "tiny"
     assert len(document["operands"]) == len(inspection.operands) == 34

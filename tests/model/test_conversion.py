@@ -75,7 +75,7 @@ def test_a_converted_folder_loads_and_is_on_the_grid(tiny_llama, tmp_path):
     from mxlab.recipe import load_recipe
 
     out = tmp_path / "made" / "model"
-    checkpoint.convert(str(tiny_llama), load_recipe("ex1"), "float32", out)
+    checkpoint.save_converted(str(tiny_llama), load_recipe("ex1"), "float32", out)
     loaded = models.load_model(str(out), "float32", "cpu").model
     original = models.load_model(str(tiny_llama), "float32", "cpu").model
     weight = loaded.model.layers[0].mlp.up_proj.weight
@@ -92,11 +92,11 @@ def test_a_failed_conversion_leaves_nothing(tiny_llama, tmp_path):
 
     nothing = mxlab.Recipe("nothing", (mxlab.Rule("nothing", weight=mxlab.MXFormat("int8")),))
     with pytest.raises(ConversionError):
-        checkpoint.convert(str(tiny_llama), nothing, "float32", tmp_path / "model")
+        checkpoint.save_converted(str(tiny_llama), nothing, "float32", tmp_path / "model")
     assert not list(tmp_path.iterdir())
     (tmp_path / "model").mkdir()
     with pytest.raises(RunError, match=r"model exists already"):
-        checkpoint.convert(str(tiny_llama), nothing, "float32", tmp_path / "model")
+        checkpoint.save_converted(str(tiny_llama), nothing, "float32", tmp_path / "model")
 
 
 @pytest.mark.parametrize("fmt", ["int4@16,scale_rule=mase_int", "block_fp@16,width=6", "nvfp4", "fp4@32"])

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mxlab import environment
 from mxlab.errors import SourceError, SpecError
 from mxlab.sources import devices, download_cache, models
 
@@ -176,7 +177,7 @@ def test_without_the_wheel(monkeypatch):
 
 def test_with_a_wheel_without_its_file(monkeypatch, tmp_path):
     monkeypatch.setattr(importlib.metadata, "files", lambda name: [])
-    monkeypatch.setenv(download_cache.ENVIRONMENT_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setenv(environment.CACHE, str(tmp_path / "cache"))
     with pytest.raises(SourceError, match="not installed"):
         models.load_model(models.EMBEDDED)
     assert list((tmp_path / "cache" / "models").iterdir()) == []
@@ -222,7 +223,7 @@ def test_the_revision_is_the_commit_that_is_here(tmp_path, folder, monkeypatch):
 
 
 def test_what_is_cached_is_whole_or_absent(tmp_path, monkeypatch):
-    monkeypatch.setenv(download_cache.ENVIRONMENT_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(environment.CACHE, str(tmp_path))
 
     def half(folder: Path) -> None:
         (folder / "a").touch()
@@ -238,7 +239,7 @@ def test_what_is_cached_is_whole_or_absent(tmp_path, monkeypatch):
 
 
 def test_another_process_may_be_quicker(tmp_path, monkeypatch):
-    monkeypatch.setenv(download_cache.ENVIRONMENT_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(environment.CACHE, str(tmp_path))
 
     def make(folder: Path) -> None:
         (folder / "mine").touch()
@@ -251,13 +252,13 @@ def test_another_process_may_be_quicker(tmp_path, monkeypatch):
 
 def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
-    monkeypatch.setenv(download_cache.ENVIRONMENT_VARIABLE, str(tmp_path / "file"))
+    monkeypatch.setenv(environment.CACHE, str(tmp_path / "file"))
     with pytest.raises(SourceError, match=r"cannot write to the cache folder .*: .+; set MXLAB_CACHE"):
         download_cache.get("x", lambda folder: None)
 
 
 def test_a_full_disk_under_the_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv(download_cache.ENVIRONMENT_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(environment.CACHE, str(tmp_path))
 
     def full(folder: Path) -> None:
         raise OSError(28, "No space left on device")
@@ -280,4 +281,4 @@ def test_where_the_cache_is(variables, expected, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert download_cache.folder() == Path(expected)
+    assert environment.cache_folder() == Path(expected)

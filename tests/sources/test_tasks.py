@@ -8,9 +8,10 @@ import datasets
 import pytest
 from lm_eval.evaluator_utils import get_sample_size
 
+from mxlab import environment
 from mxlab.errors import SourceError
-from mxlab.sources import download_cache, texts
 from mxlab.sources import tasks as data
+from mxlab.sources import texts
 from mxlab.sources.tasks import PASSAGES, wikitext_pages
 
 RAW = """ 
@@ -36,7 +37,7 @@ RAW = """
 @pytest.fixture(autouse=True)
 def _own_caches(tmp_path_factory, monkeypatch):
     """Nothing of these tests stays in the caches of the user."""
-    monkeypatch.setenv(download_cache.ENVIRONMENT_VARIABLE, str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.setenv(environment.CACHE, str(tmp_path_factory.mktemp("cache")))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
 
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import traceback
 from collections import UserDict
 from collections.abc import Mapping, MutableMapping
 from dataclasses import Field
 from typing import Any, ClassVar
 
+from mxlab import environment
 from mxlab.checks import suggestion
 from mxlab.errors import SpecError
 from mxlab.recipe.mx_specs import OPTIONS
@@ -173,7 +173,7 @@ def finalize_mx_specs(specs: MutableMapping[str, Any], early_exit: bool = True) 
 
 def mx_assert_test(mx_specs: Mapping[str, Any] | None) -> None:
     """With ``MX_ASSERT=True`` in the environment, raise SpecError where a function was called without options."""
-    if mx_specs is None and os.environ.get("MX_ASSERT") == "True":
+    if mx_specs is None and environment.asserts_mx_specs():
         call, function, _ = traceback.extract_stack(limit=3)
         where = f"{call.filename}, line {call.lineno}"
         raise SpecError(f"mx_specs is None in {function.name}, called from {where}, and MX_ASSERT is True")

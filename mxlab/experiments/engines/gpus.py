@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -13,10 +12,9 @@ from multiprocessing.queues import Queue
 
 import torch
 
+from mxlab import environment
 from mxlab.errors import RunError, SpecError
 from mxlab.experiments.engines.local import Engine, Point, Summary
-
-_VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
 @contextmanager
@@ -52,13 +50,13 @@ def started(points: Sequence[Point], workers: int) -> Iterator[list[Future[Summa
 def _visible_gpus() -> list[str]:
     """The GPUs as CUDA_VISIBLE_DEVICES names them."""
     count = torch.cuda.device_count()
-    named = [gpu for gpu in os.environ.get(_VISIBLE, "").split(",") if gpu]
+    named = environment.visible_gpus()
     return (named or [str(i) for i in range(count)])[:count]
 
 
 def _take_gpu(queue: Queue[str]) -> None:
     """See one GPU alone; CUDA reads this when it starts, which it has not yet in a new process."""
-    os.environ[_VISIBLE] = queue.get()
+    environment.show_one_gpu(queue.get())
 
 
 def _run(point: Point) -> Summary:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mxlab.errors import MxlabError, SourceError
 from mxlab.eval.request import EvaluationRequest
@@ -28,15 +28,31 @@ class Point:
 
 
 @dataclass(frozen=True)
+class PointResult:
+    """How one run of a sweep ended (made, found finished, or failed), and its run directory, if it has one."""
+
+    point: Point
+    status: Literal["made", "found", "failed"]
+    folder: Path | None = None
+    error: str = ""
+
+
+@dataclass(frozen=True)
 class Summary:
-    """How many runs of a sweep were made, found finished, and failed."""
+    """How many runs of a sweep were made, found finished, and failed; and each of them."""
 
     finished: int = 0
     skipped: int = 0
     failed: int = 0
+    results: tuple[PointResult, ...] = field(default=(), compare=False)
 
     def __add__(self, other: Summary) -> Summary:
-        return Summary(self.finished + other.finished, self.skipped + other.skipped, self.failed + other.failed)
+        return Summary(
+            self.finished + other.finished,
+            self.skipped + other.skipped,
+            self.failed + other.failed,
+            self.results + other.results,
+        )
 
     def __str__(self) -> str:
         return f"{self.finished} runs made, {self.skipped} found finished, {self.failed} failed"
@@ -57,14 +73,15 @@ class Engine:
             key = runs.run_key(point.request)
             if done := runs.find(point.stage_folder, key):
                 logger.info("finished already: %s", done)
-                return Summary(skipped=1)
-            logger.info("written: %s", self._evaluate(point, key))
-            return Summary(finished=1)
+                return Summary(skipped=1, results=(PointResult(point, "found", done),))
+            folder = self._evaluate(point, key)
+            logger.info("written: %s", folder)
+            return Summary(finished=1, results=(PointResult(point, "made", folder),))
         except Exception as e:  # one bad run must not end the others
             runs.record_failure(point.stage_folder, point.name, e, key)
             message = str(e) if isinstance(e, MxlabError) else f"{type(e).__name__}: {e}"
             logger.error("failed: %s: %s", point.name, message)
-            return Summary(failed=1)
+            return Summary(failed=1, results=(PointResult(point, "failed", error=message),))
         finally:
             devices.release_memory()
 

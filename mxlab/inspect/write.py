@@ -32,7 +32,7 @@ _STATISTICS_WORDS = (
 )
 
 
-def write(inspection: Inspection, origin: Mapping[str, Any], folder: Path) -> None:
+def write_inspection(inspection: Inspection, origin: Mapping[str, Any], folder: Path) -> None:
     """Write ``inspection.json``, the tables, the figures and ``inspection.md`` into ``folder``.
 
     ``origin`` says of which model and text the inspection is, as plain values.

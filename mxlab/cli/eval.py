@@ -1,0 +1,76 @@
+"""``mxlab eval``: evaluate one model under one recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.table import Table
+
+from mxlab.cli.console import console, print_line, progress, start_logging
+from mxlab.cli.options import (
+    BatchSizeOption,
+    CompareOption,
+    DataDirOption,
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    LimitOption,
+    MaxLengthOption,
+    ModelOption,
+    OutOption,
+    RecipeOption,
+    SetOption,
+    StrideOption,
+    TasksOption,
+    TextOption,
+    WindowOption,
+    WindowsOption,
+    given,
+    row_limit,
+    task_names,
+    text_settings,
+)
+from mxlab.cli.recipes import assigned, chosen_recipe
+
+
+def evaluate(
+    model: ModelOption = "smollm2",
+    tasks: TasksOption = None,
+    text: TextOption = None,
+    recipe: RecipeOption = None,
+    set_: SetOption = None,
+    limit: LimitOption = None,
+    window: WindowOption = None,
+    stride: StrideOption = None,
+    windows: WindowsOption = None,
+    compare: CompareOption = False,
+    batch_size: BatchSizeOption = None,
+    dtype: DtypeOption = Dtype.auto,
+    device: DeviceOption = "auto",
+    data_dir: DataDirOption = None,
+    max_length: MaxLengthOption = None,
+    out: OutOption = Path("results"),
+) -> None:
+    """Evaluate one model under one recipe, on tasks or on a text; the run directory goes to OUT/<recipe>/."""
+    chosen = chosen_recipe(recipe, set_ or [])
+    start_logging()
+    with progress():
+        from mxlab.eval.settings import request_from
+        from mxlab.experiments import runs
+
+        settings = given(
+            model=model,
+            tasks=task_names(tasks),
+            limit=row_limit(limit),
+            batch_size=batch_size,
+            dtype=dtype.value,
+            device=device,
+            max_length=max_length,
+        )
+        request = request_from(chosen, settings | text_settings(text, window, stride, windows, compare), data_dir)
+        folder = runs.run(request, out / chosen.name, {**chosen.options, **assigned(set_ or [])})
+    table = Table("task", "metric", "value", "stderr")
+    for row in runs.read_metrics(folder):
+        table.add_row(*row)
+    console.print(table)
+    print_line(f"written: {folder}")

@@ -1,0 +1,32 @@
+"""Find the recipe that a command line means."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from mxlab.compat.recipes import load_any_recipe
+from mxlab.errors import SpecError
+from mxlab.recipe import Recipe
+from mxlab.recipe.mx_specs import ENVIRONMENT_VARIABLE, MxSpecs, override, parse_assignment
+
+
+def chosen_recipe(name: str | None, assignments: list[str]) -> Recipe:
+    """Return the recipe called ``name``, or that of MX_SPECS_JSON where none is named; never both."""
+    specs = MxSpecs.from_environment()
+    if specs is not None and name is not None:
+        raise SpecError(
+            f"{ENVIRONMENT_VARIABLE} is set and --recipe {name} is given: that would quantize twice. Unset the "
+            "variable, or leave --recipe out to evaluate under it"
+        )
+    recipe = specs.to_recipe("mx_specs") if specs is not None else load_any_recipe(name or "baseline")
+    changed = override(recipe, assigned(assignments))
+    if assignments and not changed.rules:
+        raise SpecError(f"recipe {recipe.name} quantizes nothing, so that --set {assignments[0]} has no effect")
+    # A recipe that quantizes is no baseline, and must not stand among them.
+    return replace(changed, name="custom") if changed.rules and not recipe.rules else changed
+
+
+def assigned(assignments: list[str]) -> dict[str, Any]:
+    """Return the options of ``--set name=value`` by name."""
+    return dict(map(parse_assignment, assignments))

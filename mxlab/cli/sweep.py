@@ -1,0 +1,103 @@
+"""``mxlab sweep``: a grid of evaluations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from mxlab.cli.console import print_error, print_line, print_table, progress, start_logging
+from mxlab.cli.options import (
+    CompareOption,
+    DataDirOption,
+    Dtype,
+    LimitOption,
+    OutOption,
+    StrideOption,
+    WindowOption,
+    WindowsOption,
+    given,
+    refuse_mx_specs,
+    row_limit,
+    task_names,
+    text_settings,
+)
+
+if TYPE_CHECKING:
+    from mxlab.experiments.engines.local import PointResult, Summary
+
+
+def sweep(
+    file: Annotated[str, typer.Argument(help="A sweep's TOML file, or a shipped one: ex1, ex2, baseline.")],
+    model: Annotated[str | None, typer.Option(help="Instead of the file's model.")] = None,
+    tasks: Annotated[str | None, typer.Option(help="Instead of the file's tasks or text.")] = None,
+    text: Annotated[str | None, typer.Option(help="Instead of the file's text or tasks.")] = None,
+    limit: LimitOption = None,
+    window: WindowOption = None,
+    stride: StrideOption = None,
+    windows: WindowsOption = None,
+    compare: CompareOption = False,
+    batch_size: Annotated[int | None, typer.Option(help="Instead of the file's batch size.")] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Instead of the file's dtype; auto where it has none.")] = None,
+    device: Annotated[str | None, typer.Option(help="Instead of the file's device.")] = None,
+    data_dir: DataDirOption = None,
+    workers: Annotated[int, typer.Option(help="Processes, each with a GPU of its own.")] = 1,
+    out: OutOption = Path("results"),
+) -> None:
+    """Run a grid of recipes; finished runs are skipped, a failed one is recorded (exit code 1) and the rest goes on."""
+    refuse_mx_specs("mxlab sweep")
+    settings = given(
+        model=model,
+        tasks=task_names(tasks),
+        limit=row_limit(limit),
+        batch_size=batch_size,
+        dtype=dtype and dtype.value,
+        device=device,
+    ) | text_settings(text, window, stride, windows, compare)
+    with progress():
+        from mxlab.experiments.sweep import load_sweep, run_sweep, with_settings
+
+        chosen = with_settings(load_sweep(file), settings)
+        start_logging()
+        summary = run_sweep(chosen, out, data_dir, workers)
+    finish(summary, out)
+
+
+def finish(summary: Summary, out: Path) -> None:
+    """Print how each run ended and what it measured; exit with 1 where one failed."""
+    if summary.results:
+        print_table(results_table(summary.results))
+    print_line(f"{summary}; results in {out}")
+    if summary.failed:
+        print_error("failed runs:", f"see failures.jsonl in {out}")
+        raise typer.Exit(1)
+
+
+def results_table(results: tuple[PointResult, ...]) -> Table:
+    """Return a table with a row for each run: what was varied, its metrics, its seconds, and how it ended."""
+    rows = [(result, _metrics(result)) for result in results]
+    metrics = list(dict.fromkeys(name for _, found in rows for name in found))
+    table = Table("stage", "run", *metrics, "", box=None)
+    for result, found in rows:
+        ending = {"made": "", "found": "found finished", "failed": f"failed: {result.error}"}[result.status]
+        stage = result.point.stage_folder.name
+        table.add_row(stage, result.point.name, *(found.get(name, "") for name in metrics), ending)
+    return table
+
+
+def _metrics(result: PointResult) -> dict[str, str]:
+    """The metrics of a run by name, with their standard errors; the task before the name where there are several."""
+    from mxlab.experiments.runs import read_metrics, read_seconds
+
+    if result.folder is None:
+        return {}
+    found = read_metrics(result.folder)
+    has_one_task = len({task for task, *_ in found}) == 1
+    named: dict[str, Any] = {
+        metric if has_one_task else f"{task} {metric}": value if stderr == "-" else f"{value} ± {stderr}"
+        for task, metric, value, stderr in found
+    }
+    seconds = read_seconds(result.folder)
+    return named if seconds is None else {**named, "seconds": f"{seconds:.1f}"}
