@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from mxlab.bench.results import Document, make_folder
+from mxlab.bench.results import Document, instruction_set_of, make_folder
 from mxlab.errors import SourceError
 from mxlab.report.style import DPI, STYLE
 
@@ -180,7 +180,8 @@ def _title(chart: Chart, document: Document) -> str:
     """What was measured, where, and how often."""
     settings = document["settings"]
     threads = "" if settings["device"].startswith("cuda") else f", {_count(settings['threads'], 'thread')}"
-    return f"{chart.title}: {document['measured on']}{threads}\nmedians and quartiles of {settings['repeats']} rounds"
+    measured = f"{chart.title}: {document['measured on']}{threads}"
+    return f"{measured}\n{instruction_set_of(document)}; medians and quartiles of {settings['repeats']} rounds"
 
 
 def _labels(chart: Chart, document: Document) -> list[str]:

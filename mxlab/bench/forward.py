@@ -11,11 +11,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from mxlab.bench import mxpackage, subjects, targets
+from mxlab.bench import mxpackage, targets, workloads
 from mxlab.bench.results import PLAIN, Outcome, Row
 from mxlab.bench.settings import ATTENTIONS, TextSettings, check_choices, check_dtypes, check_numerics
-from mxlab.bench.stats import spread
-from mxlab.bench.timing import Timings, Twin, alternate, clock_for
+from mxlab.bench.timing import Timings, Twin, alternate, clock_for, spread
 from mxlab.checks import check_int
 from mxlab.compat.recipes import load_any_recipe
 from mxlab.formats import Numerics
@@ -62,9 +61,9 @@ class _Variant:
 
 def measure(settings: ForwardSettings) -> Iterator[tuple[str, Outcome]]:
     """Case after case: what it is, and its rows."""
-    for dtype in settings.dtypes:
-        subject = subjects.load(settings.model, dtype, settings.device)
-        ids, data = subjects.tokens(subject, settings.batch, settings.tokens, settings.data_dir)
+    for dtype in settings.in_order(settings.dtypes):
+        subject = workloads.load(settings.model, dtype, settings.device)
+        ids, data = workloads.tokens(subject, settings.batch, settings.tokens, settings.data_dir)
         models = _models(settings, subject.model)
         for attention in settings.attentions:
             for model in models.values():
@@ -77,7 +76,7 @@ def measure(settings: ForwardSettings) -> Iterator[tuple[str, Outcome]]:
 def _models(settings: ForwardSettings, plain: Any) -> dict[tuple[str, str], Any]:
     """All of them are held at the same time, so that they can take turns."""
     quantized = {
-        (name, numerics): subjects.converted(plain, subjects.variant(name, numerics))
+        (name, numerics): workloads.converted(plain, workloads.variant(name, numerics))
         for name in settings.recipes
         for numerics in settings.numerics
     }
@@ -119,7 +118,7 @@ def _case(settings: ForwardSettings, dtype: str, attention: str, ids: Tensor, da
 
 
 def _outcome(settings: ForwardSettings, case: dict[str, Any], variants: list[_Variant]) -> Outcome:
-    timings = alternate([v.call for v in variants], settings.effort, clock_for(settings.place))
+    timings = alternate([v.call for v in variants], settings.effort_in(case["dtype"]), clock_for(settings.place))
     row = functools.partial(_row, settings, case, timings, variants[0].call.name)
     return Outcome(
         [row(v) for v in variants if v.call.name in timings.samples],
@@ -135,7 +134,13 @@ def _row(settings: ForwardSettings, case: dict[str, Any], timings: Timings, firs
         return Row(case, PLAIN, samples, figures=figures)
     target = None
     if variant.twin != mxpackage.NAME:
-        target = targets.forward(
-            variant.recipe, settings.model, settings.place.type, case["dtype"], settings.batch, settings.threads
+        target = targets.model_target(
+            "forward",
+            variant.recipe,
+            model=settings.model,
+            device=settings.place.type,
+            dtype=case["dtype"],
+            batch=settings.batch,
+            threads=settings.threads,
         )
     return Row(case, variant.twin, samples, PLAIN, reference, figures, target)

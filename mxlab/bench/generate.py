@@ -10,11 +10,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from mxlab.bench import subjects, targets
+from mxlab.bench import targets, workloads
 from mxlab.bench.results import PLAIN, Outcome, Row
 from mxlab.bench.settings import TextSettings, check_dtypes, check_numerics
-from mxlab.bench.stats import spread
-from mxlab.bench.timing import Twin, alternate, clock_for
+from mxlab.bench.timing import Twin, alternate, clock_for, spread
 from mxlab.checks import check_int
 from mxlab.compat.recipes import load_any_recipe
 from mxlab.formats import Numerics
@@ -43,13 +42,13 @@ class GenerateSettings(TextSettings):
 
 def measure(settings: GenerateSettings) -> Iterator[tuple[str, Outcome]]:
     """Case after case: what it is, and its rows."""
-    for dtype in settings.dtypes:
-        subject = subjects.load(settings.model, dtype, settings.device)
-        ids, data = subjects.tokens(subject, 1, None, settings.data_dir)
+    for dtype in settings.in_order(settings.dtypes):
+        subject = workloads.load(settings.model, dtype, settings.device)
+        ids, data = workloads.tokens(subject, 1, None, settings.data_dir)
         case = {"model": settings.model, "dtype": dtype, "prompt": f"{ids.shape[1]} tokens, {data}"}
         for name in settings.recipes:
             for numerics in settings.numerics:
-                twin = subjects.converted(subject.model, subjects.variant(name, numerics))
+                twin = workloads.converted(subject.model, workloads.variant(name, numerics))
                 yield f"{name} {numerics} {dtype}", _outcome(settings, case, subject.model, twin, ids, name, numerics)
 
 
@@ -60,11 +59,17 @@ def _outcome(
         Twin(PLAIN, partial(_generate, plain, ids, settings.tokens)),
         Twin(numerics, partial(_generate, quantized, ids, settings.tokens)),
     ]
-    samples = alternate(twins, settings.effort, clock_for(settings.place)).samples
+    samples = alternate(twins, settings.effort_in(case["dtype"]), clock_for(settings.place)).samples
     case = {**case, "recipe": name, "new tokens": settings.tokens, "threads": settings.threads}
     case = {**case, "device": settings.device}
-    target = targets.generate(
-        name, settings.model, settings.place.type, case["dtype"], settings.tokens, settings.threads
+    target = targets.model_target(
+        "generate",
+        name,
+        model=settings.model,
+        device=settings.place.type,
+        dtype=case["dtype"],
+        tokens=settings.tokens,
+        threads=settings.threads,
     )
     figures = {twin: {"ms/token": spread(s).median * 1000 / settings.tokens} for twin, s in samples.items()}
     return Outcome(

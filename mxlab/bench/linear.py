@@ -14,9 +14,8 @@ from torch import nn
 from mxlab.bench import mxpackage
 from mxlab.bench.results import PLAIN, Outcome, Row
 from mxlab.bench.settings import Settings, check_dtypes, check_numerics, parse_shape
-from mxlab.bench.stats import spread
-from mxlab.bench.subjects import variant
-from mxlab.bench.timing import Twin, alternate, clock_for
+from mxlab.bench.timing import Twin, alternate, clock_for, spread
+from mxlab.bench.workloads import variant
 from mxlab.checks import check_int
 from mxlab.compat.recipes import load_any_recipe
 from mxlab.errors import SpecError
@@ -55,7 +54,7 @@ class LinearSettings(Settings):
 
 def measure(settings: LinearSettings) -> Iterator[tuple[str, Outcome]]:
     """Case after case: what it is, and its rows."""
-    for dtype in settings.dtypes:
+    for dtype in settings.in_order(settings.dtypes):
         for shape in settings.shapes:
             for count in settings.tokens:
                 yield f"{shape} {dtype}, tokens: {count}", _outcome(settings, shape, dtype, count)
@@ -79,7 +78,7 @@ def _outcome(settings: LinearSettings, shape: str, dtype: str, tokens: int) -> O
         )
         guest = mxpackage.computing(holder, recipe, lambda module: module.get_submodule("q_proj")(x))
         twins += [guest] if guest else []
-    timings = alternate(twins, settings.effort, clock_for(settings.place))
+    timings = alternate(twins, settings.effort_in(dtype), clock_for(settings.place))
     case = {"in x out": shape, "tokens": tokens, "dtype": dtype, "recipe": settings.recipe, "threads": settings.threads}
     return Outcome(
         [_row({**case, "device": settings.device}, name, timings.samples) for name in timings.samples],

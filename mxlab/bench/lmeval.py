@@ -14,8 +14,7 @@ from typing import Any
 
 from mxlab.bench.results import Outcome, Row
 from mxlab.bench.settings import TextSettings, check_dtypes
-from mxlab.bench.stats import spread
-from mxlab.bench.timing import Effort, Twin, alternate, clock_for
+from mxlab.bench.timing import Effort, Twin, alternate, clock_for, spread
 from mxlab.checks import check_int
 from mxlab.compat.recipes import load_any_recipe
 from mxlab.eval.tasks import TaskRequest, evaluate_tasks

@@ -21,9 +21,8 @@ from mxlab.bench.settings import (
     parse_shape,
     shape_text,
 )
-from mxlab.bench.stats import ratios, spread
-from mxlab.bench.timing import Timings, Twin, alternate, clock_for
-from mxlab.bench.values import Values
+from mxlab.bench.timing import Timings, Twin, alternate, clock_for, ratios, spread
+from mxlab.bench.workloads import Values
 from mxlab.errors import SpecError
 from mxlab.formats import MXFormat, Numerics
 from mxlab.numerics import quantize, quantize_
@@ -131,9 +130,9 @@ def _row(settings: QuantizeSettings, case: dict[str, Any], x: Tensor, twin: str,
     figures = {"ns/element": seconds / x.numel() * 1e9, "GB/s": 2 * x.numel() * x.element_size() / seconds / 1e9}
     if twin == first:
         return Row(case, twin, samples, figures=figures)
-    target = targets.quantize(twin, settings.place.type, case["dtype"], settings.threads)
+    target = targets.quantize_target(twin, settings.place.type, case["dtype"], settings.threads)
     if first == COPY:
         # Both read and write the same bytes: the share of the bandwidth is the share of the time.
         figures[targets.FRACTION] = 1 / spread(ratios(samples, reference)).median
-        target = targets.BANDWIDTH
+        target = targets.bandwidth_target()
     return Row(case, twin, samples, first, reference, figures, target)

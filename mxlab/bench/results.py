@@ -3,15 +3,57 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from mxlab.bench import targets
-from mxlab.bench.stats import Spread, ratios, spread
 from mxlab.bench.targets import Target
+from mxlab.bench.timing import Spread, ratios, spread
 from mxlab.errors import SourceError
+
+# Cores that others may use before the timings are called into question.
+QUIET = 0.25
+
+
+def busy_cores(seconds: float = 0.5) -> float:
+    """How many cores other processes use, seen while this one sleeps."""
+    return round(psutil.cpu_percent(interval=seconds) / 100 * (psutil.cpu_count() or 1), 2)
+
+
+def load_average() -> list[float]:
+    """Of the last 1, 5 and 15 minutes; empty on a system that does not keep it."""
+    return [round(value, 2) for value in os.getloadavg()] if hasattr(os, "getloadavg") else []
+
+
+def name(machine: dict[str, Any], device: str) -> str:
+    """What was measured on, of the environment's description: the GPU, or the CPU with its cores."""
+    if device.startswith("cuda"):
+        return machine.get(f"GPU {device.partition(':')[2] or 0}", "GPU")
+    return machine["cpu"]
+
+
+def instruction_set(machine: dict[str, Any], device: str) -> str:
+    """Return what the timings depend on besides the processor's name, of the environment's description.
+
+    On a CPU: the instruction sets of mxlab's kernels and of torch, and whether there are bfloat16 units; a result that
+    did not record a part says so. On a GPU: its name.
+    """
+    if device.startswith("cuda"):
+        return name(machine, device)
+    kernels, torchs = (machine.get(key, "not recorded") for key in ("CPU kernels", "cpu capability"))
+    return f"kernels {kernels}, torch {torchs}, bfloat16 units {machine.get('bfloat16 units', 'not recorded')}"
+
+
+def slug(name: str) -> str:
+    """``intel-xeon-processor-2-cores``: a machine's name as a part of a file name."""
+    return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", name.lower())).strip("-")
+
 
 PLAIN = "unquantized"  # the twin that the others are compared with
 
@@ -93,19 +135,32 @@ def make_folder(folder: Path) -> None:
 
 
 def write(document: Document, folder: Path, name: str) -> tuple[Path, bool]:
-    """Write ``folder/name.json``; returns the path, and whether it replaced such a file.
+    """Write ``folder/name.json``; return the path, and whether it replaced such a file.
 
     Raises:
-        SourceError: the folder cannot be written to.
+        SourceError: the folder cannot be written to, or holds a file of that name from another instruction set, whose
+            figures would pass for the same measurement.
     """
     path = folder / f"{name}.json"
     make_folder(folder)
     try:
-        replaced = path.exists()
+        former = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        if former is not None and (theirs := instruction_set_of(former)) != (ours := instruction_set_of(document)):
+            raise SourceError(
+                f"{path} was measured with {theirs}, this with {ours}: their figures do not compare; choose another "
+                "folder (--out)"
+            )
         path.write_text(_text(document), encoding="utf-8")
-    except OSError as e:
-        raise SourceError(f"cannot write the results to {path}: {e.strerror}; choose another folder (--out)") from None
-    return path, replaced
+    except (OSError, ValueError) as e:
+        if isinstance(e, SourceError):
+            raise
+        raise SourceError(f"cannot write the results to {path}: {e}; choose another folder (--out)") from None
+    return path, former is not None
+
+
+def instruction_set_of(document: Document) -> str:
+    """Return the instruction set that a document was measured with (:func:`instruction_set`)."""
+    return document.get("instruction set") or instruction_set(document["machine"], document["settings"]["device"])
 
 
 def read(folder: Path) -> dict[str, Document]:

@@ -3,20 +3,43 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
 
-from mxlab.bench.shapes import RANDOM
 from mxlab.bench.timing import Effort
 from mxlab.checks import check_choice, check_int
 from mxlab.errors import SpecError
 from mxlab.formats import NUMERICS, MXFormat
 from mxlab.sources import models
 from mxlab.sources import tasks as data
-from mxlab.sources.devices import DTYPES
+from mxlab.sources.devices import DTYPES, is_native
+
+# The first has Llama-3.2-1B's shape; the other is made in no time, for the tests.
+RANDOM: dict[str, dict[str, Any]] = {
+    "llama-1b-random": {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "vocab_size": 128256,
+    },
+    "random-tiny": {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "vocab_size": 256,
+    },
+}
+
 
 LAMBADA = "lambada_openai"
 ATTENTIONS = ("eager", "sdpa")
@@ -64,8 +87,19 @@ class Settings:
         """How often everything is measured."""
         return Effort(self.repeats, self.warmup)
 
+    def in_order(self, dtypes: Sequence[str]) -> list[str]:
+        """Return ``dtypes``, those last that the device does not multiply natively."""
+        return sorted(dtypes, key=lambda dtype: not self._is_native(dtype))
+
+    def effort_in(self, dtype: str) -> Effort:
+        """Return how often a model is measured in ``dtype``: a few times where the device is slow in it."""
+        return self.effort if self._is_native(dtype) else Effort(min(self.repeats, 3), self.warmup)
+
+    def _is_native(self, dtype: str) -> bool:
+        return is_native(getattr(torch, dtype), self.place)
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain values: what a result was measured with."""
+        """Return plain values: what a result was measured with."""
         return {f.name: value for f in fields(self) if f.compare and (value := asdict(self)[f.name]) is not None}
 
     def standard(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import torch
 
-from mxlab.bench import subjects, targets
+from mxlab.bench import targets, workloads
 from mxlab.bench.results import Outcome, Row
 from mxlab.bench.settings import Settings, check_dtypes
 from mxlab.compat.recipes import load_any_recipe
@@ -50,12 +50,12 @@ class ImportSettings(Settings):
 def measure_convert(settings: ConvertSettings) -> Iterator[tuple[str, Outcome]]:
     """Case after case: what it is, and its row."""
     for dtype in settings.dtypes:
-        model = subjects.load(settings.model, dtype, settings.device).model
+        model = workloads.load(settings.model, dtype, settings.device).model
         for name in settings.recipes:
             case = {"model": settings.model, "dtype": dtype, "recipe": name, "threads": settings.threads}
             case["device"] = settings.device
             samples = [_seconds_to_convert(model, name) for _ in range(settings.warmup + settings.repeats)]
-            target = targets.CONVERT if settings.model == models.EMBEDDED else None
+            target = targets.seconds_target("convert") if settings.model == models.EMBEDDED else None
             row = Row(case, "mxlab.apply", samples[settings.warmup :], target=target)
             yield f"{name} {dtype}", Outcome([row])
 
@@ -63,7 +63,9 @@ def measure_convert(settings: ConvertSettings) -> Iterator[tuple[str, Outcome]]:
 def measure_import(settings: ImportSettings) -> Iterator[tuple[str, Outcome]]:
     """One case; the first processes, which fill the disk cache, are the warm-up."""
     samples = [_seconds_to_import() for _ in range(settings.warmup + settings.repeats)][settings.warmup :]
-    row = Row({"python": sys.version.partition(" ")[0]}, "import mxlab", samples, target=targets.IMPORT)
+    row = Row(
+        {"python": sys.version.partition(" ")[0]}, "import mxlab", samples, target=targets.seconds_target("import")
+    )
     yield "import mxlab", Outcome([row])
 
 

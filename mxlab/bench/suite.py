@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from mxlab.bench import forward, generate, linear, lmeval, machine, quantize, startup
+from mxlab.bench import forward, generate, linear, lmeval, quantize, results, startup
 from mxlab.bench.results import Document, Outcome
 from mxlab.bench.settings import Settings
 from mxlab.bench.timing import threads
@@ -39,8 +39,8 @@ BENCHMARKS = {
 
 def perform(name: str, settings: Settings, command: str, note: Note = lambda _: None) -> Document:
     """Run the benchmark; ``note`` hears of each case that is done."""
-    busy = machine.busy_cores()
-    load = machine.load_average()
+    busy = results.busy_cores()
+    load = results.load_average()
     start = time.perf_counter()
     outcome = Outcome()
     with threads(settings.threads):
@@ -52,9 +52,10 @@ def perform(name: str, settings: Settings, command: str, note: Note = lambda _: 
         "benchmark": name,
         "standard": settings.to_dict() == settings.standard(),
         "command": command,
-        "measured on": machine.name(described, settings.device),
+        "measured on": results.name(described, settings.device),
+        "instruction set": results.instruction_set(described, settings.device),
         "machine": described,
-        "load": {"average": load, "busy cores before": busy, "busy cores after": machine.busy_cores()},
+        "load": {"average": load, "busy cores before": busy, "busy cores after": results.busy_cores()},
         "settings": settings.to_dict(),
         "elapsed_seconds": round(time.perf_counter() - start, 1),
         "failures": outcome.failures,
@@ -63,12 +64,14 @@ def perform(name: str, settings: Settings, command: str, note: Note = lambda _: 
 
 
 def file_name(document: Document) -> str:
-    """``quantize-intel-xeon-processor-2-cores``: of the benchmark and the machine.
+    """Return ``quantize-intel-xeon-processor-2-cores-avx512``: of the benchmark, the machine and its kernels.
 
     Settings other than the standard ones add six digits of their hash. So a file is only ever replaced by the same
     measurement on the same kind of machine.
     """
-    parts = [document["benchmark"], machine.slug(document["measured on"])]
+    parts = [document["benchmark"], results.slug(document["measured on"])]
+    if not document["settings"]["device"].startswith("cuda"):
+        parts.append(results.slug(document["machine"]["CPU kernels"]))
     if not document["standard"]:
         settings = json.dumps(document["settings"], sort_keys=True)
         parts.append(hashlib.sha256(settings.encode()).hexdigest()[:6])
@@ -78,4 +81,4 @@ def file_name(document: Document) -> str:
 def is_disturbed(document: Document) -> bool:
     """Whether other processes kept cores busy, before or after."""
     load = document["load"]
-    return max(load["busy cores before"], load["busy cores after"]) > machine.QUIET
+    return max(load["busy cores before"], load["busy cores after"]) > results.QUIET

@@ -1,26 +1,21 @@
-"""The numbers to reach, each beside measurements in its own setting: device, threads, dtype, model, batch.
+"""Compare figures with the numbers that this project wants to reach, where a checkout has them (bench/targets.toml).
 
-That of quantizing stands beside every shape and format, not only those that it was set for.
+Each target stands beside measurements in its own setting: device, threads, dtype, model, batch. That of quantizing
+stands beside every shape and format.
 """
 
 from __future__ import annotations
 
+import functools
 import operator
 from dataclasses import dataclass
+from typing import Any
+
+from mxlab import shipped
 
 RATIO = "ratio"
 SECONDS = "seconds"
 FRACTION = "fraction of copy"
-
-# By recipe: a forward pass over that of the unquantized model.
-_FORWARD = {
-    ("smollm2", "cpu", "bfloat16"): {"ex1": 1.08, "ex2": 1.12},
-    ("smollm2", "cpu", "float32"): {"ex1": 1.08, "ex2": 1.08},
-    ("llama-1b-random", "cuda", "bfloat16"): {"ex1": 1.10, "ex2": 1.15},
-}
-# (batch, threads) on the CPU; on a GPU the number of threads does not matter.
-_BATCH = {"cpu": (16, 2), "cuda": (32, None)}
-_QUANTIZE = {"exact": 2.5, "microxcaling": 5.0}
 
 
 @dataclass(frozen=True)
@@ -32,32 +27,40 @@ class Target:
     at_most: bool = True
 
     def met(self, value: float) -> bool:
-        """Whether ``value`` reaches the target."""
+        """Return whether ``value`` reaches the target."""
         return (operator.le if self.at_most else operator.ge)(value, self.limit)
 
 
-CONVERT = Target(SECONDS, 1.0)
-IMPORT = Target(SECONDS, 0.2)
-BANDWIDTH = Target(FRACTION, 0.7, at_most=False)
-
-
-def quantize(numerics: str, device: str, dtype: str, threads: int) -> Target | None:
-    """Quantizing out of place, against a clone."""
+def quantize_target(numerics: str, device: str, dtype: str, threads: int) -> Target | None:
+    """Return the bound on quantizing out of place over a clone; None where there is none for the setting."""
     if device != "cpu" or threads != 1 or dtype not in ("float32", "bfloat16"):
         return None
-    return Target(RATIO, _QUANTIZE[numerics]) if numerics in _QUANTIZE else None
+    return _target(RATIO, _targets().get("quantize", {}).get(numerics))
 
 
-def forward(recipe: str, model: str, device: str, dtype: str, batch: int, threads: int) -> Target | None:
-    """A forward pass, against the unquantized one."""
-    wanted_batch, wanted_threads = _BATCH.get(device, (None, None))
-    limit = _FORWARD.get((model, device, dtype), {}).get(recipe)
-    if limit is None or batch != wanted_batch or wanted_threads not in (None, threads):
-        return None
-    return Target(RATIO, limit)
+def bandwidth_target() -> Target | None:
+    """Return the bound on the speed of quantizing a large tensor, as a fraction of that of a copy."""
+    return _target(FRACTION, _targets().get("bandwidth", {}).get("fraction"), at_most=False)
 
 
-def generate(recipe: str, model: str, device: str, dtype: str, tokens: int, threads: int) -> Target | None:
-    """Generating at batch 1, against the unquantized model."""
-    setting = (recipe, model, device, dtype, tokens, threads)
-    return Target(RATIO, 1.15) if setting == ("ex2", "smollm2", "cpu", "bfloat16", 64, 2) else None
+def seconds_target(name: str) -> Target | None:
+    """Return the bound on the seconds of ``convert`` or ``import``."""
+    return _target(SECONDS, _targets().get("seconds", {}).get(name))
+
+
+def model_target(benchmark: str, recipe: str, **setting: Any) -> Target | None:
+    """Return the bound on a model's time over the unquantized one's: of ``forward`` or ``generate``, in a setting."""
+    for row in _targets().get(benchmark, []):
+        if all(setting.get(key) == value for key, value in row.items() if key != "limits"):
+            return _target(RATIO, row["limits"].get(recipe))
+    return None
+
+
+def _target(figure: str, limit: float | None, at_most: bool = True) -> Target | None:
+    return None if limit is None else Target(figure, limit, at_most)
+
+
+@functools.cache
+def _targets() -> dict[str, Any]:
+    file = shipped.PACKAGE.parent / "bench" / "targets.toml"
+    return shipped.read_toml(file, str(file)) if file.is_file() else {}

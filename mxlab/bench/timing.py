@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,6 +11,36 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The median of some samples, the quartiles around it, and how many they were."""
+
+    median: float
+    q1: float
+    q3: float
+    n: int
+
+
+def spread(samples: Sequence[float]) -> Spread:
+    """The quartiles of at least one sample; between two samples they are interpolated.
+
+    Raises:
+        ValueError: no samples.
+    """
+    if not samples:
+        raise ValueError("no samples: nothing was measured")
+    if len(samples) == 1:
+        return Spread(samples[0], samples[0], samples[0], 1)
+    q1, median, q3 = statistics.quantiles(samples, n=4, method="inclusive")
+    return Spread(median, q1, q3, len(samples))
+
+
+def ratios(samples: Sequence[float], reference: Sequence[float]) -> list[float]:
+    """Each sample over the reference's of the same round; a series that stopped early has fewer."""
+    return [a / b for a, b in zip(samples, reference, strict=False)]
+
 
 # An impatient twin is still sampled this often.
 _AT_LEAST = 2

@@ -247,7 +247,7 @@ def _command() -> str:
 
 
 def _show(document: dict[str, Any], is_disturbed: bool) -> None:
-    from mxlab.bench.grid import grid
+    from mxlab.bench.tables import grid
 
     found = grid(document, hidden=("values",))
     table = Table(*map(escape, found.heads), title=f"{document['benchmark']} on {document['measured on']}", box=SIMPLE)

@@ -48,6 +48,7 @@ def describe() -> dict[str, Any]:
     import torch
 
     from mxlab.numerics.kernels import cuda, native
+    from mxlab.sources.devices import is_native
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
@@ -59,6 +60,7 @@ def describe() -> dict[str, Any]:
         "platform": platform.platform(),
         "cpu": _cpu(),
         "cpu capability": torch.backends.cpu.get_cpu_capability(),
+        "bfloat16 units": "yes" if is_native(torch.bfloat16, torch.device("cpu")) else "no",
         "threads": torch.get_num_threads(),
         "CPU kernels": native.MISSING or native.instruction_set(),
         "cuda available": torch.cuda.is_available(),

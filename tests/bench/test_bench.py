@@ -10,12 +10,11 @@ from typing import ClassVar
 import pytest
 import torch
 
-from mxlab.bench import figures, machine, mxpackage, suite, tables, targets
-from mxlab.bench.grid import grid
+from mxlab.bench import figures, mxpackage, results, settings, suite, tables, targets
 from mxlab.bench.results import Outcome, Row, read, write
 from mxlab.bench.settings import expand_formats, parse_shape
-from mxlab.bench.stats import Spread, ratios, spread
-from mxlab.bench.timing import Effort, Twin, alternate, clock_for, threads
+from mxlab.bench.tables import grid
+from mxlab.bench.timing import Effort, Spread, Twin, alternate, clock_for, ratios, spread, threads
 from mxlab.cli import main as cli
 from mxlab.errors import MxlabError, SourceError, SpecError
 
@@ -131,19 +130,58 @@ def test_the_ratio_is_that_within_a_round():
 
 
 def test_targets():
-    bound = targets.quantize("exact", "cpu", "float32", 1)
+    bound = targets.quantize_target("exact", "cpu", "float32", 1)
     assert bound is not None
     assert (bound.met(2.5), bound.met(2.51)) == (True, False)
-    assert targets.BANDWIDTH.met(0.71)
-    assert not targets.BANDWIDTH.met(0.69)
-    assert targets.quantize("exact", "cpu", "float32", 2) is None
-    assert targets.quantize("exact, in place", "cpu", "float32", 1) is None
+    bandwidth = targets.bandwidth_target()
+    assert bandwidth is not None
+    assert bandwidth.met(0.71)
+    assert not bandwidth.met(0.69)
+    assert targets.quantize_target("exact", "cpu", "float32", 2) is None
+    assert targets.quantize_target("exact, in place", "cpu", "float32", 1) is None
+    smollm2 = {"model": "smollm2", "device": "cpu", "dtype": "bfloat16", "batch": 16, "threads": 2}
+    llama = {"model": "llama-1b-random", "device": "cuda", "dtype": "bfloat16", "batch": 32, "threads": 2}
     for recipe, dtype, limit in [("ex1", "bfloat16", 1.08), ("ex2", "bfloat16", 1.12), ("ex2", "float32", 1.08)]:
-        assert targets.forward(recipe, "smollm2", "cpu", dtype, 16, 2) == targets.Target("ratio", limit)
-    assert targets.forward("ex2", "llama-1b-random", "cuda", "bfloat16", 32, 2) == targets.Target("ratio", 1.15)
-    assert targets.forward("ex1", "smollm2", "cpu", "bfloat16", 16, 1) is None
-    assert targets.forward("kv_only", "smollm2", "cpu", "bfloat16", 16, 2) is None
-    assert targets.generate("ex2", "smollm2", "cpu", "bfloat16", 64, 2) == targets.Target("ratio", 1.15)
+        found = targets.model_target("forward", recipe, **{**smollm2, "dtype": dtype})
+        assert found == targets.Target("ratio", limit)
+    assert targets.model_target("forward", "ex2", **llama) == targets.Target("ratio", 1.15)
+    assert targets.model_target("forward", "ex1", **{**smollm2, "threads": 1}) is None
+    assert targets.model_target("forward", "kv_only", **smollm2) is None
+    generation = {**smollm2, "tokens": 64}
+    assert targets.model_target("generate", "ex2", **generation) == targets.Target("ratio", 1.15)
+    assert targets.seconds_target("import") == targets.Target("seconds", 0.2)
+
+
+def test_a_wheel_has_no_targets(monkeypatch, tmp_path):
+    monkeypatch.setattr(targets.shipped, "PACKAGE", tmp_path / "mxlab")
+    targets._targets.cache_clear()
+    assert targets.quantize_target("exact", "cpu", "float32", 1) is None
+    targets._targets.cache_clear()
+
+
+def test_results_of_another_instruction_set_are_not_replaced(tmp_path):
+    here = document("quantize")
+    there = {**here, "instruction set": "kernels avx2, torch AVX2, bfloat16 units no"}
+    results.write(here, tmp_path, "quantize")
+    with pytest.raises(SourceError, match=r"quantize\.json was measured with .*kernels avx2.*do not compare"):
+        results.write(there, tmp_path, "quantize")
+    assert results.write(here, tmp_path, "quantize")[1]
+
+
+def test_figures_of_instruction_sets_stand_apart():
+    here = document("quantize")
+    there = {**here, "instruction set": "kernels avx2, torch AVX2, bfloat16 units no"}
+    page = tables.markdown({"a": here, "b": there, "c": here})
+    parts = [line for line in page.splitlines() if line.startswith("# ")]
+    assert len(parts) == 3  # the title, and one part for each
+    assert page.index("`c.json`") < page.index("`b.json`")
+
+
+def test_slow_dtypes_come_last_and_are_measured_less(monkeypatch):
+    monkeypatch.setattr(settings, "is_native", lambda dtype, device: dtype == torch.float32)
+    chosen = settings.Settings(repeats=7)
+    assert chosen.in_order(("bfloat16", "float32")) == ["float32", "bfloat16"]
+    assert (chosen.effort_in("float32").repeats, chosen.effort_in("bfloat16").repeats) == (7, 3)
 
 
 # ---- each benchmark
@@ -151,7 +189,7 @@ def test_targets():
 
 @pytest.fixture(autouse=True)
 def _quiet(monkeypatch):
-    monkeypatch.setattr(machine, "busy_cores", lambda: 0.0)
+    monkeypatch.setattr(results, "busy_cores", lambda: 0.0)
     monkeypatch.setenv("TQDM_DISABLE", "1")
     logger = logging.getLogger("lm_eval")
     level = logger.level
@@ -407,14 +445,14 @@ def document(name: str = "quantize", **changes) -> dict:
         case = {"shape": "8x32", "dtype": dtype, "format": "fp6_e2m3@32", "attention": "sdpa", "recipe": "ex1"}
         for twin, factor in (("exact", 1.5), ("microxcaling", 6.0), ("mx package", 20.0)):
             samples = [factor * s for s in reference]
-            target = targets.quantize(twin, "cpu", dtype, 1)
+            target = targets.quantize_target(twin, "cpu", dtype, 1)
             rows.append(Row(case, twin, samples, "clone", reference, {"ns/element": factor / 2}, target))
     return {
         "benchmark": name,
         "standard": True,
         "command": f"mxlab bench {name}",
         "measured on": "Some(R) CPU, 2 cores",
-        "machine": {"date": "2026-11-21T10:00:00", "torch": "2.13.0"},
+        "machine": {"date": "2026-11-21T10:00:00", "torch": "2.13.0", "CPU kernels": "avx2"},
         "load": {"average": [0.1], "busy cores before": 0.0, "busy cores after": 1.0},
         "settings": {"threads": 1, "repeats": 3, "device": "cpu"},
         "failures": [],
@@ -424,13 +462,13 @@ def document(name: str = "quantize", **changes) -> dict:
 
 
 def test_file_names_say_the_machine_and_other_settings():
-    assert suite.file_name(document()) == "quantize-some-cpu-2-cores"
-    others = [document(standard=False, settings={"repeats": n}) for n in (3, 4)]
+    assert suite.file_name(document()) == "quantize-some-cpu-2-cores-avx2"
+    others = [document(standard=False, settings={"repeats": n, "device": "cpu"}) for n in (3, 4)]
     names = {suite.file_name(one) for one in others}
     assert len(names) == 2
-    assert all(len(name) == len("quantize-some-cpu-2-cores-123456") for name in names)
+    assert all(len(name) == len("quantize-some-cpu-2-cores-avx2-123456") for name in names)
     gpu = {"cpu": "Some CPU", "GPU 0": "NVIDIA H200", "GPU 1": "Tesla T4"}
-    assert [machine.name(gpu, device) for device in ("cpu", "cuda", "cuda:1")] == [
+    assert [results.name(gpu, device) for device in ("cpu", "cuda", "cuda:1")] == [
         "Some CPU",
         "NVIDIA H200",
         "Tesla T4",
@@ -548,7 +586,7 @@ def mxlab(monkeypatch, capsys):
 
 @pytest.mark.usefixtures("no_mx")
 def test_command(mxlab, tmp_path, monkeypatch):
-    monkeypatch.setattr(machine, "busy_cores", lambda: 1.5)
+    monkeypatch.setattr(results, "busy_cores", lambda: 1.5)
     arguments = ["--shape", "2x33", "--block", 32, "--values", "random", "--repeats", 1, "--out", tmp_path / "results"]
     code, out, _ = mxlab("bench", "quantize", *arguments)
     assert code == 0
@@ -569,7 +607,7 @@ def test_command(mxlab, tmp_path, monkeypatch):
 
 
 def test_the_command_does_not_tell_where_data_lies(monkeypatch):
-    from mxlab.bench import command
+    from mxlab.cli import bench as command
 
     monkeypatch.setattr(sys, "argv", ["/usr/bin/mxlab", "bench", "--data-dir", "/home/me/my data", "-o", "x y"])
     assert command._command() == "mxlab bench --data-dir DATA -o 'x y'"
@@ -577,7 +615,7 @@ def test_the_command_does_not_tell_where_data_lies(monkeypatch):
 
 @pytest.mark.parametrize("arguments", [[], ["all"], ["--out", "x", "--device", "cpu"]])
 def test_without_a_name_all_are_run(mxlab, monkeypatch, arguments):
-    from mxlab.bench import command
+    from mxlab.cli import bench as command
 
     ran = []
     monkeypatch.setattr(command, "_run", lambda name, out, **given: ran.append((name, given)))

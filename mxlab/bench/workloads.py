@@ -1,4 +1,4 @@
-"""What is timed: models, real or of random weights, and tokens for them."""
+"""What is measured on: models, token ids, and tensors of activations."""
 
 from __future__ import annotations
 
@@ -11,15 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mxlab import shipped
-from mxlab.bench.settings import LAMBADA
-from mxlab.bench.shapes import RANDOM
+from mxlab.bench.settings import LAMBADA, RANDOM
 from mxlab.compat.recipes import load_any_recipe
 from mxlab.errors import SourceError
 from mxlab.model.apply import apply
 from mxlab.recipe import Recipe
 from mxlab.sources import models
 from mxlab.sources import tasks as data
+from mxlab.sources.texts import PASSAGES_FILE
 
 _RANDOM_LENGTH = 128
 
@@ -33,7 +32,7 @@ class Subject:
 
 
 def load(name: str, dtype: str, device: str) -> Subject:
-    """A model of :data:`mxlab.bench.shapes.RANDOM`, or one that :func:`mxlab.sources.models.load_model` knows.
+    """A model of :data:`mxlab.bench.settings.RANDOM`, or one that :func:`mxlab.sources.models.load_model` knows.
 
     Raises:
         SourceError: no such model.
@@ -67,7 +66,7 @@ def texts(data_dir: Path | None, count: int) -> list[str]:
     Raises:
         SourceError: a file that is missing, cannot be read, or has fewer rows.
     """
-    file = shipped.PACKAGE / "passages.jsonl" if data_dir is None else data_dir / data.LOCAL[LAMBADA].file
+    file = PASSAGES_FILE if data_dir is None else data_dir / data.LOCAL[LAMBADA].file
     try:
         with file.open(encoding="utf-8") as lines:
             found = [json.loads(line)["text"] for line, _ in zip(filter(str.strip, lines), range(count), strict=False)]
@@ -99,3 +98,48 @@ def _random_model(shape: dict[str, Any], dtype: torch.dtype, device: torch.devic
     with device:
         model = AutoModelForCausalLM.from_config(LlamaConfig(**shape), dtype=dtype)
     return model.eval()
+
+
+_TOKENS = (4, 512)
+_LAYER = 15  # of 30
+RANDOM_NUMBERS = "normal random numbers"
+
+
+class Values:
+    """Gives tensors of any shape; ``is_real`` asks for activations where there are any of that width."""
+
+    def __init__(self, is_real: bool) -> None:
+        self._recorded = _record() if is_real else {}
+
+    def tensor(self, shape: tuple[int, ...], dtype: str, device: torch.device) -> tuple[Tensor, str]:
+        """A tensor, and what its numbers are."""
+        kind = getattr(torch, dtype)
+        name, found = self._recorded.get(shape[-1], ("", None))
+        if found is not None and len(shape) == 2 and shape[0] <= len(found):
+            return found[: shape[0]].to(device, kind, copy=True), name
+        generator = torch.Generator(device).manual_seed(0)
+        return torch.randn(shape, generator=generator, dtype=kind, device=device), RANDOM_NUMBERS
+
+
+def _record() -> dict[int, tuple[str, Tensor]]:
+    """By width: what a query and a down projection in the middle of SmolLM2 read, a row a token of the passages."""
+    try:
+        loaded = models.load_model(models.EMBEDDED, "float32", "cpu")
+    except SourceError:
+        return {}  # not installed: the results say what the numbers are
+    layer = loaded.model.model.layers[_LAYER]
+    found: dict[int, tuple[str, Tensor]] = {}
+    _remember(found, layer.self_attn.q_proj, "input of SmolLM2's q_proj")
+    _remember(found, layer.mlp.down_proj, "input of SmolLM2's down_proj")
+    ids = loaded.tokenizer("\n".join(texts(None, 100)), return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        loaded.model.model(ids[0, : _TOKENS[0] * _TOKENS[1]].view(_TOKENS))
+    return found
+
+
+def _remember(found: dict[int, tuple[str, Tensor]], linear: Any, name: str) -> None:
+    def hook(_: Any, args: tuple[Tensor, ...]) -> None:
+        x = args[0].detach().flatten(0, 1)
+        found[x.shape[-1]] = name, x.clone()
+
+    linear.register_forward_pre_hook(hook)
