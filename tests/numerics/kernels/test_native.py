@@ -259,7 +259,7 @@ def test_a_forked_child_can_quantize():
     try:
         expected = quantize(x, "fp4@32")
         if (child := os.fork()) == 0:
-            # The pool's threads do not exist here; torch's own parallel operators must not be called at all.
+            # The parent's threads do not exist here; torch's own parallel operators must not be called at all.
             result = native.quantize(x, MXFormat.parse("fp4@32"), (1,), 0, "exact")
             os._exit(0 if bytes(result.numpy().data) == bytes(expected.numpy().data) else 1)
         assert os.waitpid(child, 0)[1] == 0
