@@ -35,7 +35,7 @@ Record = dict[str, Any]
 
 @dataclass
 class Part:
-    """What came of one part: ``results`` and ``failures`` by the name of the case, and the names of all others."""
+    """The outcome of a part: ``results`` and ``failures`` by the name of the case, and the names of all other cases."""
 
     results: dict[str, Record] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
@@ -76,6 +76,9 @@ def _work(options: argparse.Namespace) -> int:
     deadline = time.monotonic() + options.seconds
     found = cases(options.part, options.device)
     _say({"cases": [name for name, _ in found]})
+    if error := _why_unusable(options.device):
+        _say({"unusable": error})
+        return 1
     for index, (name, call) in enumerate(found[options.first :], options.first):
         if time.monotonic() > deadline:
             break
@@ -84,20 +87,20 @@ def _work(options: argparse.Namespace) -> int:
             _say({"case": name, "result": call()})
         except Exception as e:
             _say({"case": name, "error": f"{type(e).__name__}: {e}"[:LONGEST]})
-            if _is_lost(options.device):
+            if _why_unusable(options.device):
                 return 1
     return 0
 
 
-def _is_lost(device: str) -> bool:
-    """Return whether an error left the GPU unusable to this process."""
+def _why_unusable(device: str) -> str | None:
+    """Return why this process cannot use the GPU, at all or since an error; None where it can."""
     import torch
 
     try:
         torch.zeros(1, device=device).add_(1).item()
-    except Exception:
-        return True
-    return False
+    except Exception as e:
+        return f"{type(e).__name__}: {e}"[:LONGEST]
+    return None
 
 
 def _say(record: Record) -> None:
@@ -112,22 +115,22 @@ def _run(name: str, options: argparse.Namespace, deadline: float) -> Part:
     start = time.monotonic()
     part, names, first = Part(), [name], 0
     while first < len(names) and (left := deadline - time.monotonic()) > 0:
-        begun, ending = -1, "ended early"
+        begun, ending, unusable = -1, "", None
         for record in _lines(name, options, first, left):
             names = record.get("cases", names)
             begun = record.get("begun", begun)
-            ending = record.get("ending", ending)
+            ending, unusable = record.get("ending", ending), record.get("unusable", unusable)
             if "result" in record:
                 part.results[record["case"]] = record["result"]
             elif "error" in record:
                 part.failures[record["case"]] = record["error"]
-        if ending == "done":
+        if ending == "done" or time.monotonic() > deadline:
             break
-        if begun < 0:  # not even the cases are known
-            part.failures[name] = ending
+        if unusable or begun < 0:  # no case can be tried
+            part.failures[name] = unusable or ending
             break
         first = begun + 1
-        if names[begun] not in part.results and time.monotonic() < deadline:
+        if names[begun] not in part.results:
             part.failures.setdefault(names[begun], ending)
     part.skipped = [n for n in names if n not in part.results and n not in part.failures]
     part.seconds = round(time.monotonic() - start, 1)
@@ -185,7 +188,9 @@ def table(parts: dict[str, Part]) -> str:
 def _machine_lines(part: Part) -> list[str]:
     found = part.results.get("machine", {})
     return [
-        f"{key}: {found[key]}" for key in ("device", "compute capability", "driver", "torch", "mxlab") if key in found
+        f"{key}: {found[key]}"
+        for key in ("device", "compute capability", "driver", "torch", "GPU kernels", "mxlab")
+        if key in found
     ]
 
 
@@ -212,7 +217,7 @@ def _failure_lines(name: str, part: Part) -> list[str]:
     """Return a line for each kind of failure: how many cases, and the first of them."""
     kinds: dict[str, list[str]] = {}
     for case, error in part.failures.items():
-        first_line = error.partition("\n")[0]
+        first_line = error.partition("\n")[0][:200]
         kinds.setdefault(re.sub(r"such as .*|\d+", "", first_line), []).append(f"{case}: {first_line}")
     return [
         f"{name} FAILED: {found[0]}" + (f", and {len(found) - 1} more like it" if found[1:] else "")

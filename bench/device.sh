@@ -50,6 +50,8 @@ set_up() {
     major="$(py -c 'import torch; print((torch.version.cuda or "").partition(".")[0])')"
     [[ "$major" == 12 || "$major" == 13 ]] ||
         die "torch $version is built for CUDA '${major:-none}': install one for CUDA 12 or 13, or remove it"
+    py -c 'import torch; torch.zeros(1, device="cuda")' ||
+        die "torch $version cannot use the GPU: what it says above tells why, often that it is newer than the driver"
     is_set_up && return
     # The kernels for the CPU are not needed here, and take a compiler and a minute.
     (cd -- "$root" && pip_install --constraint <(printf 'torch==%s\n' "$version") \

@@ -49,16 +49,13 @@ def quantize_cases(device: str) -> Cases:
 def forward_cases(device: str) -> Cases:
     """Return the timings of a forward pass, a recipe each."""
     model, batch, length = MODEL[device]
-    dtype = forward_dtype(device)
+    # GPUs before 8.0 do not compute in bfloat16.
+    is_old = device == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0)
+    dtype = "float16" if is_old else "bfloat16"
     return [
         (f"{recipe} {model} {dtype} {batch}x{length}", partial(_time_forward, device, recipe, dtype))
         for recipe in ("ex1", "ex2")
     ]
-
-
-def forward_dtype(device: str) -> str:
-    """Return bfloat16, or float16 on GPUs that do not compute in bfloat16."""
-    return "float16" if device == "cuda" and torch.cuda.get_device_capability() < (8, 0) else "bfloat16"
 
 
 def _describe(device: str) -> dict[str, Any]:
@@ -111,18 +108,18 @@ def _time_forward(device: str, recipe: str, dtype: str) -> dict[str, Any]:
     name, batch, length = MODEL[device]
     subject = subjects.load(name, dtype, device)
     ids, _ = subjects.tokens(subject, batch, length, None)
-    quantized = subjects.converted(subject.model, load_any_recipe(recipe))
-    calls = {"plain": partial(_forward, subject.model, ids), recipe: partial(_forward, quantized, ids)}
-    samples = alternate(
-        [Twin(name, call) for name, call in calls.items()], EFFORT[device], clock_for(ids.device)
-    ).samples
-    milliseconds = {name: [1000 * s for s in found] for name, found in samples.items()}
+    plain = partial(_forward, subject.model, ids)
+    plain_peak = _peak(plain)  # before the copy is there
+    quantized = partial(_forward, subjects.converted(subject.model, load_any_recipe(recipe)), ids)
+    twins = [Twin("plain", plain), Twin(recipe, quantized)]
+    samples = alternate(twins, EFFORT[device], clock_for(ids.device)).samples
+    milliseconds = {twin: [1000 * s for s in found] for twin, found in samples.items()}
     return {
         "ms": asdict(spread(milliseconds[recipe])),
         "plain ms": asdict(spread(milliseconds["plain"])),
         "x plain": asdict(spread(ratios(samples[recipe], samples["plain"]))),
-        "peak GiB": _peak(quantized, calls[recipe]),
-        "plain peak GiB": _peak(subject.model, calls["plain"]),
+        "peak GiB": (_peak(quantized) - _bytes(subject.model)) / 2**30,
+        "plain peak GiB": plain_peak / 2**30,
         "milliseconds": milliseconds,
     }
 
@@ -132,19 +129,21 @@ def _forward(model: Any, ids: Tensor) -> Tensor:
     return model(ids).logits
 
 
-def _peak(model: Any, call: Callable[[], object]) -> float:
-    """Return the GiB of a model's weights and of what one call adds to all that is allocated; 0 on the CPU."""
+def _peak(call: Callable[[], object]) -> int:
+    """Return the largest number of bytes that are allocated on the GPU during a call."""
     if not torch.cuda.is_available():
-        return 0.0
+        return 0
     gc.collect()
-    torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
     call()
     torch.cuda.synchronize()
-    added = torch.cuda.max_memory_allocated() - before
-    tensors = {t.data_ptr(): t for t in (*model.parameters(), *model.buffers())}
-    return (added + sum(t.numel() * t.element_size() for t in tensors.values())) / 2**30
+    return torch.cuda.max_memory_allocated()
+
+
+def _bytes(model: Any) -> int:
+    """Return the size of a model's tensors on the GPU."""
+    tensors = {t.data_ptr(): t for t in (*model.parameters(), *model.buffers()) if t.is_cuda}
+    return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
 CASES = {"machine": machine_cases, "quantize": quantize_cases, "forward": forward_cases}

@@ -102,6 +102,14 @@ def test_an_error_that_loses_the_gpu_keeps_its_message(device, monkeypatch):
     assert part.failures == {"b": "RuntimeError: illegal address"}
 
 
+def test_a_gpu_that_cannot_be_used_is_not_tried_again(device, monkeypatch):
+    gone = [{"unusable": "RuntimeError: no GPU"}, {"ending": "its process ended with code 1"}]
+    part, firsts = run_part(device, monkeypatch, gone)
+    assert firsts == [0]
+    assert part.failures == {"bits": "RuntimeError: no GPU"}
+    assert part.skipped == ["a", "b", "c"]
+
+
 def test_what_is_not_reached_is_said(device, monkeypatch):
     part, _ = run_part(device, monkeypatch, [{"begun": 0}, {"case": "a", "result": {}}, {"ending": "done"}])
     assert part.skipped == ["b", "c"]

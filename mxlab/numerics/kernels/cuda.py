@@ -71,7 +71,7 @@ class _Cuda(Compiled):
 
 _backend = _Cuda()
 quantize, quantize_out, quantize_ = _backend.quantize, _backend.quantize_out, _backend.quantize_
-round_elementwise = _backend.round_elementwise
+round_elementwise, uniform = _backend.round_elementwise, _backend.uniform
 
 
 # Plans: which kernels to launch

@@ -30,7 +30,9 @@ _DTYPES = {} if MISSING else {getattr(torch, dtype.name): dtype for dtype in _na
 
 class _Native(Compiled):
     def uniform(self, shape: torch.Size | tuple[int, ...], seed: int, device: torch.device) -> Tensor:
-        return uniform(shape, seed)
+        out = torch.empty(shape, dtype=torch.float32)
+        _native.uniform(out.data_ptr(), out.numel(), seed % 2**64, torch.get_num_threads())
+        return out
 
     def _run(
         self, x: Tensor, out: Tensor, noise: Tensor | None, fmt: MXFormat, numerics: Numerics, layout: Layout
@@ -55,7 +57,7 @@ class _Native(Compiled):
 
 _backend = _Native()
 quantize, quantize_out, quantize_ = _backend.quantize, _backend.quantize_out, _backend.quantize_
-round_elementwise = _backend.round_elementwise
+round_elementwise, uniform = _backend.round_elementwise, _backend.uniform
 
 
 def missing() -> str | None:
@@ -66,13 +68,6 @@ def missing() -> str | None:
 def remedy() -> str:
     """Return what to do where the kernels are missing."""
     return "install a C++ compiler, then mxlab again"
-
-
-def uniform(shape: torch.Size | tuple[int, ...], seed: int) -> Tensor:
-    """Return the float32 numbers that :func:`mxlab.numerics.philox.uniform` draws, on the CPU."""
-    out = torch.empty(shape, dtype=torch.float32)
-    _native.uniform(out.data_ptr(), out.numel(), seed % 2**64, torch.get_num_threads())
-    return out
 
 
 def instruction_set() -> str:

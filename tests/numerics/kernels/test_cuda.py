@@ -198,7 +198,7 @@ def test_rules_and_scales(on_cpu, text, dtype):
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 @pytest.mark.parametrize("name", [n for n in FORMATS if cuda._is_simple(element(n), torch.bfloat16)])
 def test_every_bfloat16_beside_a_largest_one(on_cpu, name, rounding):
-    """What microxcaling.h claims of the simple form of microxcaling."""
+    """round_scaled_simply gives the bits of round_scaled under the conditions that microxcaling.h states."""
     values = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16)
     for largest, scale_bits, dtype in (
         (1.0, 8, values.dtype),

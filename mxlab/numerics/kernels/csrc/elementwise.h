@@ -1,4 +1,4 @@
-// What the CPU does with each element on its own: rounding, tables of 16-bit types, random numbers.
+// Loops of the CPU over single elements: rounding, tables of 16-bit types, random numbers.
 #pragma once
 
 #include "loops.h"

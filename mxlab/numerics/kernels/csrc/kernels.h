@@ -9,8 +9,8 @@ namespace mx {
 
 enum class Dtype { float32, bfloat16, float16 };
 enum class Numerics { exact, microxcaling };
-// How the exact numerics choose and apply the scale of a block: a power of two; a power of two for elements in [-1, 1);
-// the better of two powers; a floating-point number.
+// Ways of the exact numerics to choose and apply the scale of a block: a power of two; a power of two for elements in
+// [-1, 1); the better of two powers; a floating-point number.
 enum class Scaling { power, asymmetric, searched, floating };
 
 // A contiguous tensor seen as (outer, axis, inner). Blocks of `block` elements lie along the axis; a trailing partial

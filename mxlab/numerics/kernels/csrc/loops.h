@@ -1,4 +1,4 @@
-// What the CPU's loops are written with: hints to the compiler, and from run-time values to template arguments.
+// Hints to the compiler for the CPU's loops, and the way from run-time values to template arguments.
 //
 // This header and those that include it are parts of kernels.cpp. Everything in them has internal linkage, as each
 // instruction set has its own.
