@@ -1,4 +1,5 @@
 # The extension module of csrc/module.cpp. Tensors are passed as addresses; an address of 0 for `noise` means none.
+# `dtype` is the value of a Dtype.
 
 from enum import Enum
 
@@ -44,7 +45,7 @@ class QuantizePlan:
         source: int,
         target: int,
         noise: int,
-        dtype: Dtype,
+        dtype: int,
         outer: int,
         axis: int,
         inner: int,
@@ -55,7 +56,7 @@ class QuantizePlan:
 
 class RoundPlan:
     def __init__(self, element: Element, rounding: Rounding, subnormals: bool, numerics: Numerics) -> None: ...
-    def run(self, source: int, target: int, noise: int, dtype: Dtype, count: int, threads: int, /) -> None: ...
+    def run(self, source: int, target: int, noise: int, dtype: int, count: int, threads: int, /) -> None: ...
 
 def uniform(target: int, count: int, seed: int, threads: int, /) -> None: ...
 def adopt_openmp(path: str) -> bool: ...

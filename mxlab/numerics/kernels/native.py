@@ -24,8 +24,8 @@ else:
     for _runtime in sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*")):
         _native.adopt_openmp(str(_runtime))
 
-# Kernels know a dtype by its name in torch.
-_DTYPES = {} if MISSING else {getattr(torch, dtype.name): dtype for dtype in _native.Dtype}
+# Passed as integers: converting an enum takes time in every call.
+_DTYPES = {} if MISSING else {getattr(torch, dtype.name): dtype.value for dtype in _native.Dtype}
 
 
 class _Native(Compiled):

@@ -29,7 +29,7 @@ struct ExactFrom {
 
 template <class T, Rounding R>
 struct ExactFrom<Floating<T, R>> {
-    static float of(const Format&) { return float_of(QUIET_NAN); }  // none: no number compares with NaN
+    static float of(const Format&) { return float_of(QUIET_NAN); }  // none: comparisons with NaN are false
 };
 
 // Two bfloat16 at a time are worth it where an element takes few operations.

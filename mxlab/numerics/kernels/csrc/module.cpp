@@ -55,9 +55,9 @@ void use(const std::string& name) {
     throw std::invalid_argument("this processor has no kernels for " + name);
 }
 
-Buffers buffers(uintptr_t source, uintptr_t target, uintptr_t noise, Dtype dtype) {
+Buffers buffers(uintptr_t source, uintptr_t target, uintptr_t noise, int dtype) {
     return {reinterpret_cast<const void*>(source), reinterpret_cast<void*>(target),
-            reinterpret_cast<const float*>(noise), dtype};
+            reinterpret_cast<const float*>(noise), static_cast<Dtype>(dtype)};
 }
 
 int useful(int threads, int64_t elements) { return elements < WORTH_A_THREAD ? 1 : threads; }
@@ -90,8 +90,8 @@ class QuantizePlan {
     QuantizePlan(const Format& format, Scaling scaling, Rounding rounding, Numerics numerics)
         : format_(format), scaling_(scaling), rounding_(rounding), numerics_(numerics) {}
 
-    void run(uintptr_t source, uintptr_t target, uintptr_t noise, Dtype dtype, int64_t outer, int64_t axis,
-             int64_t inner, int64_t block, int threads) {
+    void run(uintptr_t source, uintptr_t target, uintptr_t noise, int dtype, int64_t outer, int64_t axis, int64_t inner,
+             int64_t block, int threads) {
         const nb::gil_scoped_release release;
         if (outer < 1 || axis < 1 || inner < 1 || block < 1) return;
         const Buffers b = buffers(source, target, noise, dtype);
@@ -139,7 +139,7 @@ class RoundPlan {
     RoundPlan(const Element& element, Rounding rounding, bool subnormals, Numerics numerics)
         : element_(element), rounding_(rounding), numerics_(numerics), subnormals_(subnormals) {}
 
-    void run(uintptr_t source, uintptr_t target, uintptr_t noise, Dtype dtype, int64_t count, int threads) {
+    void run(uintptr_t source, uintptr_t target, uintptr_t noise, int dtype, int64_t count, int threads) {
         const nb::gil_scoped_release release;
         const Buffers b = buffers(source, target, noise, dtype);
         const Kernels& kernels = *active;
