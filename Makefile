@@ -26,6 +26,7 @@ lint: setup-dev
 	.venv/bin/ruff format --check .
 	.venv/bin/pyright
 	.venv/bin/lint-imports
+	.venv/bin/clang-format --dry-run --Werror mxlab/numerics/kernels/csrc/* tests/support/*.h
 
 figs: setup
 	rm -rf results/smollm2-135m/report

@@ -1,6 +1,6 @@
-// Enough of CUDA to run kernels.cu on a CPU, in a test: every thread of a thread block is a fiber, and they take turns.
-// A fiber runs until it shuffles; when all of them have come there, all go on. A thread block of which some threads
-// shuffle and others do not is reported: on a GPU it would hang or read rubbish.
+// Enough of CUDA to run kernels.cu on a CPU in a test. Every thread of a thread block is a fiber; fibers take turns,
+// each running until it shuffles. When all have arrived, all go on. A thread block in which only some threads shuffle
+// is reported: on a GPU it would hang or read garbage.
 #pragma once
 
 #include <ucontext.h>
@@ -62,7 +62,7 @@ inline void start(Fiber& fiber) {
     makecontext(&fiber.context, run_fiber, 0);
 }
 
-// False where some threads ended while others waited for them.
+// Run the fibers of a thread block. Return false where some ended while others waited for them.
 inline bool run_block() {
     fibers.resize(THREADS);
     for (Fiber& fiber : fibers) start(fiber);
@@ -79,6 +79,7 @@ inline bool run_block() {
     return true;
 }
 
+// Convert a 64-bit argument to the type of a kernel's parameter.
 template <class To>
 To converted(long long argument) {
     if constexpr (std::is_pointer_v<To>)
@@ -100,7 +101,8 @@ bool launch(void (*kernel)(A...), const long long* arguments, long long threads,
     return well;
 }
 
-// Runs kernel(arguments...) in as many thread blocks as `threads` need. All arguments come as 64-bit integers.
+// Run kernel(arguments...) in as many thread blocks as `threads` need; all arguments are 64-bit integers. Return false
+// if a thread block got stuck.
 template <class... A>
 bool launch(void (*kernel)(A...), long long threads, const long long* arguments, int count) {
     return count == sizeof...(A) && launch(kernel, arguments, threads, std::index_sequence_for<A...>{});

@@ -1,6 +1,12 @@
-"""The compiled backends: C++ for the CPU and CUDA C++ for the GPU, to the bits of the reference.
+"""The compiled backends: C++ for the CPU and CUDA C++ for NVIDIA GPUs, with the bits of the reference.
 
 Read in this order: ``compiled`` (what both share: tensors become dense buffers and layouts), ``native`` (the CPU's
-extension module), ``cuda`` (kernels compiled by NVRTC at run time), ``csrc/mx.h`` (what one element and one block go
-through, for both), ``csrc/kernels.cpp`` and ``csrc/kernels.cu`` (the loops), ``csrc/threads.cpp``, ``csrc/module.cpp``.
+extension module), ``cuda`` (kernels compiled by NVRTC at run time).
+
+Then ``csrc/``. Both backends compile ``mx.h`` (formats, float32 bits, storage types, random numbers), ``exact.h`` and
+``microxcaling.h`` (one block's scale and one element, in either numerics) and ``ops.h`` (these as template arguments of
+loops). ``kernels.cu`` holds the loops of the GPU. Those of the CPU are in ``rows.h`` and ``columns.h``, which use
+``scales.h``, ``elements.h`` and ``loops.h``, and in ``elementwise.h``; ``kernels.cpp`` puts them together, once per
+instruction set, behind the table of functions in ``kernels.h``. ``threads.cpp`` hands out their work, and
+``module.cpp`` makes it callable from Python.
 """

@@ -1,6 +1,28 @@
-# The extension module of csrc/module.cpp. Tensors are passed as addresses; `dtype` is 0, 1, 2 for float32, bfloat16,
-# float16; `rounding` an index into mxlab.formats.ROUNDINGS, `scaling` into mxlab.backends.compiled.SCALINGS; an address
-# of 0 for `noise` means none.
+# The extension module of csrc/module.cpp. Tensors are passed as addresses; an address of 0 for `noise` means none.
+# `dtype` is the value of a Dtype.
+
+from enum import Enum
+
+class Dtype(Enum):
+    float32 = 0
+    bfloat16 = 1
+    float16 = 2
+
+class Numerics(Enum):
+    exact = 0
+    microxcaling = 1
+
+class Rounding(Enum):
+    nearest = 0
+    even = 1
+    floor = 2
+    dither = 3
+
+class Scaling(Enum):
+    power = 0
+    asymmetric = 1
+    searched = 2
+    floating = 3
 
 class Element:
     def __init__(self, mantissa_bits: int, emax: int, min_normal: float, max: float, is_int: bool) -> None: ...
@@ -16,8 +38,8 @@ class Format:
         per_tensor: bool,
     ) -> None: ...
 
-class Quantizer:
-    def __init__(self, format: Format, scaling: int, rounding: int, emulate: bool) -> None: ...
+class QuantizePlan:
+    def __init__(self, format: Format, scaling: Scaling, rounding: Rounding, numerics: Numerics) -> None: ...
     def run(
         self,
         source: int,
@@ -32,8 +54,8 @@ class Quantizer:
         /,
     ) -> None: ...
 
-class Rounder:
-    def __init__(self, element: Element, rounding: int, subnormals: bool, emulate: bool) -> None: ...
+class RoundPlan:
+    def __init__(self, element: Element, rounding: Rounding, subnormals: bool, numerics: Numerics) -> None: ...
     def run(self, source: int, target: int, noise: int, dtype: int, count: int, threads: int, /) -> None: ...
 
 def uniform(target: int, count: int, seed: int, threads: int, /) -> None: ...

@@ -1,14 +1,14 @@
-"""What the compiled backends share: tensors become dense buffers and layouts, which their kernels know.
+"""Turn tensors into the dense buffers and layouts that the kernels of the compiled backends take.
 
-A kernel sees a contiguous tensor of shape (outer, axis, inner) whose blocks lie along the axis. Tensors whose axes have
-another order in memory are served in that order; those with gaps or overlaps are copied first.
+A kernel sees a contiguous tensor of shape (outer, axis, inner) whose blocks lie along the axis. A tensor whose axes
+have another order in memory is processed in that order; one with gaps or overlaps is copied first.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from mxlab.numerics.reference import block_layout
 
 
 class Layout(NamedTuple):
-    """A contiguous tensor as (outer, axis, inner), blocks of ``block`` elements, no longer than the axis, along it."""
+    """A contiguous tensor of shape (outer, axis, inner), in blocks of at most ``axis`` elements along the axis."""
 
     outer: int
     axis: int
@@ -28,22 +28,27 @@ class Layout(NamedTuple):
     block: int
 
 
-SCALINGS = ("power", "asymmetric", "searched", "floating")
-_BY_RULE = {"mase_int": "asymmetric", "mse": "searched", "max": "floating"}
+Scaling = Literal["power", "asymmetric", "searched", "floating"]
+
+_BY_RULE: dict[str, Scaling] = {"mase_int": "asymmetric", "mse": "searched", "max": "floating"}
 _MANTISSA = 2**23 - 1  # of a float32
 
 
-def scaling(fmt: MXFormat) -> str:
-    """Which of :data:`SCALINGS`, the kernels' ways to choose and apply a scale, serves the format."""
+def scaling(fmt: MXFormat) -> Scaling:
+    """Return how the kernels choose and apply the scales of the format.
+
+    ``power``: a power of two; ``asymmetric``: the same for elements in [-1, 1); ``searched``: the better of two powers
+    of two; ``floating``: a floating-point number.
+    """
     return _BY_RULE.get(fmt.scale_rule, "power")
 
 
 def carry(fmt: MXFormat) -> int:
-    """What is added to the 23 mantissa bits of a block's largest magnitude before its exponent is taken.
+    """Return what to add to the 23 mantissa bits of a block's largest magnitude before taking its exponent.
 
-    The carry into the exponent is the difference of the rules: none of ``floor``; of ``ceil``, for any mantissa but 0;
-    of ``even``, from half a unit of the element's mantissa below the next power on; of ``rceil``, for mantissas above
-    that of the largest element.
+    The power-of-two rules differ only in which mantissas carry into the exponent: none (``floor``); all but 0
+    (``ceil``); from half a unit of the element's mantissa below the next power of two (``even``); all above the
+    mantissa of the largest element (``rceil``).
     """
     element = fmt.element_format
     largest = int(element.max * 2.0 ** (23 - element.emax)) & _MANTISSA
@@ -57,13 +62,23 @@ def carry(fmt: MXFormat) -> int:
 
 
 class Compiled(ABC):
-    """A backend whose kernels take dense tensors. The bits are those of the reference."""
+    """A backend whose kernels take dense tensors; its results have the bits of the reference."""
 
     def quantize(self, x: Tensor, fmt: MXFormat, axes: tuple[int, ...], seed: int, numerics: Numerics) -> Tensor:
-        """``x`` rounded to ``fmt`` in blocks along ``axes`` (non-negative); laid out as ``torch.empty_like(x)``.
+        """Return ``x`` quantized to ``fmt`` in blocks along ``axes``.
+
+        Args:
+            x: float32, bfloat16 or float16, any non-empty shape.
+            fmt: the format.
+            axes: non-negative; several form joint tiles.
+            seed: 64 bits, used by dither rounding only.
+            numerics: ``exact`` or ``microxcaling``.
+
+        Returns:
+            A new tensor laid out as ``torch.empty_like(x)``.
 
         Raises:
-            FormatError: as :func:`mxlab.numerics.microxcaling.quantize`.
+            FormatError: a format that microxcaling does not have; see :func:`mxlab.numerics.microxcaling.check`.
         """
         _check(fmt, x, numerics)
         if len(axes) != 1:
@@ -73,12 +88,12 @@ class Compiled(ABC):
         return out
 
     def quantize_out(self, x: Tensor, out: Tensor, fmt: MXFormat, axis: int, seed: int, numerics: Numerics) -> None:
-        """As :meth:`quantize` along one axis, into ``out``; both contiguous."""
+        """Write what :meth:`quantize` returns for one axis into ``out``; both tensors are contiguous."""
         _check(fmt, x, numerics)
         self._run(x, out, self._noise(x, fmt.rounding, seed), fmt, numerics, _layout(x, fmt, axis))
 
     def quantize_(self, x: Tensor, fmt: MXFormat, axes: tuple[int, ...], seed: int, numerics: Numerics) -> None:
-        """As :meth:`quantize`, in place."""
+        """Quantize ``x`` in place; otherwise as :meth:`quantize`."""
         if len(axes) == 1 and _is_dense(x):
             _check(fmt, x, numerics)
             self._run(x, x, self._noise(x, fmt.rounding, seed), fmt, numerics, _layout(x, fmt, axes[0]))
@@ -88,20 +103,20 @@ class Compiled(ABC):
     def round_elementwise(
         self, x: Tensor, element: ElementFormat, rounding: Rounding, subnormals: bool, seed: int, numerics: Numerics
     ) -> Tensor:
-        """Each value of ``x`` rounded to ``element`` on its own; laid out as ``torch.empty_like(x)``."""
+        """Return each value of ``x`` rounded to ``element`` on its own, laid out as ``torch.empty_like(x)``."""
         x, out = _dense(x), torch.empty_like(x)
         self._run_elementwise(x, out, self._noise(x, rounding, seed), element, rounding, subnormals, numerics)
         return out
 
     @abstractmethod
     def uniform(self, shape: torch.Size | tuple[int, ...], seed: int, device: torch.device) -> Tensor:
-        """What :func:`mxlab.numerics.philox.uniform` gives."""
+        """Return the float32 numbers that :func:`mxlab.numerics.philox.uniform` draws."""
 
     @abstractmethod
     def _run(
         self, x: Tensor, out: Tensor, noise: Tensor | None, fmt: MXFormat, numerics: Numerics, layout: Layout
     ) -> None:
-        """Quantize ``x`` into ``out``, which may be ``x``; all three in the same order in memory."""
+        """Quantize ``x`` into ``out``, which may be ``x``. All three tensors have the same order in memory."""
 
     @abstractmethod
     def _run_elementwise(
@@ -114,10 +129,10 @@ class Compiled(ABC):
         subnormals: bool,
         numerics: Numerics,
     ) -> None:
-        """Round the elements of ``x`` into ``out``."""
+        """Round the elements of ``x`` into ``out``, which may be ``x``."""
 
     def _quantize_tiles(self, x: Tensor, fmt: MXFormat, axes: tuple[int, ...], seed: int, numerics: Numerics) -> Tensor:
-        """Joint tiles of several axes: laid out as rows, one tile each."""
+        """Quantize joint tiles of several axes, copied to rows of one tile each."""
         cut: Blocks = block_layout(x, fmt, axes)
         tiles = cut.split(x).contiguous()  # (..., n_tiles, elements)
         noise = self._noise(x, fmt.rounding, seed)
@@ -129,7 +144,7 @@ class Compiled(ABC):
         return torch.empty_like(x).copy_(cut.join(out))
 
     def _noise(self, x: Tensor, rounding: Rounding, seed: int) -> Tensor | None:
-        """A number for each element, by its logical index, but in the order in memory of ``x``, which is dense."""
+        """Return a random number for each element, drawn by logical index, in the memory order of the dense ``x``."""
         if rounding != "dither":
             return None
         noise = self.uniform(x.shape, seed, x.device)
@@ -137,7 +152,7 @@ class Compiled(ABC):
 
 
 def address(x: Tensor | None) -> int:
-    """Where the tensor lies; 0 where there is none."""
+    """Return the address of the tensor's data; 0 for None."""
     return 0 if x is None else x.data_ptr()
 
 
@@ -157,15 +172,15 @@ def _layout(x: Tensor, fmt: MXFormat, axis: int) -> Layout:
 
 
 def _memory_order(x: Tensor) -> list[int]:
-    """The axes of ``x`` from the largest stride to the smallest."""
+    """Return the axes of ``x``, from the largest stride to the smallest."""
     return sorted(range(x.ndim), key=x.stride().__getitem__, reverse=True)
 
 
 def _is_dense(x: Tensor) -> bool:
-    """Whether ``x`` fills its memory without gaps or overlaps, its axes in some order."""
+    """Return whether ``x`` fills its memory without gaps or overlaps, its axes in some order."""
     return x.is_contiguous() or x.permute(_memory_order(x)).is_contiguous()
 
 
 def _dense(x: Tensor) -> Tensor:
-    """``x``, or a copy without gaps or overlaps whose axes have the same order in memory."""
+    """Return ``x``, or a copy without gaps or overlaps whose axes have the same order in memory."""
     return x if _is_dense(x) else torch.empty_like(x).copy_(x)

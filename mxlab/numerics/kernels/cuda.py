@@ -1,7 +1,7 @@
-"""Both numerics in CUDA C++ (``csrc/kernels.cu``), compiled at run time by NVRTC for the GPU at hand.
+"""Compute both numerics in CUDA C++ (``csrc/kernels.cu``), compiled at run time by NVRTC for the GPU at hand.
 
-Through cuda-core, not CuPy: it is NVIDIA's own, follows CUDA 12 and 13, weighs a few megabytes beside the NVRTC that
-torch brings along, and leaves memory and streams to torch. It is the optional extra ``cuda``; without it
+cuda-core compiles and launches. Unlike CuPy it is NVIDIA's own, follows CUDA 12 and 13, adds only a few megabytes to
+the NVRTC that torch brings along, and leaves memory and streams to torch. It is the optional extra ``cuda``; without it
 :func:`missing` says so. A kernel is compiled, in a fraction of a second, when its dtype, numerics, rounding and block
 size are first met; formats are arguments. Kernels run on torch's current stream, so that CUDA graphs capture them.
 """
@@ -24,15 +24,15 @@ from mxlab.numerics.kernels.compiled import Compiled, Layout, address, carry, sc
 SOURCES = Path(__file__).parent / "csrc"
 THREADS = 256  # of a thread block: kernels.cu
 _AT_ONCE = 2  # vectors of a thread in quantize_vectors
-_LOOKED_AT = 32  # elements of a thread in find_largest_finite
+_READ_AT_ONCE = 32  # elements of a thread in find_largest_finite
 _STORAGE = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-# A block longer than this is worth two kernels: along the last axis, and along another.
+# A longer block takes two kernels: first its largest magnitude, then its elements. Along the last axis, and another.
 _LONG, _LONG_COLUMN = 4096, 512
 _PIECE, _PIECE_OF_COLUMN = 1024, 64
 
 
 class Launch(NamedTuple):
-    """One kernel, as a name expression of ``kernels.cu``; how many threads it needs; its arguments, integers all."""
+    """A kernel, as a name expression of ``kernels.cu``; the number of threads it needs; its arguments, all integers."""
 
     kernel: str
     threads: int
@@ -71,16 +71,16 @@ class _Cuda(Compiled):
 
 _backend = _Cuda()
 quantize, quantize_out, quantize_ = _backend.quantize, _backend.quantize_out, _backend.quantize_
-round_elementwise = _backend.round_elementwise
+round_elementwise, uniform = _backend.round_elementwise, _backend.uniform
 
 
-# What is launched
+# Plans: which kernels to launch
 
 
 def plan(
     addresses: tuple[int, int, int], dtype: torch.dtype, fmt: MXFormat, numerics: Numerics, layout: Layout, scratch: int
 ) -> list[Launch]:
-    """The kernels that quantize a tensor, in order.
+    """Return the kernels that quantize a tensor, in order.
 
     Args:
         addresses: of source, target (which may be the source) and noise, in memory of the device; noise may be 0.
@@ -88,13 +88,14 @@ def plan(
         fmt: the format.
         numerics: ``exact`` or ``microxcaling``.
         layout: of source and target, not empty.
-        scratch: address of :func:`scratch_words` zeros of 32 bits, where that is not 0.
+        scratch: address of :func:`scratch_words` zeros of 32 bits; anything if there are none.
     """
     layout = _simplified(layout)
     if not fmt.scale_format.tensor_bits:
         return _plan_blocks(addresses, dtype, fmt, numerics, layout, scratch, 0)
     count = layout.outer * layout.axis * layout.inner
-    largest = Launch(f"find_largest_finite<{_storage(dtype)}>", -(-count // _LOOKED_AT), (addresses[0], scratch, count))
+    kernel, threads = f"find_largest_finite<{_storage(dtype)}>", -(-count // _READ_AT_ONCE)
+    largest = Launch(kernel, threads, (addresses[0], scratch, count))
     return [largest, *_plan_blocks(addresses, dtype, fmt, numerics, layout, scratch + 4, scratch)]
 
 
@@ -128,7 +129,7 @@ def _plan_blocks(
 
 
 def scratch_words(fmt: MXFormat, layout: Layout) -> int:
-    """How many largest magnitudes are kept between two kernels: of the tensor, and of long blocks."""
+    """Return how many largest magnitudes are kept between two kernels: of the tensor, and of long blocks."""
     outer, axis, inner, block = layout = _simplified(layout)
     blocks = outer * -(-axis // block) * inner if _is_long(fmt, layout) else 0
     return blocks + (fmt.scale_format.tensor_bits > 0)
@@ -143,21 +144,21 @@ def plan_elementwise(
     subnormals: bool,
     numerics: Numerics,
 ) -> Launch:
-    """The kernel that rounds ``count`` elements; addresses as in :func:`plan`."""
-    op = _expression("Exact" if numerics == "exact" else "Emulator", dtype, rounding)
+    """Return the kernel that rounds ``count`` elements on their own; addresses as in :func:`plan`."""
+    op = _expression("Exact" if numerics == "exact" else "Microxcaling", dtype, rounding)
     aligned = not (addresses[0] | addresses[1]) % 16
     arguments = (*addresses, count, int(aligned), int(subnormals), *_packed(element))
     return Launch(f"round_alone<{op}>", -(-count * dtype.itemsize // 16), arguments)
 
 
 def plan_uniform(target: int, count: int, seed: int) -> Launch:
-    """The kernel that draws ``count`` numbers."""
-    seed = (seed + 2**63) % 2**64 - 2**63  # 64 bits as a signed integer, the only kind that cuda-core passes
+    """Return the kernel that draws ``count`` random numbers."""
+    seed = (seed + 2**63) % 2**64 - 2**63  # 64 bits as a signed integer, the only kind of integer cuda-core passes
     return Launch("uniform_numbers", -(-count // 4), (target, count, seed))
 
 
 def _simplified(layout: Layout) -> Layout:
-    """Where every element is a block, or blocks fill the rows: all as one row."""
+    """Return the layout as one row, where every element is a block or blocks fill the rows; else unchanged."""
     outer, axis, inner, block = layout
     if block == 1 or (inner == 1 and axis % block == 0):
         return Layout(1, outer * axis * inner, 1, block)
@@ -165,19 +166,19 @@ def _simplified(layout: Layout) -> Layout:
 
 
 def _in_vectors(layout: Layout, vector: int) -> bool:
-    """Whether whole vectors make up a block, at most a warp's, or a block is one element."""
+    """Return whether a block is one element, or as many whole vectors as some threads of a warp can share."""
     outer, axis, inner, block = layout
     whole = block == 1 or (block % vector == 0 and block // vector in (1, 2, 4, 8, 16, 32))
     return whole and inner == 1 and axis % block == 0 and outer * axis % vector == 0
 
 
 def _is_long(fmt: MXFormat, layout: Layout) -> bool:
-    """Whether a block is worth cutting into pieces; a search adds up in order, and gives a block to one thread."""
+    """Return whether blocks are cut into pieces. A search adds up errors in order: it gives a block to one thread."""
     return scaling(fmt) != "searched" and layout.block > (_LONG if layout.inner == 1 else _LONG_COLUMN)
 
 
 def _lanes(layout: Layout) -> int:
-    """Threads that share a block: neighbours, so only where its elements are neighbours too; about 4 elements each."""
+    """Return how many neighbouring threads share a block: about one per 4 elements, if these are neighbours, too."""
     return 1 if layout.inner > 1 else min(32, 1 << (-(-layout.block // 4) - 1).bit_length())
 
 
@@ -189,7 +190,7 @@ def _operation(dtype: torch.dtype, fmt: MXFormat, numerics: Numerics) -> str:
     if numerics == "exact":
         return _expression(_OPERATIONS[scaling(fmt)], dtype, fmt.rounding)
     simple = _is_simple(fmt.element_format, dtype)
-    return _expression("SimpleEmulator" if simple else "Emulator", dtype, fmt.rounding)
+    return _expression("SimpleMicroxcaling" if simple else "Microxcaling", dtype, fmt.rounding)
 
 
 def _expression(operation: str, dtype: torch.dtype, rounding: Rounding) -> str:
@@ -201,20 +202,20 @@ def _storage(dtype: torch.dtype) -> str:
 
 
 def _is_simple(element: ElementFormat, dtype: torch.dtype) -> bool:
-    """Whether ``round_scaled_simply`` of mx.h serves the format: the conditions stand there."""
+    """Return whether the format meets the conditions of ``round_scaled_simply`` in microxcaling.h."""
     fits = element.mantissa_bits <= 7 and -64 <= element.emin <= 0 and element.emax <= 32
     return fits and dtype != torch.float16
 
 
 @functools.cache
 def _packed(element: ElementFormat) -> tuple[int, int]:
-    """The two words that ``unpacked`` of kernels.cu reads of an element alone."""
+    """Return the two words from which ``unpacked`` of kernels.cu reads an element format."""
     return _word("3B5x", element.mantissa_bits, element.emax, element.is_int), _limits(element.min_normal, element.max)
 
 
 @functools.cache
 def _packed_format(fmt: MXFormat) -> tuple[int, int, int]:
-    """The three words that ``unpacked`` of kernels.cu reads."""
+    """Return the three words from which ``unpacked`` of kernels.cu reads a format."""
     grid, scale = fmt.grid, fmt.scale_grid
     small = (grid.mantissa_bits, grid.emax, grid.is_int, fmt.scale_emax, fmt.flush_fp32_subnorms)
     is_float = fmt.scale_format.is_float
@@ -230,7 +231,7 @@ def _limits(smallest_normal: float, largest: float) -> int:
 
 
 def _word(layout: str, *values: float) -> int:
-    """Values packed into 64 bits."""
+    """Pack values into 64 bits; ``layout`` as in :mod:`struct`."""
     return int.from_bytes(struct.pack(f"<{layout}", *values), "little")
 
 
@@ -239,20 +240,20 @@ def _word(layout: str, *values: float) -> int:
 
 @functools.cache
 def missing() -> str | None:
-    """Why there are no CUDA kernels here; None where there are. Compiles one to find out."""
+    """Return why the CUDA kernels are missing; None where they are there. Compiles one to find out."""
     if torch.version.hip:
         return "torch is built for ROCm, not for CUDA"
     if not torch.cuda.is_available():
         return "torch finds no CUDA device"
     try:
         _kernel("uniform_numbers", torch.cuda.current_device())
-    except Exception as e:  # whatever a driver, a compiler or a package can be in the way with
+    except Exception as e:  # drivers, compilers and packages fail in many ways
         return f"{type(e).__name__}: {e}".partition("\n")[0]
     return None
 
 
 def remedy() -> str:
-    """What to do where the kernels are missing."""
+    """Return what to do where the kernels are missing."""
     version = (torch.version.cuda or "13").partition(".")[0]
     return f'pip install "mxlab[cuda{version}]"'
 
@@ -263,13 +264,13 @@ def _core() -> Any:
 
 
 def compile_kernel(name: str, architecture: str) -> Any:
-    """The cuda-core object code of one kernel for an architecture such as ``sm_90``; needs NVRTC, but no GPU."""
+    """Compile one kernel for an architecture such as ``sm_90``, to cuda-core object code; needs NVRTC, but no GPU."""
     core = _core()
     options = core.ProgramOptions(
         name="kernels.cu",
         arch=architecture,
         std="c++17",
-        fma=False,  # no bit may depend on the compiler: a * b + c is fused where mx.h says so, only
+        fma=False,  # no bit may depend on the compiler: a * b + c is fused only where mx.h says so
         ftz=False,
         prec_div=True,
         include_path=str(SOURCES),
@@ -278,7 +279,7 @@ def compile_kernel(name: str, architecture: str) -> Any:
 
 
 def expression(name: str) -> str:
-    """The name of a kernel as C++ looks it up."""
+    """Return the name of a kernel as C++ looks it up."""
     return f"mx::device::{name}"
 
 
@@ -298,7 +299,7 @@ _compiling = threading.Lock()
 @functools.cache
 def _kernel(name: str, device: int) -> Any:
     major, minor = torch.cuda.get_device_capability(device)
-    with _compiling:  # two threads may ask for the same
+    with _compiling:  # two threads may ask for the same kernel
         return _compiled(name, f"sm_{major}{minor}")
 
 

@@ -54,7 +54,7 @@ def check(got: Tensor, expected: Tensor) -> None:
     assert same.all(), f"{int((~same).sum())} of {same.numel()}: {got[~same][:4]}, not {expected[~same][:4]}"
 
 
-# On the CPU: the code of kernels.cu with tests/cuda_on_cpu.h in place of CUDA
+# On the CPU: the code of kernels.cu with tests/support/cuda_on_cpu.h in place of CUDA
 
 
 DIVERGING = "namespace mx::device { void diverging() { if (threadIdx.x < 3) __shfl_xor_sync(WARP, 0u, 1); } }\n"
@@ -104,7 +104,8 @@ def vector_sizes(rounding: str) -> tuple[int, ...]:
 def kernel_names() -> list[str]:
     finding = product(("find_largest", "find_largest_finite"), ("F32", "BF16", "F16"))
     names = ["uniform_numbers", *(f"{kernel}<mx::device::{t}>" for kernel, t in finding)]
-    for storage, op, rounding in product(("F32", "BF16", "F16"), ("Exact", "Emulator", "SimpleEmulator"), ROUNDINGS):
+    operations = ("Exact", "Microxcaling", "SimpleMicroxcaling")
+    for storage, op, rounding in product(("F32", "BF16", "F16"), operations, ROUNDINGS):
         operation = f"mx::device::{op}<mx::device::{storage}, mx::Rounding::{rounding}>"
         names += [f"{kernel}<{operation}>" for kernel in ("quantize_blocks", "quantize_pieces", "round_alone")]
         names += [f"quantize_vectors<{operation}, {size}>" for size in vector_sizes(rounding)]
@@ -197,7 +198,7 @@ def test_rules_and_scales(on_cpu, text, dtype):
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 @pytest.mark.parametrize("name", [n for n in FORMATS if cuda._is_simple(element(n), torch.bfloat16)])
 def test_every_bfloat16_beside_a_largest_one(on_cpu, name, rounding):
-    """What mx.h claims of the simple emulator."""
+    """round_scaled_simply gives the bits of round_scaled under the conditions that microxcaling.h states."""
     values = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16)
     for largest, scale_bits, dtype in (
         (1.0, 8, values.dtype),
@@ -289,9 +290,9 @@ OPERATIONS = [
         ("Searched", "BF16", "nearest"),
         ("Floating", "BF16", "even"),
         ("Exact", "F16", "dither"),
-        ("Emulator", "F16", "nearest"),
-        ("Emulator", "F32", "even"),
-        ("SimpleEmulator", "BF16", "even"),
+        ("Microxcaling", "F16", "nearest"),
+        ("Microxcaling", "F32", "even"),
+        ("SimpleMicroxcaling", "BF16", "even"),
     ]
 ]
 COMPILED = [

@@ -259,7 +259,7 @@ def test_a_forked_child_can_quantize():
     try:
         expected = quantize(x, "fp4@32")
         if (child := os.fork()) == 0:
-            # The pool's threads do not exist here; torch's own parallel operators must not be called at all.
+            # The parent's threads do not exist here; torch's own parallel operators must not be called at all.
             result = native.quantize(x, MXFormat.parse("fp4@32"), (1,), 0, "exact")
             os._exit(0 if bytes(result.numpy().data) == bytes(expected.numpy().data) else 1)
         assert os.waitpid(child, 0)[1] == 0
@@ -283,7 +283,8 @@ def test_flushing_denormals_in_torch_changes_no_bit(numerics):
 def test_the_noise_is_philox():
     for count in (1, 3, 4, 5, 1000, 70_001):
         for seed in (0, 1, 2**63, -5):
-            same(native.uniform((count,), seed), philox.uniform((count,), seed, torch.device("cpu")))
+            place = torch.device("cpu")
+            same(native.uniform((count,), seed, place), philox.uniform((count,), seed, place))
 
 
 def test_results_do_not_depend_on_what_the_kernels_have_seen():

@@ -1,10 +1,10 @@
 // The CUDA kernels. NVRTC compiles them at run time, one template instance at a time, for the GPU at hand: see
-// mxlab/backends/cuda.py. What an element and a block go through is the code of mx.h, as on the CPU.
+// mxlab/numerics/kernels/cuda.py. Blocks and elements are computed by the operations of ops.h, as on the CPU.
 //
-// Every argument of a kernel is an address or a 64-bit integer, what Python passes without conversion. Tensors are dense;
-// source and target may be the same: a thread reads what it writes, and nothing that another thread writes.
+// Every argument of a kernel is an address or a 64-bit integer, which Python passes without conversion. Tensors are
+// dense. Source and target may be the same: a thread reads only what it writes itself.
 #define MX_ISA device
-#include "mx.h"
+#include "ops.h"
 
 #define MX_KERNEL __global__ void __launch_bounds__(THREADS)
 #define MX_DEVICE static __device__ __forceinline__
@@ -19,9 +19,9 @@ constexpr u32 WARP = 0xFFFFFFFFu;
 
 // ------------------------------------------------------------------------------------------------------ arguments
 
-// A format in three words, as packed by cuda.py: small integers; the smallest normal and the largest element; the same of
-// a floating-point scale, or what is carried into the exponent of another. `tensor` is where the largest finite magnitude
-// of the tensor lies, if the format has a scale for that, or null.
+// Unpack a format from the three words that cuda.py packs: small integers; the smallest normal and the largest element;
+// the same of a floating-point scale, or the carry into the exponent of another. `tensor` points to the largest finite
+// magnitude of the tensor if the format has a scale for the tensor, and is null otherwise.
 MX_DEVICE Format unpacked(u64 small, u64 limits, u64 scale = 0, const u32* tensor = nullptr) {
     const auto field = [small](int i) { return static_cast<int>(small >> 8 * i & 0xFF); };
     const auto low = [](u64 word) { return float_of(static_cast<u32>(word)); };
@@ -38,61 +38,7 @@ MX_DEVICE Format unpacked(u64 small, u64 limits, u64 scale = 0, const u32* tenso
 
 MX_DEVICE i64 thread_index() { return static_cast<i64>(blockIdx.x) * THREADS + threadIdx.x; }
 
-// ------------------------------------------------------------------------------------------------------- numerics
-
-template <class T_, Rounding R>
-struct Exact {
-    using T = T_;
-    static constexpr bool draws = R == Rounding::dither, searches = false;
-    MX_DEVICE exact::Scale scale(u32 amax, const Format& f) { return exact::scale(amax, f); }
-    MX_DEVICE float element(float x, const exact::Scale& s, const Format& f, float noise) {
-        return exact::quantize<R>(x, s, f.element, noise);
-    }
-    MX_DEVICE float alone(float x, const Element& el, bool subnormals, float noise) {
-        return exact::round_alone<R>(x, el, subnormals, noise);
-    }
-};
-
-template <class T, Rounding R>
-struct Asymmetric : Exact<T, R> {
-    MX_DEVICE float element(float x, const exact::Scale& s, const Format& f, float noise) {
-        return exact::quantize_asymmetric<R>(x, s, f.element, noise);
-    }
-};
-
-template <class T, Rounding R>
-struct Searched : Exact<T, R> {
-    static constexpr bool searches = true;
-};
-
-template <class T, Rounding R>
-struct Floating : Exact<T, R> {
-    MX_DEVICE exact::Scale scale(u32 amax, const Format& f) { return exact::floating_scale(amax, f); }
-    MX_DEVICE float element(float x, const exact::Scale& s, const Format& f, float noise) {
-        return exact::quantize_floating<R>(x, s, f.element, exact::divides(f), noise);
-    }
-};
-
-template <class T_, Rounding R>
-struct Emulator {
-    using T = T_;
-    static constexpr bool draws = R == Rounding::dither, searches = false;
-    MX_DEVICE exact::Scale scale(u32 amax, const Format& f) { return emulator::scale<T>(amax, f); }
-    MX_DEVICE float element(float x, const exact::Scale& s, const Format& f, float noise) {
-        return emulator::quantize<T, R>(x, s, f.element, noise);
-    }
-    MX_DEVICE float alone(float x, const Element& el, bool subnormals, float noise) {
-        return emulator::round_alone<T, R>(x, el, subnormals, noise);
-    }
-};
-
-// For most formats: see mx.h.
-template <class T, Rounding R>
-struct SimpleEmulator : Emulator<T, R> {
-    MX_DEVICE float element(float x, const exact::Scale& s, const Format& f, float noise) {
-        return emulator::quantize_simply<T, R>(x, s, f.element, noise);
-    }
-};
+// ------------------------------------------------------------------------------------------------------- blocks
 
 MX_DEVICE u32 larger_of(u32 a, u32 b) { return a > b ? a : b; }
 
@@ -101,7 +47,8 @@ MX_DEVICE u32 magnitude_bits(typename T::Stored x) {
     return bits_of(T::load(x)) & MAGNITUDE;
 }
 
-// The largest of `lanes` neighbouring threads, a power of two up to 32; every thread of the warp must come here.
+// Return the largest value of `lanes` neighbouring threads, a power of two up to 32. Every thread of the warp must call
+// it.
 MX_DEVICE u32 largest_of_lanes(u32 amax, int lanes) {
     for (int distance = lanes / 2; distance > 0; distance /= 2)
         amax = larger_of(amax, __shfl_xor_sync(WARP, amax, distance));
@@ -110,22 +57,22 @@ MX_DEVICE u32 largest_of_lanes(u32 amax, int lanes) {
 
 // The sums of squared errors of a block under a scale and under the next power of two.
 struct Search {
-    exact::Scale scale, next;
+    Scale scale, next;
     float error, next_error;
 
-    MX_MEMBER Search(const exact::Scale& s, const Format& f)
+    MX_MEMBER Search(const Scale& s, const Format& f)
         : scale(s), next(exact::next_scale(s, f)), error(0.0f), next_error(0.0f) {}
     template <class Op>
     MX_MEMBER void add(float x, const Format& f) {
         error += exact::squared(x - Op::element(x, scale, f, 0.0f));
         next_error += exact::squared(x - Op::element(x, next, f, 0.0f));
     }
-    MX_MEMBER exact::Scale better() const { return next_error < error ? next : scale; }
+    MX_MEMBER Scale better() const { return next_error < error ? next : scale; }
 };
 
 // -------------------------------------------------------------------------------------------------------- vectors
 
-// What a thread reads and writes at once.
+// The 16 bytes that a thread reads and writes at once.
 struct alignas(16) Vector {
     u32 word[4];
 };
@@ -157,10 +104,10 @@ MX_DEVICE u32 largest(const Vector& v) {
     return amax;
 }
 
-// The scale of a block that `lanes` neighbouring threads share, a vector each. Errors are added up in index order: the
-// threads take turns.
+// Return the better scale of a block that `lanes` neighbouring threads share, one vector each. Errors are added up in
+// index order: the threads take turns.
 template <class Op>
-MX_DEVICE exact::Scale searched(const Vector& v, const exact::Scale& s, const Format& f, int lanes) {
+MX_DEVICE Scale searched(const Vector& v, const Scale& s, const Format& f, int lanes) {
     using T = typename Op::T;
     Search search(s, f);
     for (int turn = 0; turn < lanes; ++turn) {
@@ -174,23 +121,23 @@ MX_DEVICE exact::Scale searched(const Vector& v, const exact::Scale& s, const Fo
     return search.better();
 }
 
-// The scale of a block of one element.
+// Return the scale of a block of one element.
 template <class Op>
-MX_DEVICE exact::Scale scale_alone(float x, const Format& f) {
-    const exact::Scale s = Op::scale(bits_of(x) & MAGNITUDE, f);
-    if constexpr (!Op::searches) return s;
+MX_DEVICE Scale scale_alone(float x, const Format& f) {
+    const Scale s = Op::scale(bits_of(x) & MAGNITUDE, f);
+    if constexpr (!Op::SEARCHES) return s;
     Search search(s, f);
     search.template add<Op>(x, f);
     return search.better();
 }
 
-// `count` vectors of whole blocks, one behind the other. The threads that share a block are neighbours in a warp; a block
-// is one element, or a power of two of them from one vector on.
+// Quantize `count` vectors of whole blocks, one behind the other. A block is one element, or one vector or a power of
+// two of vectors. The threads that share a block are neighbours in a warp.
 template <class Op, int BLOCK>
 MX_KERNEL quantize_vectors(const Vector* source, Vector* target, const float* noise, i64 count, u64 small, u64 limits,
                            u64 scale, const u32* tensor) {
     using T = typename Op::T;
-    constexpr int N = PER_VECTOR<T>, AT_ONCE = 2;  // two reads on their way hide the memory's latency better than one
+    constexpr int N = PER_VECTOR<T>, AT_ONCE = 2;  // two loads in flight hide the memory's latency better than one
     const Format f = unpacked(small, limits, scale, tensor);
     const i64 first = static_cast<i64>(blockIdx.x) * (THREADS * AT_ONCE) + threadIdx.x;
     Vector v[AT_ONCE];
@@ -202,14 +149,14 @@ MX_KERNEL quantize_vectors(const Vector* source, Vector* target, const float* no
 #pragma unroll
     for (int k = 0; k < AT_ONCE; ++k) {
         const i64 i = first + k * THREADS;
-        exact::Scale shared = Op::scale(largest_of_lanes(largest<T>(v[k]), BLOCK / N), f);
-        if constexpr (Op::searches && BLOCK > 1) shared = searched<Op>(v[k], shared, f, BLOCK / N);
+        Scale shared = Op::scale(largest_of_lanes(largest<T>(v[k]), BLOCK / N), f);
+        if constexpr (Op::SEARCHES && BLOCK > 1) shared = searched<Op>(v[k], shared, f, BLOCK / N);
         Vector out{};
 #pragma unroll
         for (int j = 0; j < N; ++j) {
             const float x = get<T>(v[k], j);
-            const exact::Scale s = BLOCK == 1 ? scale_alone<Op>(x, f) : shared;
-            put<T>(out, j, Op::element(x, s, f, Op::draws && i < count ? noise[i * N + j] : 0.0f));
+            const Scale s = BLOCK == 1 ? scale_alone<Op>(x, f) : shared;
+            put<T>(out, j, Op::element(x, s, f, Op::DRAWS && i < count ? noise[i * N + j] : 0.0f));
         }
         if (i < count) target[i] = out;
     }
@@ -227,7 +174,7 @@ struct Layout {
 
 struct Walk {
     i64 offset, step, count;  // of the elements that a thread visits
-    i64 block;                // the number of the block they are part of
+    i64 block;                // index of the block they are part of
 };
 
 MX_DEVICE i64 divided_up(i64 a, i64 b) { return (a + b - 1) / b; }
@@ -261,19 +208,19 @@ template <class Op, class Stored>
 MX_DEVICE void quantize_along(const Stored* source, Stored* target, const float* noise, const Walk& w, u32 amax,
                               const Format& f) {
     using T = typename Op::T;
-    exact::Scale s = Op::scale(amax, f);
-    if constexpr (Op::searches) {
+    Scale s = Op::scale(amax, f);
+    if constexpr (Op::SEARCHES) {
         Search search(s, f);
         for (i64 i = 0; i < w.count; ++i) search.template add<Op>(T::load(source[w.offset + i * w.step]), f);
         s = search.better();
     }
     for (i64 i = 0; i < w.count; ++i) {
         const i64 at = w.offset + i * w.step;
-        target[at] = T::store(Op::element(T::load(source[at]), s, f, Op::draws ? noise[at] : 0.0f));
+        target[at] = T::store(Op::element(T::load(source[at]), s, f, Op::DRAWS ? noise[at] : 0.0f));
     }
 }
 
-// A piece is a whole block. A search adds up errors in index order: one lane.
+// Quantize whole blocks, a piece each. A search adds up errors in index order, and needs `lanes` to be 1.
 template <class Op>
 MX_KERNEL quantize_blocks(const typename Op::T::Stored* source, typename Op::T::Stored* target, const float* noise,
                           i64 outer, i64 axis, i64 inner, i64 block, i64 lanes, u64 small, u64 limits, u64 scale,
@@ -284,25 +231,27 @@ MX_KERNEL quantize_blocks(const typename Op::T::Stored* source, typename Op::T::
     quantize_along<Op>(source, target, noise, w, amax, unpacked(small, limits, scale, tensor));
 }
 
-// Long blocks: first the largest magnitude of each, into `amax` (zeros), then the elements.
+// Write the largest magnitude of each long block to `amax`, which holds zeros.
 template <class T>
-MX_KERNEL find_largest(const typename T::Stored* source, u32* amax, i64 outer, i64 axis, i64 inner, i64 block, i64 piece,
-                       i64 lanes) {
+MX_KERNEL find_largest(const typename T::Stored* source, u32* amax, i64 outer, i64 axis, i64 inner, i64 block,
+                       i64 piece, i64 lanes) {
     const int sharing = static_cast<int>(lanes);
     const Walk w = walk({outer, axis, inner, block, piece, sharing});
     const u32 found = largest_of_lanes(largest<T>(source, w), sharing);
     if (w.count > 0 && threadIdx.x % sharing == 0) atomicMax(&amax[w.block], found);
 }
 
+// Quantize long blocks, whose largest magnitudes are in `amax`.
 template <class Op>
 MX_KERNEL quantize_pieces(const typename Op::T::Stored* source, typename Op::T::Stored* target, const float* noise,
                           const u32* amax, i64 outer, i64 axis, i64 inner, i64 block, i64 piece, i64 lanes, u64 small,
                           u64 limits, u64 scale, const u32* tensor) {
     const Walk w = walk({outer, axis, inner, block, piece, static_cast<int>(lanes)});
-    if (w.count > 0) quantize_along<Op>(source, target, noise, w, amax[w.block], unpacked(small, limits, scale, tensor));
+    if (w.count > 0)
+        quantize_along<Op>(source, target, noise, w, amax[w.block], unpacked(small, limits, scale, tensor));
 }
 
-// The largest finite magnitude of `count` elements, into `found`, a zero. A thread looks at AT_ONCE of them.
+// Write the largest finite magnitude of `count` elements to `found`, which holds zero. A thread reads AT_ONCE of them.
 template <class T>
 MX_KERNEL find_largest_finite(const typename T::Stored* source, u32* found, i64 count) {
     constexpr int AT_ONCE = 32;
@@ -320,10 +269,11 @@ MX_KERNEL find_largest_finite(const typename T::Stored* source, u32* found, i64 
 
 // --------------------------------------------------------------------------------------------------- element-wise
 
-// A thread does one vector; what is left over, and tensors that do not start on a vector, element by element.
+// Round elements on their own. A thread does one vector; the rest, and tensors that are not aligned, go element by
+// element.
 template <class Op>
-MX_KERNEL round_alone(const typename Op::T::Stored* source, typename Op::T::Stored* target, const float* noise, i64 count,
-                      i64 aligned, i64 subnormals, u64 small, u64 limits) {
+MX_KERNEL round_alone(const typename Op::T::Stored* source, typename Op::T::Stored* target, const float* noise,
+                      i64 count, i64 aligned, i64 subnormals, u64 small, u64 limits) {
     using T = typename Op::T;
     constexpr int N = PER_VECTOR<T>;
     const Element el = unpacked(small, limits).element;
@@ -333,15 +283,15 @@ MX_KERNEL round_alone(const typename Op::T::Stored* source, typename Op::T::Stor
         Vector out{};
 #pragma unroll
         for (int i = 0; i < N; ++i)
-            put<T>(out, i, Op::alone(get<T>(v, i), el, subnormals, Op::draws ? noise[first + i] : 0.0f));
+            put<T>(out, i, Op::alone(get<T>(v, i), el, subnormals, Op::DRAWS ? noise[first + i] : 0.0f));
         *reinterpret_cast<Vector*>(target + first) = out;
         return;
     }
     for (i64 i = first; i < count && i < first + N; ++i)
-        target[i] = T::store(Op::alone(T::load(source[i]), el, subnormals, Op::draws ? noise[i] : 0.0f));
+        target[i] = T::store(Op::alone(T::load(source[i]), el, subnormals, Op::DRAWS ? noise[i] : 0.0f));
 }
 
-// One uniform number per element, by its index.
+// Draw one uniform number per element, by its index.
 MX_KERNEL uniform_numbers(float* target, i64 count, u64 seed) {
     const i64 counter = thread_index();
     const Words words = philox(static_cast<u64>(counter), seed);

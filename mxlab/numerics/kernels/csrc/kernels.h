@@ -1,4 +1,4 @@
-// What module.cpp knows of the kernels, which are compiled once per instruction set.
+// The interface between module.cpp and the CPU kernels, which are compiled once per instruction set.
 #pragma once
 
 #include <cstdint>
@@ -8,9 +8,9 @@
 namespace mx {
 
 enum class Dtype { float32, bfloat16, float16 };
-enum class Numerics { exact, emulator };
-// How the exact numerics choose and apply a block's scale: a power of two; one for elements from -1 to less than 1; the
-// better of two powers; a floating-point number.
+enum class Numerics { exact, microxcaling };
+// Ways of the exact numerics to choose and apply the scale of a block: a power of two; a power of two for elements in
+// [-1, 1); the better of two powers; a floating-point number.
 enum class Scaling { power, asymmetric, searched, floating };
 
 // A contiguous tensor seen as (outer, axis, inner). Blocks of `block` elements lie along the axis; a trailing partial
@@ -19,10 +19,11 @@ struct Layout {
     int64_t outer, axis, inner, block;
 };
 
-// A 16-bit type has only this many values.
+// The number of values of a 16-bit type.
 constexpr int TABLE_SIZE = 1 << 16;
 
-// Tensors of one job. `noise` holds one uniform number per element, and is null unless the rounding is dither.
+// The tensors of one job. `noise` holds one uniform number per element if the rounding is dither, and is null
+// otherwise.
 struct Buffers {
     const void* source;
     void* target;  // may be the source
@@ -30,19 +31,22 @@ struct Buffers {
     Dtype dtype;
 };
 
+// The kernels of one instruction set.
 struct Kernels {
     const char* name;
-    // Work comes in units that may be done in any order and by any thread: [first, last) of quantize_units(...).
+    // Work comes in units, done in any order and by any thread: here [first, last) of quantize_units(layout).
     int64_t (*quantize_units)(const Layout&);
-    void (*quantize_exact)(const Buffers&, const Layout&, const Format&, Scaling, Rounding, int64_t first, int64_t last);
-    void (*quantize_emulator)(const Buffers&, const Layout&, const Format&, Rounding, const u32* table,
-                              int64_t first, int64_t last);
+    void (*quantize_exact)(const Buffers&, const Layout&, const Format&, Scaling, Rounding, int64_t first,
+                           int64_t last);
+    // `table` is that of microxcaling_table for a 16-bit type and a rounding other than dither, or null.
+    void (*quantize_microxcaling)(const Buffers&, const Layout&, const Format&, Rounding, const u32* table,
+                                  int64_t first, int64_t last);
     // Element-wise: units are elements.
     u32 (*largest_finite)(const Buffers&, int64_t first, int64_t last);  // magnitude, as the bits of a float32
     void (*round_alone)(const Buffers&, const Element&, Numerics, Rounding, bool subnormals, int64_t first,
                         int64_t last);
-    // What each value of a 16-bit type, an element already scaled, is rounded to, as the bits of a float32.
-    void (*emulator_table)(u32* table, Dtype, const Element&, Rounding);
+    // Fill in what each value of a 16-bit type, an element already scaled, is rounded to, as the bits of a float32.
+    void (*microxcaling_table)(u32* table, Dtype, const Element&, Rounding);
     void (*look_up)(const Buffers&, const uint16_t* table, int64_t first, int64_t last);
     void (*uniform)(float* target, uint64_t seed, int64_t first, int64_t last);
 };

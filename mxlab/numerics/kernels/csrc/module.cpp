@@ -1,5 +1,5 @@
-// mxlab.numerics.kernels._native: the CPU kernels for Python. Tensors come as addresses, so that nothing here depends on torch
-// and its binary interface; mxlab/backends/native.py checks what it passes.
+// mxlab.numerics.kernels._native: the CPU kernels for Python. Tensors cross as addresses, so that nothing here depends
+// on torch and its binary interface; mxlab/numerics/kernels/native.py checks what it passes.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
@@ -13,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "exact.h"
 #include "kernels.h"
 #include "threads.h"
 
@@ -21,10 +22,10 @@ namespace nb = nanobind;
 namespace mx {
 namespace {
 
-// A job smaller than this is done before another thread has woken up.
+// Elements of a job that is done before another thread has woken up.
 constexpr int64_t WORTH_A_THREAD = 1 << 15;
 
-// From the slowest to the fastest that this processor can run.
+// Return the kernels that this processor can run, the fastest last.
 std::vector<const Kernels*> available_kernels() {
     std::vector<const Kernels*> found{&portable_kernels};
 #if defined(MX_X86)
@@ -61,7 +62,7 @@ Buffers buffers(uintptr_t source, uintptr_t target, uintptr_t noise, int dtype) 
 
 int useful(int threads, int64_t elements) { return elements < WORTH_A_THREAD ? 1 : threads; }
 
-// A table of 65,536 entries for bfloat16 and one for float16, each made when it is first asked for.
+// Two tables of TABLE_SIZE entries, for bfloat16 and for float16, each made when it is first asked for.
 template <class Entry>
 class Tables {
    public:
@@ -83,13 +84,11 @@ class Tables {
 
 bool has_table(Dtype dtype, Rounding rounding) { return dtype != Dtype::float32 && rounding != Rounding::dither; }
 
-class Quantizer {
+// Quantizes tensors to one format.
+class QuantizePlan {
    public:
-    Quantizer(const Format& format, int scaling, int rounding, bool emulate)
-        : format_(format),
-          scaling_(static_cast<Scaling>(scaling)),
-          rounding_(static_cast<Rounding>(rounding)),
-          emulate_(emulate) {}
+    QuantizePlan(const Format& format, Scaling scaling, Rounding rounding, Numerics numerics)
+        : format_(format), scaling_(scaling), rounding_(rounding), numerics_(numerics) {}
 
     void run(uintptr_t source, uintptr_t target, uintptr_t noise, int dtype, int64_t outer, int64_t axis, int64_t inner,
              int64_t block, int threads) {
@@ -99,20 +98,21 @@ class Quantizer {
         const Layout layout{outer, axis, inner, block};
         const int64_t count = outer * axis * inner;
         const Kernels& kernels = *active;
-        const u32* const table = emulate_ && has_table(b.dtype, rounding_) ? table_for(b.dtype) : nullptr;
+        const bool exact = numerics_ == Numerics::exact;
+        const u32* const table = !exact && has_table(b.dtype, rounding_) ? table_for(b.dtype) : nullptr;
         Format format = format_;
         if (format.tensor_scale != 0.0f) format.tensor_scale = tensor_scale(b, count, threads);
         parallel_for(useful(threads, count), kernels.quantize_units(layout), 2, [&](int64_t first, int64_t last) {
-            if (emulate_)
-                kernels.quantize_emulator(b, layout, format, rounding_, table, first, last);
-            else
+            if (exact)
                 kernels.quantize_exact(b, layout, format, scaling_, rounding_, first, last);
+            else
+                kernels.quantize_microxcaling(b, layout, format, rounding_, table, first, last);
         });
     }
 
    private:
     const u32* table_for(Dtype dtype) {
-        return tables_.get(dtype, [&](u32* t) { active->emulator_table(t, dtype, format_.element, rounding_); });
+        return tables_.get(dtype, [&](u32* t) { active->microxcaling_table(t, dtype, format_.element, rounding_); });
     }
 
     float tensor_scale(const Buffers& b, int64_t count, int threads) const {
@@ -129,17 +129,15 @@ class Quantizer {
     Format format_;
     Scaling scaling_;
     Rounding rounding_;
-    bool emulate_;
+    Numerics numerics_;
     Tables<u32> tables_;
 };
 
-class Rounder {
+// Rounds the elements of tensors, each on its own, to one element format.
+class RoundPlan {
    public:
-    Rounder(const Element& element, int rounding, bool subnormals, bool emulate)
-        : element_(element),
-          rounding_(static_cast<Rounding>(rounding)),
-          numerics_(emulate ? Numerics::emulator : Numerics::exact),
-          subnormals_(subnormals) {}
+    RoundPlan(const Element& element, Rounding rounding, bool subnormals, Numerics numerics)
+        : element_(element), rounding_(rounding), numerics_(numerics), subnormals_(subnormals) {}
 
     void run(uintptr_t source, uintptr_t target, uintptr_t noise, int dtype, int64_t count, int threads) {
         const nb::gil_scoped_release release;
@@ -182,11 +180,27 @@ void uniform(uintptr_t target, int64_t count, uint64_t seed, int threads) {
 
 NB_MODULE(_native, m) {
     using namespace mx;
+    nb::enum_<Dtype>(m, "Dtype")
+        .value("float32", Dtype::float32)
+        .value("bfloat16", Dtype::bfloat16)
+        .value("float16", Dtype::float16);
+    nb::enum_<Numerics>(m, "Numerics").value("exact", Numerics::exact).value("microxcaling", Numerics::microxcaling);
+    nb::enum_<Rounding>(m, "Rounding")
+        .value("nearest", Rounding::nearest)
+        .value("even", Rounding::even)
+        .value("floor", Rounding::floor)
+        .value("dither", Rounding::dither);
+    nb::enum_<Scaling>(m, "Scaling")
+        .value("power", Scaling::power)
+        .value("asymmetric", Scaling::asymmetric)
+        .value("searched", Scaling::searched)
+        .value("floating", Scaling::floating);
     nb::class_<Element>(m, "Element")
         .def(
             "__init__",
             [](Element* self, int mantissa_bits, int emax, double min_normal, double max, bool is_int) {
-                new (self) Element{mantissa_bits, emax, static_cast<float>(min_normal), static_cast<float>(max), is_int};
+                new (self)
+                    Element{mantissa_bits, emax, static_cast<float>(min_normal), static_cast<float>(max), is_int};
             },
             nb::arg("mantissa_bits"), nb::arg("emax"), nb::arg("min_normal"), nb::arg("max"), nb::arg("is_int"));
     nb::class_<Format>(m, "Format")
@@ -196,20 +210,24 @@ NB_MODULE(_native, m) {
                bool per_tensor) {
                 new (self) Format{element, scale_emax, flush ? -126 : INT_MIN, carry, scale, per_tensor ? 1.0f : 0.0f};
             },
-            nb::arg("element"), nb::arg("scale_emax"), nb::arg("flush_fp32_subnorms"), nb::arg("carry"), nb::arg("scale"),
-            nb::arg("per_tensor"));
-    nb::class_<Quantizer>(m, "Quantizer")
-        .def(nb::init<const Format&, int, int, bool>(), nb::arg("format"), nb::arg("scaling"), nb::arg("rounding"),
-             nb::arg("emulate"))
-        .def("run", &Quantizer::run);
-    nb::class_<Rounder>(m, "Rounder")
-        .def(nb::init<const Element&, int, bool, bool>(), nb::arg("element"), nb::arg("rounding"),
-             nb::arg("subnormals"), nb::arg("emulate"))
-        .def("run", &Rounder::run);
+            nb::arg("element"), nb::arg("scale_emax"), nb::arg("flush_fp32_subnorms"), nb::arg("carry"),
+            nb::arg("scale"), nb::arg("per_tensor"));
+    nb::class_<QuantizePlan>(m, "QuantizePlan")
+        .def(nb::init<const Format&, Scaling, Rounding, Numerics>(), nb::arg("format"), nb::arg("scaling"),
+             nb::arg("rounding"), nb::arg("numerics"))
+        .def("run", &QuantizePlan::run);
+    nb::class_<RoundPlan>(m, "RoundPlan")
+        .def(nb::init<const Element&, Rounding, bool, Numerics>(), nb::arg("element"), nb::arg("rounding"),
+             nb::arg("subnormals"), nb::arg("numerics"))
+        .def("run", &RoundPlan::run);
     m.def("uniform", &uniform);
-    m.def("adopt_openmp", [](const std::string& path) { return adopt_openmp(path.c_str()); }, nb::arg("path"),
-          "Use the threads of the GNU OpenMP runtime at a path, if it is loaded. Whether it is.");
-    m.def("instruction_sets", &instruction_sets, "What this processor can run, the fastest last.");
-    m.def("instruction_set", [] { return std::string(active->name); }, "What the kernels use now.");
+    m.def(
+        "adopt_openmp", [](const std::string& path) { return adopt_openmp(path.c_str()); }, nb::arg("path"),
+        "Use the threads of the GNU OpenMP runtime at a path, if it is loaded; return whether it is.");
+    m.def("instruction_sets", &instruction_sets,
+          "Return the instruction sets that this processor can run, the fastest last.");
+    m.def(
+        "instruction_set", [] { return std::string(active->name); },
+        "Return the instruction set that the kernels use now.");
     m.def("use", &use, nb::arg("name"), "Use another instruction set, to compare them.");
 }

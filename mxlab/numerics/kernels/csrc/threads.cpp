@@ -17,7 +17,7 @@ namespace {
 
 using Work = std::function<void(int64_t, int64_t)>;
 
-// Ranges are handed out as threads ask for them, so that a worker that wakes late costs nothing: the others go on.
+// Work whose ranges are handed out as threads ask for them: a thread that wakes late holds nobody up.
 struct Job {
     const Work& work;
     const int64_t units, grain;
@@ -33,30 +33,32 @@ struct Job {
     }
 };
 
-class Pool {
+// Threads of our own, started when they are first needed.
+class OwnThreads {
    public:
-    void run(int threads, Job& job) {
+    // Do the job on the calling thread and up to `count` - 1 others.
+    void run(int count, Job& job) {
         const std::unique_lock<std::mutex> turn(turn_, std::try_to_lock);
-        if (!turn.owns_lock()) return job.run();  // another Python thread has the workers
+        if (!turn.owns_lock()) return job.run();  // another Python thread is using them
         {
             const std::lock_guard<std::mutex> lock(mutex_);
-            while (workers_ < threads - 1 && start_worker()) ++workers_;
+            while (started_ < count - 1 && start_thread()) ++started_;
             job_ = &job;
-            wanted_ = threads - 1;
+            wanted_ = count - 1;
             ++generation_;
         }
         start_.notify_all();
         job.run();
         std::unique_lock<std::mutex> lock(mutex_);
-        job_ = nullptr;  // who has not begun yet, need not
+        job_ = nullptr;  // a thread that has not begun yet need not
         done_.wait(lock, [this] { return busy_ == 0; });
     }
 
    private:
-    // False where the system has no thread left: those there are do the work.
-    bool start_worker() {
+    // Return false where the system has no thread left: those already started do the work.
+    bool start_thread() {
         try {
-            std::thread([this, number = workers_] { serve(number); }).detach();
+            std::thread([this, number = started_] { serve(number); }).detach();
             return true;
         } catch (const std::system_error&) {
             return false;
@@ -83,28 +85,28 @@ class Pool {
     std::condition_variable start_, done_;
     Job* job_ = nullptr;
     uint64_t generation_ = 0;
-    int workers_ = 0, wanted_ = 0, busy_ = 0;
+    int started_ = 0, wanted_ = 0, busy_ = 0;
 };
 
-// Never destroyed: workers may wait on it until the process ends.
-Pool* pool = nullptr;
+// Never destroyed: its threads may wait on it until the process ends.
+OwnThreads* own_threads = nullptr;
 
-// GOMP_parallel of the runtime that torch uses: calls a function on each thread of a team. Null: there is none to use.
+// GOMP_parallel of the runtime that torch uses, which calls a function on each thread of a team; null without one.
 using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 std::atomic<Parallel> openmp{nullptr};
 
-void make_pool() { pool = new Pool; }
+void make_own_threads() { own_threads = new OwnThreads; }
 
-// A forked child has no workers, and GNU's runtime does not know it: a pool of our own, and a new one, serves there.
+// A forked child has no other threads, which GNU's runtime does not notice: there, new threads of our own serve.
 void after_fork() {
     openmp = nullptr;
-    make_pool();
+    make_own_threads();
 }
 
-Pool& the_pool() {
+OwnThreads& get_own_threads() {
     static std::once_flag once;
-    std::call_once(once, make_pool);
-    return *pool;
+    std::call_once(once, make_own_threads);
+    return *own_threads;
 }
 
 void watch_forks() {
@@ -133,10 +135,10 @@ void parallel_for(int threads, int64_t units, int64_t grain, const Work& work) {
     if (useful <= 1) return job.run();
     watch_forks();
     if (const Parallel parallel = openmp)
-        // All of torch's threads, also where fewer would do: a team of another size costs more than it saves.
+        // All of torch's threads, even where fewer would do: a team of another size costs more than it saves.
         parallel([](void* j) { static_cast<Job*>(j)->run(); }, &job, static_cast<unsigned>(threads), 0);
     else
-        the_pool().run(useful, job);
+        get_own_threads().run(useful, job);
 }
 
 }  // namespace mx

@@ -1,7 +1,7 @@
-// Threads: those of the OpenMP runtime that torch has loaded, where that is GNU's, or else a small pool of our own.
+// Threads: those of the OpenMP runtime that torch has loaded, if that is GNU's, or else a few of our own.
 //
-// Torch's threads are awake: between two operators they wait in a loop for a while, and a thread of anybody else's would
-// have to share a core with one. A second OpenMP runtime would be as bad.
+// Torch's threads are awake: between two operators they wait in a loop for a while, and any other thread, such as one
+// of a second OpenMP runtime, would have to share a core with one of them.
 #pragma once
 
 #include <cfenv>
@@ -10,7 +10,7 @@
 
 namespace mx {
 
-// While it lives, the thread computes in the default floating-point state: results must not depend on
+// Sets the default floating-point state of the thread for its own lifetime: results must not depend on
 // torch.set_flush_denormal.
 class DefaultArithmetic {
    public:
@@ -26,12 +26,12 @@ class DefaultArithmetic {
     std::fenv_t saved_;
 };
 
-// Calls work(first, last) on ranges of `grain` units (the last may be shorter) that cover [0, units), on the calling thread
-// and up to `threads` - 1 others, under DefaultArithmetic, and returns when all is done. `work` must not throw. Any number
-// of threads may call it at once.
+// Call work(first, last) on ranges of `grain` units (the last may be shorter) that cover [0, units), on the calling
+// thread and up to `threads` - 1 others, under DefaultArithmetic; return when all is done. `work` must not throw. Any
+// number of threads may call this at once.
 void parallel_for(int threads, int64_t units, int64_t grain, const std::function<void(int64_t, int64_t)>& work);
 
-// Uses the threads of the GNU OpenMP runtime at `path` from now on, if it is loaded already; false where it is not.
+// Use the threads of the GNU OpenMP runtime at `path` from now on. Return false where it is not loaded already.
 bool adopt_openmp(const char* path);
 
 }  // namespace mx
