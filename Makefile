@@ -9,8 +9,11 @@ PYTHON := .venv/bin/python
 # The older transformers that the patch supports, in an environment of its own.
 OLD_TRANSFORMERS := 4.57.6
 OLD := .venv-$(OLD_TRANSFORMERS)
-PATCH_TESTS := tests/test_overlay.py tests/test_patching.py tests/test_convert.py tests/test_architectures.py \
-	tests/test_attention.py
+PATCH_TESTS := tests/hf/test_patched_llama.py tests/hf/test_patch.py tests/model/test_apply.py \
+	tests/model/test_architectures.py tests/model/nn/test_attention.py
+
+# Two processes, each with half of the threads; tests of one module share its fixtures.
+TWO := -n 2 --dist loadscope
 
 .PHONY: demo test lint figs bench setup setup-dev clean
 
@@ -18,8 +21,8 @@ demo: setup
 	.venv/bin/mxlab demo --out demo
 
 test: setup-dev $(OLD)/.complete
-	$(PYTHON) -m pytest
-	$(OLD)/bin/python -m pytest $(PATCH_TESTS)
+	$(PYTHON) -m pytest $(TWO)
+	$(OLD)/bin/python -m pytest $(TWO) $(PATCH_TESTS)
 
 lint: setup-dev
 	.venv/bin/ruff check .
@@ -53,7 +56,7 @@ setup-dev:
 $(OLD)/.complete: pyproject.toml CMakeLists.txt $(wildcard mxlab/numerics/kernels/csrc/*) | setup-dev
 	test -d $(OLD) || $(PYTHON) -m venv $(OLD)
 	$(OLD)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(OLD)/bin/python -m pip install --quiet --disable-pip-version-check transformers==$(OLD_TRANSFORMERS) accelerate hypothesis pytest tomli-w
+	$(OLD)/bin/python -m pip install --quiet --disable-pip-version-check transformers==$(OLD_TRANSFORMERS) accelerate hypothesis pytest pytest-xdist tomli-w
 	MXLAB_REQUIRE_NATIVE=$${MXLAB_REQUIRE_NATIVE-1} $(OLD)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
 

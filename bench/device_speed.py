@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from mxlab import quantize
-from mxlab.bench import subjects
-from mxlab.bench.stats import ratios, spread
-from mxlab.bench.timing import Effort, Twin, alternate, clock_for
+from mxlab.bench import workloads
+from mxlab.bench.timing import Effort, Twin, alternate, clock_for, ratios, spread
 from mxlab.compat.recipes import load_any_recipe
 from mxlab.experiments import provenance
 
@@ -106,11 +105,11 @@ def _time_quantize(
 def _time_forward(device: str, recipe: str, dtype: str) -> dict[str, Any]:
     """Time a forward pass of a quantized copy of a model, in turns with the model."""
     name, batch, length = MODEL[device]
-    subject = subjects.load(name, dtype, device)
-    ids, _ = subjects.tokens(subject, batch, length, None)
+    subject = workloads.load(name, dtype, device)
+    ids, _ = workloads.tokens(subject, batch, length, None)
     plain = partial(_forward, subject.model, ids)
     plain_peak = _peak(plain)  # before the copy is there
-    quantized = partial(_forward, subjects.converted(subject.model, load_any_recipe(recipe)), ids)
+    quantized = partial(_forward, workloads.converted(subject.model, load_any_recipe(recipe)), ids)
     twins = [Twin("plain", plain), Twin(recipe, quantized)]
     samples = alternate(twins, EFFORT[device], clock_for(ids.device)).samples
     milliseconds = {twin: [1000 * s for s in found] for twin, found in samples.items()}

@@ -5,6 +5,10 @@ import os
 from support.paths import ROOT
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault(
+        "OMP_NUM_THREADS", "1"
+    )  # the workers share the cores; torch's threads would wait for each other
 os.environ["COLUMNS"] = "300"  # before rich makes consoles: what is printed is not to be wrapped
 
 from pathlib import Path
