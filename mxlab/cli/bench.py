@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import shlex
 import sys
 from pathlib import Path
@@ -11,12 +10,14 @@ from typing import Annotated, Any
 
 import typer
 from rich.box import SIMPLE
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperGroup
 
+from mxlab.cli.console import console, print_table, progress
+from mxlab.cli.options import DeviceOption
 from mxlab.errors import SourceError
+from mxlab.progress import Steps
 
 
 class _AllByDefault(TyperGroup):
@@ -33,15 +34,11 @@ app = typer.Typer(
     help="Time quantization against the unquantized twin, and write what was measured. Alone: all of it.",
     pretty_exceptions_enable=False,
 )
-console = Console()
-stderr = Console(stderr=True)
-
 Out = Annotated[Path, typer.Option("--out", "-o", help="Where the JSON files go.")]
 Results = Annotated[Path, typer.Option("--results", help="Where the JSON files lie.")]
 Repeats = Annotated[int | None, typer.Option(help="Rounds in which all twins take their turn.")]
 Warmup = Annotated[int | None, typer.Option(help="Calls of each twin before the first round.")]
 Threads = Annotated[int | None, typer.Option(help="Threads to compute with.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:0, ...")]
 DataDir = Annotated[Path | None, typer.Option(help="A folder with lambada_openai.jsonl; else the embedded passages.")]
 Model = Annotated[
     str | None, typer.Option("--model", help="A hub name, a folder, smollm2, llama-1b-random or random-tiny.")
@@ -55,7 +52,7 @@ RESULTS = Path("bench/results")
 
 
 @app.command("all")
-def everything(data_dir: DataDir = None, device: Device = "auto", out: Out = RESULTS) -> None:
+def everything(data_dir: DataDir = None, device: DeviceOption = "auto", out: Out = RESULTS) -> None:
     """Every benchmark in its standard settings."""
     from mxlab.bench.settings import TextSettings
     from mxlab.bench.suite import BENCHMARKS
@@ -81,7 +78,7 @@ def quantize(
     ] = None,
     repeats: Repeats = None,
     warmup: Warmup = None,
-    device: Device = "auto",
+    device: DeviceOption = "auto",
     out: Out = RESULTS,
 ) -> None:
     """Quantizing a tensor, against tensor.clone()."""
@@ -100,7 +97,7 @@ def linear(
     threads: Threads = None,
     repeats: Repeats = None,
     warmup: Warmup = None,
-    device: Device = "auto",
+    device: DeviceOption = "auto",
     out: Out = RESULTS,
 ) -> None:
     """One linear layer, against the same torch.nn.Linear."""
@@ -121,7 +118,7 @@ def forward(
     threads: Threads = None,
     repeats: Repeats = None,
     warmup: Warmup = None,
-    device: Device = "auto",
+    device: DeviceOption = "auto",
     out: Out = RESULTS,
 ) -> None:
     """A forward pass over rows of LAMBADA, against the unquantized model."""
@@ -141,7 +138,7 @@ def generate(
     threads: Threads = None,
     repeats: Repeats = None,
     warmup: Warmup = None,
-    device: Device = "auto",
+    device: DeviceOption = "auto",
     out: Out = RESULTS,
 ) -> None:
     """Greedy generation at batch 1, against the unquantized model."""
@@ -160,7 +157,7 @@ def lm_eval(
     threads: Threads = None,
     repeats: Repeats = None,
     warmup: Warmup = None,
-    device: Device = "auto",
+    device: DeviceOption = "auto",
     out: Out = RESULTS,
 ) -> None:
     """A short lm-eval run, against the baseline."""
@@ -176,7 +173,7 @@ def convert(
     threads: Threads = None,
     repeats: Repeats = None,
     warmup: Warmup = None,
-    device: Device = "auto",
+    device: DeviceOption = "auto",
     out: Out = RESULTS,
 ) -> None:
     """mxlab.apply on fresh copies of a model."""
@@ -224,15 +221,14 @@ def tables(
 
 def _run(name: str, out: Path, device: str, **given: Any) -> None:
     """Perform a benchmark, show it, write it."""
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    from mxlab.bench import suite
-    from mxlab.bench.results import make_folder, write
+    with progress(), Steps(f"bench {name}") as steps:
+        from mxlab.bench import suite
+        from mxlab.bench.results import make_folder, write
 
-    make_folder(out)
-    settings = suite.BENCHMARKS[name].settings.of(device, **given)
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns at every run that the model is loaded already
-    with stderr.status(f"bench {name}") as status:
-        document = suite.perform(name, settings, _command(), lambda case: status.update(f"bench {name}: {case} done"))
+        make_folder(out)
+        settings = suite.BENCHMARKS[name].settings.of(device, **given)
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns at every run that the model is loaded already
+        document = suite.perform(name, settings, _command(), lambda case: steps.advance())
     _show(document, suite.is_disturbed(document))
     path, replaced = write(document, out, suite.file_name(document))
     console.print(f"{'replaced' if replaced else 'written'}: {path}\n", soft_wrap=True)
@@ -255,8 +251,7 @@ def _show(document: dict[str, Any], is_disturbed: bool) -> None:
         *others, last = map(escape, cells)
         color = "" if met is None else "[green]" if met else "[red]"
         table.add_row(*others, f"{color}{last}")
-    # A file or a pipe has no width: the table takes what it needs.
-    (console if console.is_terminal else Console(width=240)).print(table)
+    print_table(table)
     if found.common:
         console.print(f"All rows: {escape(found.common)}", soft_wrap=True)
     for failure in document["failures"]:

@@ -78,7 +78,7 @@ def enabled():
 def _nothing_is_left():
     yield
     assert not [name for name in sys.modules if name.partition(".")[0] == "mx"]
-    assert not [finder for finder in sys.meta_path if type(finder).__module__.startswith("mxlab")]
+    assert not [finder for finder in sys.meta_path if type(finder).__module__.startswith("mxlab.compat")]
 
 
 @pytest.mark.usefixtures("enabled")
