@@ -9,7 +9,7 @@ from mxlab.progress import track
 from mxlab.sources.models import EMBEDDED
 from mxlab.sources.tasks import PASSAGES
 
-_SETTINGS = {"model": EMBEDDED, "tasks": [PASSAGES]}
+_SETTINGS = {"model": EMBEDDED, "tasks": [PASSAGES], "limit": 100}  # of 261: minutes, not a quarter of an hour
 _BLOCK_SIZES = {"block_size": [16, 32, 64]}
 
 SWEEPS = (
