@@ -75,7 +75,7 @@ def _remove_leftovers(parent: Path) -> None:
 
 
 def _is_of_another_process(pid: str) -> bool:
-    """Whether a process of that number, and not this one, is alive."""
+    """Return whether a process of that number, and not this one, is alive."""
     if not pid.isdecimal() or int(pid) == os.getpid():
         return False
     try:

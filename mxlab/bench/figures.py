@@ -98,7 +98,7 @@ def _points(document: Document) -> list[Row]:
 
 
 def plot(chart: Chart, documents: Sequence[Document]) -> Figure:
-    """A panel for each document, a line in it for each case."""
+    """Draw a panel for each document, a line in it for each case."""
     counts = [len(_labels(chart, document)) for document in documents]
     height = 1.3 + sum(0.55 + _ROW * count for count in counts)
     figure = Figure(figsize=(7.6, height), dpi=DPI, layout="constrained")
@@ -130,7 +130,7 @@ def _panel(axes: Axes, chart: Chart, document: Document) -> None:
 
 
 def _limits(chart: Chart, rows: Sequence[Row]) -> dict[tuple[str, float], str]:
-    """The colour of each target, by label and limit: a twin's own, or grey where several have the same."""
+    """Return the colour of each target, by label and limit: a twin's own, or grey where several have the same."""
     found: dict[tuple[str, float], str] = {}
     for row in rows:
         if row["target"] and row["target"]["figure"] == "ratio":
@@ -177,7 +177,7 @@ def _handles(chart: Chart, twins: set[str], has_target: bool) -> list[Line2D]:
 
 
 def _title(chart: Chart, document: Document) -> str:
-    """What was measured, where, and how often."""
+    """Return what was measured, where, and how often."""
     settings = document["settings"]
     threads = "" if settings["device"].startswith("cuda") else f", {_count(settings['threads'], 'thread')}"
     measured = f"{chart.title}: {document['measured on']}{threads}"

@@ -74,7 +74,7 @@ def measure(settings: ForwardSettings) -> Iterator[tuple[str, Outcome]]:
 
 
 def _models(settings: ForwardSettings, plain: Any) -> dict[tuple[str, str], Any]:
-    """All of them are held at the same time, so that they can take turns."""
+    """Return the model and its quantized copies, all held at the same time, so that they can take turns."""
     quantized = {
         (name, numerics): workloads.converted(plain, workloads.variant(name, numerics))
         for name in settings.recipes

@@ -26,7 +26,7 @@ _PATIENCE = 3.0
 
 
 def is_there() -> bool:
-    """Whether a package ``mx`` that is not ours can be found; nothing is imported."""
+    """Return whether a package ``mx`` that is not ours can be found; nothing is imported."""
     try:
         spec = importlib.util.find_spec("mx")
     except (ImportError, ValueError):
@@ -52,7 +52,7 @@ def computing(module: nn.Module, recipe: Recipe, call: Callable[[nn.Module], obj
 
 
 def _guest(prepare: Callable[[], Callable[[], object]]) -> Twin:
-    """A twin that imports and prepares at its first call, where a failure is tolerated."""
+    """Return a twin that imports and prepares at its first call, where a failure is tolerated."""
     prepared = functools.cache(prepare)
     return Twin(NAME, lambda: prepared()(), optional=True, patience=_PATIENCE)
 

@@ -79,7 +79,7 @@ def measure(settings: QuantizeSettings) -> Iterator[tuple[str, Outcome]]:
 
 
 def _bandwidth(settings: QuantizeSettings, formats: list[MXFormat]) -> Iterator[tuple[str, Outcome]]:
-    """The same on a tensor that no cache holds, against a copy to memory that is there already."""
+    """Measure on a tensor that no cache holds, against a copy to memory that is there already."""
     for dtype in settings.dtypes:
         size = getattr(torch, dtype).itemsize
         shape = max(1, int(settings.copy_gib * 2**30 / size / _COLUMNS)), _COLUMNS

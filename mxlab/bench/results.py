@@ -22,7 +22,7 @@ QUIET = 0.25
 
 
 def busy_cores(seconds: float = 0.5) -> float:
-    """How many cores other processes use, seen while this one sleeps."""
+    """Return how many cores other processes use, seen while this one sleeps."""
     return round(psutil.cpu_percent(interval=seconds) / 100 * (psutil.cpu_count() or 1), 2)
 
 
@@ -32,7 +32,7 @@ def load_average() -> list[float]:
 
 
 def name(machine: dict[str, Any], device: str) -> str:
-    """What was measured on, of the environment's description: the GPU, or the CPU with its cores."""
+    """Return what was measured on, of the environment's description: the GPU, or the CPU with its cores."""
     if device.startswith("cuda"):
         return machine.get(f"GPU {device.partition(':')[2] or 0}", "GPU")
     return machine["cpu"]
@@ -123,7 +123,7 @@ class Outcome:
 
 
 def make_folder(folder: Path) -> None:
-    """The folder for results, before anything is measured for it.
+    """Make the folder for results, before anything is measured for it.
 
     Raises:
         SourceError: it cannot be made, or is none.
@@ -164,7 +164,7 @@ def instruction_set_of(document: Document) -> str:
 
 
 def read(folder: Path) -> dict[str, Document]:
-    """The documents in ``folder`` by file name, without those that no benchmark of this package wrote.
+    """Return the documents in ``folder`` by file name, without those that no benchmark of this package wrote.
 
     Raises:
         SourceError: there are none, or one cannot be read.

@@ -66,7 +66,7 @@ class Settings:
 
     @classmethod
     def of(cls, device: str = "auto", **given: Any) -> Self:
-        """The settings for a device; what is None or empty is as the device has it.
+        """Return the settings for a device; what is None or empty is as the device has it.
 
         Raises:
             SpecError: a device this machine lacks.
@@ -103,7 +103,7 @@ class Settings:
         return {f.name: value for f in fields(self) if f.compare and (value := asdict(self)[f.name]) is not None}
 
     def standard(self) -> dict[str, Any]:
-        """What :meth:`to_dict` gives for the settings that the targets were set for, on this device."""
+        """Return what :meth:`to_dict` gives for the settings that the targets were set for, on this device."""
         return type(self).of(self.device).to_dict()
 
 
@@ -168,7 +168,7 @@ def check_dtypes(values: tuple[str, ...]) -> None:
 
 
 def expand_formats(formats: tuple[str, ...], blocks: tuple[int, ...]) -> list[MXFormat]:
-    """Each format with each block size; one that is spelled with a block size (``int8@16``) has that.
+    """Return each format with each block size; one that is spelled with a block size (``int8@16``) has that.
 
     Raises:
         FormatError: not a format.

@@ -79,6 +79,6 @@ def file_name(document: Document) -> str:
 
 
 def is_disturbed(document: Document) -> bool:
-    """Whether other processes kept cores busy, before or after."""
+    """Return whether other processes kept cores busy, before or after."""
     load = document["load"]
     return max(load["busy cores before"], load["busy cores after"]) > results.QUIET

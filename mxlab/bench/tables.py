@@ -26,7 +26,7 @@ class Grid:
 
 
 def grid(document: Document, hidden: Sequence[str] = ()) -> Grid:
-    """The rows of a document, a column for each figure and each part of the case that varies, but for ``hidden``."""
+    """Return the rows of a document: a column for each figure and each part of the case that varies."""
     rows = document["rows"]
     keys = list(dict.fromkeys(key for row in rows for key in row["case"] if key not in hidden))
     varying = [key for key in keys if len({str(row["case"].get(key)) for row in rows}) > 1]
@@ -57,7 +57,7 @@ def number_text(value: float) -> str:
 
 
 def ratio_text(value: float) -> str:
-    """A per mille counts in what is about 1, not in what is far from it."""
+    """Return a ratio with three decimals where it is about 1, where a per mille counts, else three digits."""
     return f"{value:.3f}" if value < 2 else number_text(value)
 
 

@@ -24,7 +24,7 @@ class Spread:
 
 
 def spread(samples: Sequence[float]) -> Spread:
-    """The quartiles of at least one sample; between two samples they are interpolated.
+    """Return the quartiles of at least one sample; between two samples they are interpolated.
 
     Raises:
         ValueError: no samples.
@@ -38,7 +38,7 @@ def spread(samples: Sequence[float]) -> Spread:
 
 
 def ratios(samples: Sequence[float], reference: Sequence[float]) -> list[float]:
-    """Each sample over the reference's of the same round; a series that stopped early has fewer."""
+    """Return each sample over the reference's of the same round; a series that stopped early has fewer."""
     return [a / b for a, b in zip(samples, reference, strict=False)]
 
 
@@ -122,7 +122,7 @@ class CudaClock:
 
 
 def clock_for(device: torch.device) -> Clock:
-    """The clock that is right for work on ``device``."""
+    """Return the clock that is right for work on ``device``."""
     return CudaClock(device) if device.type == "cuda" else WallClock()
 
 

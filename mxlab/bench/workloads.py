@@ -32,7 +32,7 @@ class Subject:
 
 
 def load(name: str, dtype: str, device: str) -> Subject:
-    """A model of :data:`mxlab.bench.settings.RANDOM`, or one that :func:`mxlab.sources.models.load_model` knows.
+    """Return a model of :data:`mxlab.bench.settings.RANDOM`, or one that :func:`mxlab.sources.models.load_model` knows.
 
     Raises:
         SourceError: no such model.
@@ -61,7 +61,7 @@ def tokens(subject: Subject, batch: int, length: int | None, data_dir: Path | No
 
 
 def texts(data_dir: Path | None, count: int) -> list[str]:
-    """The first rows of lambada_openai in ``data_dir``, or of the embedded passages.
+    """Return the first rows of lambada_openai in ``data_dir``, or of the embedded passages.
 
     Raises:
         SourceError: a file that is missing, cannot be read, or has fewer rows.
@@ -78,7 +78,7 @@ def texts(data_dir: Path | None, count: int) -> list[str]:
 
 
 def variant(name: str, numerics: str) -> Recipe:
-    """The recipe under these numerics.
+    """Return the recipe under these numerics.
 
     Raises:
         SpecError: no such recipe.
@@ -87,7 +87,7 @@ def variant(name: str, numerics: str) -> Recipe:
 
 
 def converted(model: Any, recipe: Recipe) -> Any:
-    """A quantized copy of ``model``, which stays as it is."""
+    """Return a quantized copy of ``model``, which stays as it is."""
     return apply(copy.deepcopy(model), recipe).model
 
 
@@ -112,7 +112,7 @@ class Values:
         self._recorded = _record() if is_real else {}
 
     def tensor(self, shape: tuple[int, ...], dtype: str, device: torch.device) -> tuple[Tensor, str]:
-        """A tensor, and what its numbers are."""
+        """Return a tensor, and what its numbers are."""
         kind = getattr(torch, dtype)
         name, found = self._recorded.get(shape[-1], ("", None))
         if found is not None and len(shape) == 2 and shape[0] <= len(found):

@@ -30,7 +30,7 @@ class Loss:
 
     @classmethod
     def of(cls, nll: Tensor) -> Loss:
-        """The loss of those negative log-likelihoods, added up in float64."""
+        """Return the loss of those negative log-likelihoods, added up in float64."""
         return cls(nll.double().sum().item(), nll.numel())
 
     def __add__(self, other: Loss) -> Loss:
@@ -70,7 +70,7 @@ class TokenScores:
 
     @classmethod
     def joined(cls, parts: Sequence[TokenScores]) -> TokenScores:
-        """The scores of all parts, one after the other."""
+        """Return the scores of all parts, one after the other."""
 
         def column(name: str) -> Any:
             values = [getattr(part, name) for part in parts]
@@ -88,7 +88,7 @@ def perplexity(cross_entropy: float) -> float:
 
 
 def next_token_loss(logits: Tensor, ids: Tensor, mask: Tensor | None = None) -> Loss:
-    """The loss of predicting each token from those before it.
+    """Return the loss of predicting each token from those before it.
 
     The logits at position t are scored against the token at t + 1. Where a ``mask`` is given, a prediction counts only
     if both tokens are real, so that padding on either side is left out; a row that is all padding counts nothing.
@@ -110,7 +110,7 @@ def next_token_loss(logits: Tensor, ids: Tensor, mask: Tensor | None = None) -> 
 
 
 def score_tokens(logits: Tensor, targets: Tensor, reference: Tensor | None = None) -> TokenScores:
-    """Every measure of each row in one pass over the logits: (N, vocabulary), (N,) -> N of each.
+    """Compute every measure of each row in one pass over the logits: (N, vocabulary), (N,) -> N of each.
 
     Raises:
         MetricError: a row of logits holds NaN or plus infinity.
@@ -140,7 +140,7 @@ def kl_divergence(reference: Tensor, logits: Tensor) -> Tensor:
 
 
 def top1_agreement(reference: Tensor, logits: Tensor) -> Tensor:
-    """Whether both rank the same token first, row by row: two (N, vocabulary) -> (N,) of bool."""
+    """Return whether both rank the same token first, row by row: two (N, vocabulary) -> (N,) of bool."""
     return _by_chunks(lambda x, r: [r.argmax(-1) == x.argmax(-1)], logits, reference.to(logits.device))[0]
 
 

@@ -155,7 +155,7 @@ def _usable(limit: float) -> bool:
 
 
 def _context(model: Any, wanted: int) -> int:
-    """The context to score with: what was asked for, or what the model has where that is shorter."""
+    """Return the context to score with: what was asked for, or what the model has where that is shorter."""
     has = getattr(model.config, "max_position_embeddings", wanted)
     if has < wanted:
         logger.warning("the model's context is %d tokens: --max-length %d is cut to it", has, wanted)

@@ -34,7 +34,7 @@ class Window:
 
 
 def sliding_windows(length: int, window: int, stride: int | None = None, limit: int | None = None) -> list[Window]:
-    """The windows over a text of ``length`` tokens; the last one may be shorter.
+    """Return the windows over a text of ``length`` tokens; the last one may be shorter.
 
     Args:
         length: tokens of the text.
@@ -76,7 +76,7 @@ def _windows(length: int, window: int, stride: int) -> Iterator[Window]:
 def score_windows(
     predict: Predict, ids: Tensor, windows: Sequence[Window], batch_size: int, reference: Predict | None = None
 ) -> TokenScores:
-    """The scores of all tokens that ``windows`` score, in their order.
+    """Score all tokens that ``windows`` score, in their order.
 
     Args:
         predict: the model's logits.

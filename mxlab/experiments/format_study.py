@@ -77,7 +77,7 @@ class FormatStudy:
             raise SpecError("there is nothing to compare: name formats, scale_rules they can have, and roles")
 
     def points(self) -> Iterator[tuple[MXFormat, str]]:
-        """Every format under every rule it can have, in every role."""
+        """Yield every format under every rule it can have, in every role."""
         for text in self.formats:
             for fmt in _with_rules(MXFormat.parse(text), self.scale_rules):
                 for role in self.roles:
@@ -85,7 +85,7 @@ class FormatStudy:
 
 
 def load_study(path: str | Path) -> FormatStudy:
-    """A comparison from a TOML file with the fields of :class:`FormatStudy`, or a shipped one by name (``formats``).
+    """Return a study from a TOML file with the fields of :class:`FormatStudy`, or a shipped one by name.
 
     Raises:
         SpecError: no such file, not TOML, an unknown key, or a value that is not what the key asks for.
@@ -173,7 +173,7 @@ class _Rows:
 
 
 def _with_rules(fmt: MXFormat, rules: Iterable[str]) -> Iterator[MXFormat]:
-    """The format under each rule it can have; as it is where its scale has a rule of its own."""
+    """Yield the format under each rule it can have; as it is where its scale has a rule of its own."""
     if fmt.scale != "e8m0":
         yield fmt
         return

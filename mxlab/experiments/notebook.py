@@ -36,7 +36,7 @@ class Settings:
 
     @classmethod
     def from_environment(cls, variables: Mapping[str, str] | None = None) -> Settings:
-        """The settings of this session. Raises SpecError where ``MXLAB_LIMIT`` is not a number."""
+        """Return the settings of this session. Raises SpecError where ``MXLAB_LIMIT`` is not a number."""
         given = environment.variables() if variables is None else variables
         model = given.get(environment.MODEL) or LLAMA
         folder = given.get(environment.DATA_DIR)

@@ -44,7 +44,7 @@ def code_version() -> str:
 
 
 def describe() -> dict[str, Any]:
-    """The environment as plain values, in the order a reader wants them."""
+    """Return the environment as plain values, in the order a reader wants them."""
     import torch
 
     from mxlab.numerics.kernels import cuda, native
@@ -82,7 +82,7 @@ def _version(package: str) -> str:
 
 
 def _commit() -> str:
-    """The commit of the checkout that mxlab runs from, ``-dirty`` where files differ from it."""
+    """Return the commit of the checkout that mxlab runs from, ``-dirty`` where files differ from it."""
     if not (_ROOT.parent / ".git").exists():
         return "not a checkout"
     command = ["git", "-C", str(_ROOT.parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]

@@ -62,7 +62,7 @@ def run(
 
 
 def _evaluate(request: EvaluationRequest, folder: Path, load: LoadModel) -> tuple[Outcome, int]:
-    """The outcome and the batch size it took: half as large each time that memory ran out."""
+    """Return the outcome and the batch size it took: half as large each time that memory ran out."""
     while True:
         try:
             return request.evaluate(folder, load), request.batch_size
@@ -82,12 +82,12 @@ def _evaluate(request: EvaluationRequest, folder: Path, load: LoadModel) -> tupl
 
 
 def run_key(request: EvaluationRequest) -> dict[str, Any]:
-    """What makes two runs the same run: a finished one with an equal key need not be run again."""
+    """Return what makes two runs the same run: a finished one with an equal key need not be run again."""
     return {**request.key(), "code": provenance.code_version()}
 
 
 def find(stage_folder: Path, key: dict[str, Any]) -> Path | None:
-    """The complete run directory of ``stage_folder`` with this key, whatever its name; None where there is none."""
+    """Return the complete run directory of ``stage_folder`` with this key, whatever its name; else None."""
     for record in sorted(stage_folder.glob(f"[!.]*/{rundir.RECORD}")):
         complete = bool(rundir.metrics_files(record.parent))
         if complete and _read_json(record).get("key") == key:

@@ -34,18 +34,18 @@ class Sweep:
     grid: Mapping[str, list[Any]] = field(default_factory=dict)
 
     def points(self) -> Iterator[dict[str, Any]]:
-        """Every combination of the grid, the last key varying fastest."""
+        """Yield every combination of the grid, the last key varying fastest."""
         for values in itertools.product(*self.grid.values()):
             yield dict(zip(self.grid, values, strict=True))
 
     def at(self, values: Mapping[str, Any], out: Path, data_dir: Path | None) -> Point:
-        """The run at these values of the grid; raises as :meth:`request`."""
+        """Return the run at these values of the grid; raises as :meth:`request`."""
         request = self.request(values, data_dir)
         name = " ".join(f"{k}={v}" for k, v in values.items()) or request.recipe.name
         return Point(name, values, request, out / self.stage)
 
     def request(self, point: Mapping[str, Any], data_dir: Path | None) -> EvaluationRequest:
-        """The evaluation at one point of the grid.
+        """Return the evaluation at one point of the grid.
 
         Raises:
             SpecError: a value that its key does not take.
@@ -56,7 +56,7 @@ class Sweep:
 
 
 def load_sweep(path: str | Path) -> Sweep:
-    """A sweep from a TOML file, or a shipped one by name (``ex1``).
+    """Return a sweep from a TOML file, or a shipped one by name (``ex1``).
 
     The file has ``stage``, ``recipe``, any of the request's fields and MX options, and a table ``[grid]`` of lists.
 

@@ -158,7 +158,7 @@ def check_block_size(block_size: object) -> None:
 
 
 def _value(name: str, text: str, default: object) -> object:
-    """The number or truth value that ``text`` spells; anything else unchanged, for the format to refuse by name."""
+    """Return the number or truth value that ``text`` spells; else the text, for the format to refuse by name."""
     if re.fullmatch(r"[+-]?[0-9]+", text):
         return int(text)
     if isinstance(default, int) and not isinstance(default, bool):

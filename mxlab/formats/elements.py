@@ -74,7 +74,7 @@ class ElementFormat:
         return math.ldexp(steps, self.emax - self.mantissa_bits)
 
     def magnitudes(self) -> tuple[float, ...]:
-        """Every non-negative finite value, ascending: one per code without the sign."""
+        """Return every non-negative finite value, ascending: one per code without the sign."""
         per_binade = 2**self.mantissa_bits
         # The binade at emin holds the subnormals (0 .. per_binade - 1) and the first normals above them.
         values = [math.ldexp(k, self.emin - self.mantissa_bits) for k in range(2 * per_binade)]
@@ -105,7 +105,7 @@ ALIASES = {"fp4": "fp4_e2m1", "mxfp4": "fp4_e2m1", "bfloat16": "bf16", "float16"
 
 
 def element(name: str) -> ElementFormat:
-    """The element format called ``name``.
+    """Return the element format called ``name``.
 
     Besides the table: any ``intB`` (2 <= B <= 8), any ``fpN_eXmY`` with 1 + X + Y = N <= 8, and ``mx`` in front
     (``mxfp6_e2m3``).
@@ -137,7 +137,7 @@ def _parametric(name: str) -> ElementFormat | None:
 
 
 def elementwise_format(bfloat: int = 0, fp: int = 0) -> ElementFormat | None:
-    """The scalar format microxcaling's options ``bfloat`` and ``fp`` stand for; None where nothing is rounded.
+    """Return the scalar format microxcaling's options ``bfloat`` and ``fp`` stand for; None where nothing is rounded.
 
     Raises:
         FormatError: a width out of range, or both given.

@@ -134,7 +134,7 @@ class MXFormat(NumberFormat):
 
     @classmethod
     def parse(cls, text: str | MXFormat) -> MXFormat:
-        """The format that ``text`` spells, such as ``fp6_e2m3@32`` or ``int8@16,scale_bits=6``.
+        """Return the format that ``text`` spells, such as ``fp6_e2m3@32`` or ``int8@16,scale_bits=6``.
 
         The block size may be left out (32). ``nvfp4`` is ``fp4_e2m1@16,scale=e4m3``.
 

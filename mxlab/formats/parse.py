@@ -59,7 +59,7 @@ def _parse(spelling: Spelling) -> NumberFormat:
 
 
 def _families_hint(name: str) -> str:
-    """What an error adds where ``name`` is no element format: perhaps a family was meant."""
+    """Return what an error adds where ``name`` is no element format: perhaps a family was meant."""
     try:
         element(name)
     except FormatError:

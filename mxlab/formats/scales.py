@@ -7,13 +7,13 @@ that is a power of two has as its exponent
 - ``ceil``: ceil(log2 amax) - emax;
 - ``even``: ``floor`` of amax rounded to the element's mantissa, half up;
 - ``rceil``: ceil(log2(amax / max));
-- ``mse``: of ``floor``, held to the range of the scale, and the next in the range, that with the smaller sum of squared
-  errors (float32, in index order); ``floor`` if the sums are equal;
-- ``mase_int``: MASE's MXINT, E = ceil(log2 amax); elements are round(x / 2^E * 2^(B-1)), half to even, held to
+- ``mse``: the better of the clamped ``floor`` exponent and its successor, by sum of squared errors (float32, in index
+  order); ``floor`` if the sums are equal;
+- ``mase_int``: MASE's MXINT, E = ceil(log2 amax); elements are round(x / 2^E * 2^(B-1)), ties to even, clamped to
   -2^(B-1) and 2^(B-1) - 1;
-- ``none``: every element its own.
+- ``none``: each element has its own.
 
-A floating-point scale has one rule, ``max``: amax / max, rounded half to even. :mod:`mxlab.numerics.reference` says all
+A floating-point scale has one rule, ``max``: amax / max, ties to even. :mod:`mxlab.numerics.reference` says all
 of it exactly. Nothing here needs torch.
 """
 
@@ -68,7 +68,7 @@ SCALES: dict[str, ScaleFormat] = {
 
 
 def resolved_rule(scale: ScaleFormat, rule: ScaleRule, scale_bits: int, flush: bool) -> ScaleRule:
-    """The rule that ``rule`` stands for: with a floating-point scale the default, ``floor``, is ``max``.
+    """Return the rule that ``rule`` stands for: with a floating-point scale the default, ``floor``, is ``max``.
 
     Raises:
         FormatError: a rule or an option that the scale does not have.
@@ -90,7 +90,7 @@ def resolved_rule(scale: ScaleFormat, rule: ScaleRule, scale_bits: int, flush: b
 
 
 def resolved_rounding(rule: ScaleRule, rounding: str, element: str, is_int: bool) -> str:
-    """The rounding that ``rounding`` stands for: under ``mase_int`` the default, ``nearest``, is ``even``.
+    """Return the rounding that ``rounding`` stands for: under ``mase_int`` the default, ``nearest``, is ``even``.
 
     Raises:
         FormatError: an element or a rounding that the rule does not have.
@@ -102,5 +102,5 @@ def resolved_rounding(rule: ScaleRule, rounding: str, element: str, is_int: bool
     if not is_int:
         raise FormatError(f"scale_rule is 'mase_int': it is for intB elements, not for {element}; use ceil or rceil")
     if rounding not in ("nearest", "even"):
-        raise FormatError(f"rounding is {rounding!r}: the rule 'mase_int' rounds half to even; leave rounding out")
+        raise FormatError(f"rounding is {rounding!r}: the rule 'mase_int' rounds ties to even; leave rounding out")
     return "even"

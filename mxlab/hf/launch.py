@@ -45,7 +45,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def parse(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """The MX options that were given, and the command behind them.
+    """Return the MX options that were given, and the command behind them.
 
     Raises:
         SpecError: no command.
@@ -67,7 +67,7 @@ def parse(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
 
 
 def _specs(given: dict[str, Any]) -> MxSpecs:
-    """What the options say; without any, MX_SPECS_JSON of our own environment, which they would silently replace."""
+    """Return what the options say; without any, what MX_SPECS_JSON of this process says, which they would replace."""
     inherited = MxSpecs.from_environment() if not given else None
     if given and ENVIRONMENT_VARIABLE in environment.variables():
         raise SpecError(f"mxlab run: {ENVIRONMENT_VARIABLE} is set and MX options are given: use one of the two")
@@ -151,7 +151,7 @@ def _check_interpreter(command: list[str]) -> None:
 
 
 def interpreter(command: list[str]) -> list[str] | None:
-    """The Python that ``command`` runs: the command itself, or what its first line names; None where neither tells."""
+    """Return the Python that ``command`` runs, itself or by its first line; None where neither tells."""
     path = shutil.which(command[0])
     if path is None:
         raise RunError(f"mxlab run: there is no command {command[0]!r}")

@@ -89,12 +89,12 @@ class Status:
         return text
 
     def to_json(self) -> str:
-        """The fields as a JSON object, the paragraph as ``text``."""
+        """Return the fields as a JSON object, the paragraph as ``text``."""
         return json.dumps({**asdict(self), "location": str(self.location), "text": str(self)})
 
 
 def status() -> Status:
-    """What is in place.
+    """Return what is in place.
 
     Raises:
         PatchError: there is no transformers, or not one that pip installed.
@@ -168,7 +168,7 @@ class _Installation:
 
     @classmethod
     def find(cls) -> _Installation:
-        """The transformers that this interpreter would import. Raises PatchError where there is none from pip."""
+        """Return the transformers that this interpreter would import; raise PatchError where pip installed none."""
         spec = find_spec("transformers")
         if spec is None or spec.origin is None:
             raise PatchError(
@@ -262,7 +262,7 @@ class _Installation:
         return removed
 
     def cannot_write(self, error: OSError) -> str:
-        """A message for an operation of the file system that failed."""
+        """Return a message for an operation of the file system that failed."""
         return (
             f"cannot write in {self.folder}: {error.strerror or error}; transformers is as it was. Make room or get "
             "the right to write there, or install transformers into a virtual environment of your own"

@@ -58,7 +58,7 @@ def draw(inspection: Inspection, folder: Path) -> list[Image]:
 
 
 def sqnr(inspection: Inspection) -> Figure:
-    """A heat map for each role of linear layers, and one for all roles of attentions."""
+    """Draw a heat map for each role of linear layers, and one for all roles of attentions."""
     panels = _sqnr_panels(inspection)
     columns = _layers(inspection)
     heights = [len(rows) + 1.6 for rows in panels.values()]
@@ -111,14 +111,14 @@ def _finite(value: float) -> float:
 
 
 def _name_columns(axes: Axes, columns: Sequence[str]) -> None:
-    """Every column where there is room, else every second, or fewer."""
+    """Name every column where there is room, else every second, or fewer."""
     step = -(-len(columns) // _MOST_TICKS)
     places = [i for i, name in enumerate(columns) if i % step == 0 or name == OUTSIDE]
     axes.set_xticks(places, [columns[i] for i in places], fontsize=8)
 
 
 def layers(inspection: Inspection) -> Figure:
-    """What each layer costs alone, and what leaving it out saves: KL divergence above, cross-entropy below."""
+    """Draw what each layer costs alone, and what leaving it out saves: KL divergence above, cross-entropy below."""
     parts = inspection.sensitivity.of("layer")
     figure = Figure(figsize=(_WIDTH, 4.6), dpi=DPI, layout="constrained")
     upper, lower = figure.subplots(2, sharex=True)
@@ -152,7 +152,7 @@ def _bars(axes: Axes, estimates: Sequence[Estimate | None], place: float, color:
 
 
 def exponents(inspection: Inspection) -> Figure:
-    """A row for each role and format: exponents of the elements beside their scale, and of the scales."""
+    """Draw a row for each role and format: exponents of the elements beside their scale, and of the scales."""
     found = inspection.by(lambda o: (o.role, o.format))
     figure = Figure(figsize=(_WIDTH, 1.55 * len(found) + 0.5), dpi=DPI, layout="constrained")
     every = figure.subplots(len(found), 2, squeeze=False, width_ratios=(5, 3))
@@ -179,7 +179,7 @@ def _histogram(axes: Axes, counts: Mapping[int, int]) -> None:
 
 
 def _mark_range(axes: Axes, fmt: MXFormat) -> None:
-    """What the elements can be but zero, and where their normal numbers begin."""
+    """Mark what the elements can be but zero, and where their normal numbers begin."""
     element = fmt.element_format
     smallest = element.emin - element.mantissa_bits
     axes.axvspan(smallest - 0.5, element.emax + 0.5, color="#dddddd", zorder=0)

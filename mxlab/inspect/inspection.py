@@ -39,14 +39,14 @@ class Inspection:
     notes: tuple[str, ...]
 
     def by(self, key: Callable[[Operand], Key]) -> dict[Key, Statistics]:
-        """The statistics of all operands with the same key, together; those of weights first."""
+        """Return the statistics of all operands with the same key, together; those of weights first."""
         found: defaultdict[Key, Statistics] = defaultdict(Statistics)
         for operand in sorted(self.operands, key=lambda o: ROLES.index(o.role)):
             found[key(operand)] += operand.statistics
         return dict(found)
 
     def worst(self, role: str, count: int) -> list[Operand]:
-        """The operands of a role with the lowest SQNR, the lowest first."""
+        """Return the operands of a role with the lowest SQNR, the lowest first."""
         return sorted((o for o in self.operands if o.role == role), key=lambda o: o.statistics.sqnr_db)[:count]
 
     @property

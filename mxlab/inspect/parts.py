@@ -33,7 +33,7 @@ class Cut:
 
 
 def cut(model: nn.Module, recipe: Recipe) -> tuple[Recipe, list[Cut]]:
-    """The recipe, spelled out, and its parts."""
+    """Return the recipe, spelled out, and its parts."""
     plan = make_plan(model, recipe)
     sites, whole = plan.sites, plan.spelled_out()
     roles = [
@@ -51,7 +51,7 @@ def cut(model: nn.Module, recipe: Recipe) -> tuple[Recipe, list[Cut]]:
 
 
 def _roles(sites: Sequence[QuantizedSite], recipe: Recipe) -> dict[str, list[str]]:
-    """The roles that are quantized, by what they are called together."""
+    """Return the roles that are quantized, by what they are called together."""
     present = {role for site in sites for role in site.formats}
     named: defaultdict[str, list[str]] = defaultdict(list)
     for role in (role for role in ROLES if role in present):
@@ -63,7 +63,7 @@ def _roles(sites: Sequence[QuantizedSite], recipe: Recipe) -> dict[str, list[str
 
 
 def _gathered(named: Iterable[tuple[str, QuantizedSite]]) -> dict[str, list[str]]:
-    """The modules of each name."""
+    """Return the modules of each name."""
     found: defaultdict[str, list[str]] = defaultdict(list)
     for name, site in named:
         found[name].append(site.name)
@@ -71,6 +71,6 @@ def _gathered(named: Iterable[tuple[str, QuantizedSite]]) -> dict[str, list[str]
 
 
 def _projection(site: QuantizedSite) -> str:
-    """The name of its kind, and of an attention, which has no weight, what is quantized there."""
+    """Return the name of its kind, and of an attention, which has no weight, what is quantized there."""
     name = projection_of(site.name)
     return f"{name} ({', '.join(site.formats)})" if site.kind == "attention" else name

@@ -27,7 +27,7 @@ class _Losses:
 
     @classmethod
     def of(cls, scores: TokenScores | _Losses) -> _Losses:
-        """The losses of scores that were compared with a reference."""
+        """Return the losses of scores that were compared with a reference."""
         if isinstance(scores, _Losses):
             return scores
         assert scores.kl is not None
@@ -43,7 +43,7 @@ class Estimate:
 
     @classmethod
     def of(cls, values: Tensor) -> Estimate:
-        """The mean of N values."""
+        """Return the mean of N values."""
         spread = values.std().item() if len(values) > 1 else 0.0
         return cls(values.mean().item(), spread / math.sqrt(len(values)))
 
@@ -103,7 +103,7 @@ class Sensitivity:
     interactions: Mapping[str, Cost | None]
 
     def of(self, group: str) -> list[Part]:
-        """The parts of one kind, which make up the whole recipe."""
+        """Return the parts of one kind, which make up the whole recipe."""
         return [part for part in self.parts if part.group == group]
 
 
@@ -142,7 +142,7 @@ def sensitivity(model: nn.Module, recipe: Recipe, rows: Tensor) -> Sensitivity:
 
 
 def _score(scorer: Scorer, recipe: Recipe) -> TokenScores | None:
-    """The scores under ``recipe``; None where the logits are not numbers."""
+    """Return the scores under ``recipe``; None where the logits are not numbers."""
     try:
         return scorer.score(recipe).tokens
     except MetricError:
@@ -150,7 +150,7 @@ def _score(scorer: Scorer, recipe: Recipe) -> TokenScores | None:
 
 
 def _sum_of_costs(alone: Sequence[TokenScores | None], plain: TokenScores) -> _Losses | None:
-    """What the losses would be if the parts' costs, each alone, added up."""
+    """Return what the losses would be if the parts' costs, each alone, added up."""
     base, parts = _Losses.of(plain), [_Losses.of(scores) for scores in alone if scores is not None]
     if len(parts) < len(alone):
         return None

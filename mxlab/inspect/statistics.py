@@ -80,7 +80,7 @@ class Statistics:
         return self.amax / math.sqrt(self.signal / self.count) if self.signal else 0.0
 
     def summary(self) -> dict[str, float | None]:
-        """The figures without the histograms, as plain values; an SQNR of infinity is None, as JSON has no infinity."""
+        """Return the figures without the histograms, as plain values; JSON has no infinity: such an SQNR is None."""
         return {
             "sqnr_db": None if math.isinf(self.sqnr_db) else self.sqnr_db,
             "relative_error": self.relative_error,
@@ -96,12 +96,12 @@ class Statistics:
         }
 
     def histograms(self) -> dict[str, dict[int, int]]:
-        """The three histograms, exponents ascending."""
+        """Return the three histograms, exponents ascending."""
         return {name: dict(sorted(getattr(self, name).items())) for name in HISTOGRAMS}
 
 
 def measure(x: Tensor, fmt: NumberFormat, numerics: Numerics, axis: int = -1) -> Statistics:
-    """The statistics of one tensor, any shape, that is quantized in blocks along ``axis``.
+    """Return the statistics of one tensor, any shape, that is quantized in blocks along ``axis``.
 
     Raises:
         MetricError: ``x`` holds NaN or infinities.
@@ -169,7 +169,7 @@ def _largest(x: Tensor) -> float:
 
 
 def _exponents(x: Tensor) -> dict[int, int]:
-    """How many values other than zero have which exponent floor(log2|x|)."""
+    """Return how many values other than zero have which exponent floor(log2|x|)."""
     exponents = torch.frexp(x).exponent.masked_fill_(x == 0, _OF_ZERO + 1) - 1
     counts = torch.bincount((exponents - _OF_ZERO).flatten()).tolist()
     return {_OF_ZERO + i: n for i, n in enumerate(counts) if n and i}

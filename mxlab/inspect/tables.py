@@ -33,7 +33,7 @@ _STATISTICS = (
 
 
 def costs(inspection: Inspection, group: str) -> Table:
-    """What the parts of a group cost, a row for each, then what they cost together beyond that, and the whole."""
+    """List what the parts of a group cost, what they cost together beyond that, and what the whole costs."""
     found = inspection.sensitivity
     interaction = Part(group, "interaction", found.interactions[group], None)
     whole = Part(group, "whole recipe", found.whole, found.whole)
@@ -42,7 +42,7 @@ def costs(inspection: Inspection, group: str) -> Table:
 
 
 def costliest(inspection: Inspection, group: str, count: int) -> Table:
-    """The parts of a group that cost most alone, by KL divergence; first those whose logits are not numbers."""
+    """Return the parts of a group that cost most alone, by KL divergence; first those whose logits are not numbers."""
     found = inspection.sensitivity
     parts = sorted(found.of(group), key=lambda p: p.alone.kl.value if p.alone else float("inf"), reverse=True)[:count]
     title = f"The {len(parts)} {group}s that cost most, in nats per token"
@@ -50,7 +50,7 @@ def costliest(inspection: Inspection, group: str, count: int) -> Table:
 
 
 def operands(inspection: Inspection) -> Table:
-    """Every operand."""
+    """List every operand."""
     return _statistics("operands", "What the formats do to every operand", ["module"], map(_row, inspection.operands))
 
 
@@ -61,7 +61,7 @@ def worst_operands(inspection: Inspection, count: int) -> Table:
 
 
 def kinds(inspection: Inspection) -> Table:
-    """The operands of all layers together."""
+    """Return the operands of all layers together."""
     found = inspection.by(lambda o: (o.projection, o.role, o.format))
     return _statistics(
         "operand_kinds", "What the formats do to the operands of all layers", ["projection"], found.items()

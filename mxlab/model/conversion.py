@@ -107,7 +107,7 @@ class Conversion:
         ]
 
     def inventory(self) -> dict[str, Any]:
-        """What was replaced and what was left, as plain values for JSON."""
+        """Return what was replaced and what was left, as plain values for JSON."""
         return {
             "recipe": self.recipe.to_dict(),
             "hash": self.recipe.hash,
@@ -135,14 +135,14 @@ class Conversion:
 
 
 def _blocks_last(site: QuantizedSite) -> tuple[int, ...]:
-    """The shape of a weight, the axis of its blocks last."""
+    """Return the shape of a weight, the axis of its blocks last."""
     shape = list(site.shape)
     shape.append(shape.pop(site.input_axis))
     return tuple(shape)
 
 
 def _axis_length(site: QuantizedSite) -> int:
-    """How long the axis is along which a site's operands are cut into blocks; 0 where that is not known."""
+    """Return how long the axis is along which a site's operands are cut into blocks; 0 where that is not known."""
     return site.shape[site.input_axis] if site.shape else 0
 
 
@@ -173,7 +173,7 @@ class InventoryRow:
 
 
 def quantized_rows(conversion: Conversion) -> list[InventoryRow]:
-    """A row for each role of each kind of site."""
+    """Return a row for each role of each kind of site."""
     found = (
         (site.name, site.shape, role, str(fmt), fmt.bits_per_element)
         for site in conversion.sites
@@ -183,7 +183,7 @@ def quantized_rows(conversion: Conversion) -> list[InventoryRow]:
 
 
 def high_precision_rows(conversion: Conversion) -> list[InventoryRow]:
-    """A row for each kind of parameter that stays as it is; one that is used in two places is named once."""
+    """Return a row for each kind of parameter that stays as it is; one that is used in two places is named once."""
     stored = {id(p) for site in conversion.sites for p in site.stored_parameters()}
     found = (
         (name, tuple(p.shape), "parameter", str(p.dtype).removeprefix("torch."), p.element_size() * 8)
@@ -201,7 +201,7 @@ def _grouped(found: Iterable[tuple[str, tuple[int, ...], str, str, float]]) -> l
 
 
 def _layers(names: list[str]) -> str:
-    """The layers of these names, as ranges; nothing for what lies outside of them."""
+    """Return the layers of these names, as ranges; nothing for what lies outside of them."""
     numbers = sorted({int(match[0]) for name in names if (match := _NUMBER.search(name))})
     runs: list[list[int]] = []
     for number in numbers:

@@ -84,5 +84,5 @@ def _call(observer: SiteObserver, site: QuantizedSite, role: str, x: Tensor, axi
 
 
 def _computer(site: QuantizedSite) -> Observable:
-    """What treats the operands of a site: a quantized layer, or what took the place of its module's forward."""
+    """Return what treats the operands of a site: a quantized layer, or what took the place of its module's forward."""
     return site.module if isinstance(site.module, Observable) else override_of(site.module)

@@ -204,7 +204,7 @@ class _Matcher:
 
 
 def _serving_site(model: nn.Module, name: str, site: Site | None, rule: Rule) -> Site:
-    """The site that serves the roles of the rule which names it; raises ConversionError where it cannot."""
+    """Return the site that serves the roles of the rule which names it; raises ConversionError where it cannot."""
     if rule.is_attention:
         return _serving_attention(model, site.module_name if site else name, rule)
     if site is None or site.kind == "attention":
@@ -277,7 +277,7 @@ def _quantized_site(model: nn.Module, site: Site, rules: Rules) -> QuantizedSite
 
 
 def _sharing_module(model: nn.Module, site: QuantizedSite) -> str | None:
-    """The name of another module that holds the same weight."""
+    """Return the name of another module that holds the same weight."""
     holders = (
         name
         for name, module in model.named_modules()
@@ -287,7 +287,7 @@ def _sharing_module(model: nn.Module, site: QuantizedSite) -> str | None:
 
 
 def _distinct_phases(site: QuantizedSite) -> list[tuple[Phase | None, Mapping[str, NumberFormat]]]:
-    """The formats of each phase that has some; once, under None, where both phases have the same."""
+    """Return the formats of each phase that has some; once, under None, where both phases have the same."""
     if site.by_phase["prefill"] == site.by_phase["decode"]:
         return [(None, site.formats)]
     return [(phase, formats) for phase, formats in site.by_phase.items() if formats]

@@ -49,7 +49,7 @@ class Blocks:
         return x.permute(order).flatten(-n)  # (rest..., counts..., block)
 
     def join(self, blocks: Tensor) -> Tensor:
-        """The inverse of :meth:`split`: a contiguous tensor of ``shape``, padding dropped."""
+        """Return the inverse of :meth:`split`: a contiguous tensor of ``shape``, padding dropped."""
         n, r = len(self.axes), len(self._rest)
         x = blocks.unflatten(-1, self._sides)  # (rest..., counts..., sides...)
         order = [*range(r), *(r + i + n * k for i in range(n) for k in range(2))]

@@ -76,7 +76,7 @@ def integer(x: Tensor, width: int, frac: int) -> Tensor:
 
 
 def minifloat_denorm(x: Tensor, mantissa_bits: int, lowest: float, highest: float) -> Tensor:
-    """A fraction below 1 times a power of two of the element's own."""
+    """Return a fraction below 1 times a power of two of the element's own."""
     return _fraction(x, power_above(x.abs()).clamp_(lowest, highest), mantissa_bits)
 
 
@@ -90,12 +90,12 @@ def minifloat_ieee(x: Tensor, mantissa_bits: int, lowest: float | Tensor, highes
 
 
 def log(x: Tensor, lowest: float | Tensor, highest: float | Tensor) -> Tensor:
-    """The power of two that is nearest in the exponent."""
+    """Return the power of two that is nearest in the exponent."""
     return _clamp(power_near(x.abs()), lowest, highest).mul_(_sign(x))
 
 
 def block_fp(x: Tensor, mantissa_bits: int, lowest: float, highest: float) -> Tensor:
-    """A fraction below 1 times a power of two that the block shares."""
+    """Return a fraction below 1 times a power of two that the block shares."""
     return _fraction(x, power_above(_amax(x)).clamp_(lowest, highest), mantissa_bits)
 
 
@@ -121,7 +121,7 @@ def binary(x: Tensor, scaled: bool, noise: Tensor | None) -> Tensor:
 
 
 def binary_residual(x: Tensor, levels: int) -> Tensor:
-    """The sum of ``levels`` scaled signs, each of what is left."""
+    """Return the sum of ``levels`` scaled signs, each of what is left."""
     rest, y = x, torch.zeros_like(x)
     for _ in range(levels):
         term = _sign(rest).mul_(_mean(rest.abs()))
@@ -165,7 +165,7 @@ def _two_to(exponent: int) -> float:
 
 
 def _shared_bias(binade: Tensor, exponent_bits: int, limits: tuple[int, int]) -> Tensor:
-    """The bias with which the largest exponent is that of ``binade``, as int64."""
+    """Return the bias with which the largest exponent is that of ``binade``, as int64."""
     exponent = (binade.view(torch.int64) >> 52) - 1023
     return (2**exponent_bits - 1 - exponent).clamp(*limits)
 

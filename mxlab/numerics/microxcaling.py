@@ -59,7 +59,7 @@ def quantize(x: Tensor, fmt: MXFormat, axes: tuple[int, ...], seed: int) -> Tens
 
 
 def round_elementwise(x: Tensor, element: ElementFormat, rounding: Rounding, subnormals: bool, seed: int) -> Tensor:
-    """Each value rounded to ``element`` on its own; what overflows becomes infinite, NaN and infinities stay."""
+    """Return each value rounded to ``element`` on its own; what overflows becomes infinite, NaN and infinities stay."""
     y = x if subnormals else x * (x.abs() >= element.min_normal).to(x.dtype)
     noise = _noise(x, seed) if rounding == "dither" else None
     rounded = round_to_grid(y, element, rounding, noise)
@@ -137,7 +137,7 @@ def _binade(y: Tensor, element: ElementFormat) -> Tensor:
 
 @functools.cache
 def _binade_table(dtype: torch.dtype, element: ElementFormat, device: torch.device) -> Tensor:
-    """The binade of every magnitude of a 16-bit dtype: looking it up is ten times faster than finding it."""
+    """Return the binade of every magnitude of a 16-bit dtype: looking it up is ten times faster than finding it."""
     magnitudes = torch.arange(2**15, dtype=torch.int16, device=device).view(dtype)
     return _binade_of_bits(magnitudes.to(torch.float32).view(torch.int32), dtype, element)
 
@@ -153,14 +153,14 @@ def _binade_of_bits(bits: Tensor, dtype: torch.dtype, element: ElementFormat) ->
 
 
 def _promotion_of(exponent: Tensor, dtype: torch.dtype) -> Tensor:
-    """How many top mantissas of the binade 2^exponent are promoted, as float32."""
+    """Return how many top mantissas of the binade 2^exponent are promoted, as float32."""
     distance = torch.where(exponent >= 0, exponent, -exponent - 1).clamp(0, 255)
     return _promotion(dtype, exponent.device)[distance]
 
 
 @functools.cache
 def _promotion(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The row of ``_PROMOTED`` spread over a = 0..255, float32."""
+    """Return the row of ``_PROMOTED`` spread over a = 0..255, float32."""
     counts = [_PROMOTED[dtype][max(a.bit_length() - 1, 0)] for a in range(256)]
     return torch.tensor(counts, dtype=torch.float32, device=device)
 

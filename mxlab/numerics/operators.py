@@ -60,7 +60,7 @@ def check(x: Tensor, numerics: str, backend: str) -> None:
 
 
 def parse(fmt: NumberFormat | str, numerics: str, backend: str) -> NumberFormat:
-    """The format itself, or the one that is spelled.
+    """Return the format itself, or the one that is spelled.
 
     Raises:
         FormatError: no such format, or one of :mod:`mxlab.formats` with numerics or a backend that it has not.
@@ -158,7 +158,7 @@ _elementwise_format = functools.cache(elementwise_format)
 
 @functools.cache
 def choose(device: str, backend: str) -> str:
-    """The backend that serves a device type: ``native``, ``cuda`` or ``reference``.
+    """Return the backend that serves a device type: ``native``, ``cuda`` or ``reference``.
 
     Raises:
         FormatError: the backend asked for cannot serve the device, or is not there.
@@ -186,7 +186,7 @@ def choose(device: str, backend: str) -> str:
 
 
 def _compiled(x: Tensor, fmt: NumberFormat, backend: str) -> Any:
-    """The compiled backend that serves the tensor, or None: the quantizers have no kernels."""
+    """Return the compiled backend that serves the tensor, or None: the quantizers have no kernels."""
     return _COMPILED.get(choose(x.device.type, backend)) if isinstance(fmt, MXFormat) else None
 
 

@@ -137,14 +137,14 @@ def round_elementwise(
 
 
 def is_lossless(element: ElementFormat, dtype: torch.dtype) -> bool:
-    """Whether every finite value of ``dtype`` is a value of ``element``, subnormals included."""
+    """Return whether every finite value of ``dtype`` is a value of ``element``, subnormals included."""
     info = torch.finfo(dtype)
     smallest = element.min_normal * 2.0**-element.mantissa_bits
     return info.max <= element.max and info.eps >= 2.0**-element.mantissa_bits and info.tiny * info.eps >= smallest
 
 
 def scale_clamps(x: Tensor, fmt: MXFormat, axis: int | Sequence[int] = -1) -> dict[str, int]:
-    """How many blocks of ``x`` want a scale outside the range of its format.
+    """Return how many blocks of ``x`` want a scale outside the range of its format.
 
     Returns:
         ``blocks``: those that are not all zero, NaN or infinite; ``clamped``: of these, how many are raised to the
@@ -175,7 +175,7 @@ def _straight_through(function: Any, x: Tensor, *settings: Any) -> Tensor:
 
 
 def _axes(x: Tensor, axis: int | Sequence[int]) -> tuple[int, ...]:
-    """The axes as ascending non-negative numbers; a tile does not depend on the order they are named in."""
+    """Return the axes as ascending non-negative numbers; a tile does not depend on the order they are named in."""
     if (
         isinstance(axis, int) and axis == -1 and x.ndim
     ):  # the usual case, at once: a token's quantization takes microseconds

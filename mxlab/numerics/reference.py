@@ -41,7 +41,7 @@ def quantize(x: Tensor, fmt: MXFormat, axes: tuple[int, ...], seed: int) -> Tens
 
 
 def round_elementwise(x: Tensor, element: ElementFormat, rounding: Rounding, subnormals: bool, seed: int) -> Tensor:
-    """Each value rounded to ``element`` on its own; what overflows becomes infinite, NaN and infinities stay."""
+    """Return each value rounded to ``element`` on its own; what overflows becomes infinite, NaN and infinities stay."""
     y = x.to(torch.float32)
     noise = philox.uniform(x.shape, seed, x.device) if rounding == "dither" else None
     rounded = round_to_grid(y.clone(), element, rounding, noise)
@@ -52,7 +52,7 @@ def round_elementwise(x: Tensor, element: ElementFormat, rounding: Rounding, sub
 
 
 def block_layout(x: Tensor, fmt: MXFormat, axes: tuple[int, ...]) -> Blocks:
-    """Where the blocks of ``x`` lie. An exponent for every element is a block of one."""
+    """Return where the blocks of ``x`` lie. An exponent for every element is a block of one."""
     return Blocks(tuple(x.shape), axes, 1 if fmt.scale_rule == "none" else fmt.block_size)
 
 
@@ -60,13 +60,13 @@ def block_layout(x: Tensor, fmt: MXFormat, axes: tuple[int, ...]) -> Blocks:
 
 
 def round_to_exponent(blocks: Tensor, amax: Tensor, exponent: Tensor, fmt: MXFormat, noise: Tensor | None) -> Tensor:
-    """Blocks rounded to elements times 2^exponent."""
+    """Round blocks (..., block) to elements times 2^exponent (..., 1)."""
     y = round_to_element(blocks * exp2(-exponent), fmt, noise)
     return y.mul_(block_scale(amax, exponent, fmt))
 
 
 def shared_exponent(blocks: Tensor, amax: Tensor, fmt: MXFormat) -> Tensor:
-    """The shared exponent of each block, held to the range of the scale, as int32."""
+    """Return the shared exponent of each block, clamped to the range of the scale, as int32."""
     exponent = unclamped_exponent(amax, fmt).clamp(-fmt.scale_emax, fmt.scale_emax)
     if fmt.scale_rule != "mse":
         return exponent
@@ -75,15 +75,15 @@ def shared_exponent(blocks: Tensor, amax: Tensor, fmt: MXFormat) -> Tensor:
 
 
 def squared_error(blocks: Tensor, amax: Tensor, exponent: Tensor, fmt: MXFormat) -> Tensor:
-    """The sum of (x - Q(x))^2 over each block, added up in index order; a sum beyond float32 is infinite."""
+    """Return the sum of (x - Q(x))^2 over each block, added up in index order; a sum beyond float32 is infinite."""
     difference = blocks - round_to_exponent(blocks, amax, exponent, fmt, None)
     return reduce(torch.add, (difference * difference).split(1, -1))
 
 
 def unclamped_exponent(amax: Tensor, fmt: MXFormat) -> Tensor:
-    """The shared exponent of blocks with largest magnitude ``amax`` before it is held to ``scale_bits``; int32.
+    """Return the shared exponent of each block (..., 1), int32, before it is clamped to ``scale_bits``.
 
-    That of ``floor``, where the rule is ``mse``.
+    ``amax`` is the block's largest magnitude; under the rule ``mse`` this is the exponent of ``floor``.
     """
     significand = torch.frexp(amax).mantissa  # in [1/2, 1)
     element = fmt.element_format
@@ -119,7 +119,7 @@ _STEPS_UP: dict[ScaleRule, Callable[[Tensor, ElementFormat], Tensor]] = {
 
 
 def block_scale(amax: Tensor, exponent: Tensor, fmt: MXFormat) -> Tensor:
-    """The factor that takes a block back: 2^exponent; NaN where the block has no scale; 0 where it is flushed."""
+    """Return the scale of each block: 2^exponent; NaN where the block has none; 0 where it is flushed."""
     scale = exp2(exponent)
     if fmt.flush_fp32_subnorms:
         scale = torch.where(floor_log2(amax) <= -127, 0.0, scale)
@@ -131,11 +131,11 @@ def block_scale(amax: Tensor, exponent: Tensor, fmt: MXFormat) -> Tensor:
 
 
 def round_to_float_scale(blocks: Tensor, amax: Tensor, fmt: MXFormat, noise: Tensor | None) -> Tensor:
-    """Blocks rounded to elements times a floating-point scale.
+    """Round blocks (..., block) to elements times a floating-point scale.
 
     t is the scale of the tensor, T / (largest scale * largest element), T being its largest finite magnitude,
     but at least 2^-117; 1 where the format has none. s is the scale of the block: (amax / largest element) / t, rounded
-    half to even to the scale format and held to its positive values. An element is y, rounded and saturated, times
+    to the scale format, ties to even, and clamped to its positive values. An element is y, rounded and saturated, times
     t * s. With a scale of the tensor y = x * ((1 / t) / s), the arithmetic of NVFP4's kernels and of torchao (which
     raises s to 2^-6, the smallest normal number); without one y = x / s. Every operation is one of float32.
     """
@@ -146,19 +146,19 @@ def round_to_float_scale(blocks: Tensor, amax: Tensor, fmt: MXFormat, noise: Ten
 
 
 def held_scale(amax: Tensor, tensor_scale: Tensor, fmt: MXFormat) -> Tensor:
-    """The scale of each block, held to the positive values of its format."""
+    """Return the scale of each block, clamped to the positive values of its format."""
     return wanted_scale(amax, tensor_scale, fmt).clamp_(fmt.scale_grid.min, fmt.scale_grid.max)
 
 
 def wanted_scale(amax: Tensor, tensor_scale: Tensor, fmt: MXFormat) -> Tensor:
-    """The scale of each block on the grid of its format, before it is held to the positive values of that."""
+    """Return the scale of each block on the grid of its format, before it is clamped to the positive values of that."""
     # Divided by tensors: by a number, torch multiplies with its rounded inverse on some devices.
     wanted = amax / torch.full_like(amax, fmt.element_format.max) / tensor_scale
     return round_to_grid(wanted, fmt.scale_grid, "even")
 
 
 def tensor_scale(x: Tensor, fmt: MXFormat) -> Tensor:
-    """The scale that all blocks of a float32 tensor share, of no dimension; 1 where the format has none."""
+    """Return the scale that all blocks of a float32 tensor share, of no dimension; 1 where the format has none."""
     if not fmt.scale_format.tensor_bits:
         return x.new_ones(())
     largest = torch.where(x.isfinite(), x, 0.0).abs().amax()
@@ -182,7 +182,7 @@ def out_of_range(blocks: Tensor, fmt: MXFormat) -> tuple[Tensor, Tensor, Tensor]
 
 
 def scales(blocks: Tensor, fmt: MXFormat) -> Tensor:
-    """What the elements of each of (..., n_blocks, block) are multiples of: (..., n_blocks, 1), as float32.
+    """Return what the elements of each of (..., n_blocks, block) are multiples of: (..., n_blocks, 1), as float32.
 
     That of a block which becomes NaN, because it wants a larger one, is the largest there is.
     """
@@ -197,7 +197,7 @@ def scales(blocks: Tensor, fmt: MXFormat) -> Tensor:
 
 
 def round_to_element(y: Tensor, fmt: MXFormat, noise: Tensor | None) -> Tensor:
-    """Multiples of the scale rounded to the element, and held to its range. Overwrites ``y``."""
+    """Multiples of the scale rounded to the element, and clamped to its range. Overwrites ``y``."""
     return round_to_grid(y, fmt.grid, fmt.rounding, noise).clamp_(*fmt.limits)
 
 

@@ -35,7 +35,7 @@ def _option(kind: str, default: Any, doc: str, **more: Any) -> Any:
 
 
 def _inert(kind: str, default: Any, doc: str) -> Any:
-    """An option that microxcaling's specs hold but that the linear layers' forward pass does not read."""
+    """Return an option that microxcaling's specs hold but that the linear layers' forward pass does not read."""
     return _option(kind, default, doc, inert=True)
 
 
@@ -93,7 +93,7 @@ class MxSpecs:
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], source: str = "MX specs") -> MxSpecs:
-        """The specs in a mapping, absent keys at their defaults; ``source`` names the mapping in errors.
+        """Return the specs in a mapping, absent keys at their defaults; ``source`` names the mapping in errors.
 
         Raises:
             SpecError: an unknown key (the nearest known one is named), or a value that the option does not take.
@@ -110,7 +110,7 @@ class MxSpecs:
 
     @classmethod
     def from_json(cls, text: str, source: str = ENVIRONMENT_VARIABLE) -> MxSpecs:
-        """The specs in a JSON text.
+        """Return the specs in a JSON text.
 
         Raises:
             SpecError: not JSON (line and column are given), not an object, or as :meth:`from_mapping`.
@@ -130,16 +130,16 @@ class MxSpecs:
 
     @classmethod
     def from_environment(cls, variables: Mapping[str, str] | None = None) -> MxSpecs | None:
-        """The specs in ``MX_SPECS_JSON``; None where it is not set. Raises SpecError as :meth:`from_json`."""
+        """Return the specs in ``MX_SPECS_JSON``; None where it is not set. Raises SpecError as :meth:`from_json`."""
         text = (environment.variables() if variables is None else variables).get(ENVIRONMENT_VARIABLE)
         return None if text is None else cls.from_json(text)
 
     def to_json(self) -> str:
-        """The specs as JSON, every option spelled out."""
+        """Return the specs as JSON, every option spelled out."""
         return json.dumps(asdict(self))
 
     def to_recipe(self, name: str = "mx_specs") -> Recipe:
-        """What these specs do to a Llama: linear projections and, with ``kv_elem_format``, K and V."""
+        """Return what these specs do to a Llama: linear projections and, with ``kv_elem_format``, K and V."""
         return override(Recipe(name), {k: v for k, v in asdict(self).items() if not _is_inert(k)})
 
     @property
@@ -210,7 +210,7 @@ def _is_inert(name: str) -> bool:
 
 
 def _checked(name: str, value: Any) -> Any:
-    """The value of an option, a format in its canonical spelling; SpecError where the option does not take it."""
+    """Return the value of an option, a format in its canonical spelling; raise SpecError if it does not take it."""
     if name not in OPTIONS:
         raise SpecError(f"unknown option {name!r}{suggestion(name, OPTIONS)}; known: {', '.join(OPTIONS)}")
     about = OPTIONS[name].metadata
@@ -267,7 +267,7 @@ def _with_kv_format(recipe: Recipe, rules: tuple[Rule, ...], name: str | None) -
 
 
 def _reformat(recipe: Recipe, rule: Rule, role: str, name: str | None) -> MXFormat | None:
-    """The format of ``role`` with the element ``name``; all else as it was, or as in the recipe's other formats."""
+    """Return the format of ``role`` with the element ``name``; the rest as it was, or as in the other formats."""
     if name is None:
         return None
     was = getattr(rule, role) or next(iter(recipe.formats), None)

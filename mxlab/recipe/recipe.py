@@ -121,7 +121,7 @@ class Recipe:
         return {**found, "custom_cuda": self.numerics == "exact"} if self.rules else {}
 
     def map_formats(self, **changes: Any) -> Recipe:
-        """The recipe with these fields changed in every format.
+        """Return the recipe with these fields changed in every format.
 
         Raises:
             SpecError: a format that is not microscaling, or that the change does not fit.
@@ -145,12 +145,12 @@ class Recipe:
         return values | ({"algorithms": deepcopy(dict(self.algorithms))} if self.algorithms else {})
 
     def to_toml(self) -> str:
-        """The recipe as TOML, which :meth:`from_toml` reads back equal."""
+        """Return the recipe as TOML, which :meth:`from_toml` reads back equal."""
         return tomli_w.dumps(self.to_dict())
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], source: str = "recipe") -> Recipe:
-        """The recipe these plain values describe; ``source`` names them in errors.
+        """Return the recipe these plain values describe; ``source`` names them in errors.
 
         Raises:
             SpecError: an unknown key, or a value that is not what the key asks for.
@@ -172,7 +172,7 @@ class Recipe:
 
     @classmethod
     def from_toml(cls, text: str, source: str = "recipe") -> Recipe:
-        """The recipe in a TOML text. Raises SpecError as :meth:`from_dict`, or where the text is not TOML."""
+        """Return the recipe in a TOML text. Raises SpecError as :meth:`from_dict`, or where the text is not TOML."""
         return cls.from_dict(shipped.parse_toml(text, source), source)
 
 
@@ -205,7 +205,7 @@ def load_recipe(recipe: Recipe | str | Path, readers: Sequence[Reader] = ()) -> 
 
 
 def _is_emulated(fmt: NumberFormat) -> bool:
-    """Whether microxcaling's torch path, which the numerics of that name reproduce, knows the format."""
+    """Return whether microxcaling's torch path, which the numerics of that name reproduce, knows the format."""
     return isinstance(fmt, MXFormat) and fmt.scale == "e8m0" and fmt.scale_rule in ("floor", "none")
 
 

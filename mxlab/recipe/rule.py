@@ -115,7 +115,7 @@ class Rule:
         return {role: fmt for role in ROLES if (fmt := getattr(self, role)) is not None}
 
     def matches(self, name: str, type: str = "", part: str = "") -> bool:
-        """Whether the selector chooses a module of that qualified name, class name and part; layers aside."""
+        """Return whether the selector chooses a module of that qualified name, class name and part; layers aside."""
         if self.modules is not None:
             return re.fullmatch(self.modules, name) is not None
         if self.part is not None:
@@ -123,7 +123,7 @@ class Rule:
         return self.name == name if self.name is not None else self.type == type
 
     def layer_numbers(self, count: int) -> frozenset[int] | None:
-        """The layers of a model with ``count`` of them that the rule is for; None: all, and what lies outside them.
+        """Return the decoder layers, of ``count``, that the rule is for; None: all, and what is outside them.
 
         Raises:
             SpecError: a layer that the model lacks.
@@ -142,7 +142,7 @@ class Rule:
 
     @classmethod
     def from_dict(cls, values: object, source: str) -> Rule:
-        """The rule these plain values describe; ``source`` names it in errors.
+        """Return the rule these plain values describe; ``source`` names it in errors.
 
         Raises:
             SpecError: not a table, an unknown key, or a value that is not what the key asks for.
@@ -179,7 +179,7 @@ def _items(layers: str, rule: Rule) -> list[str]:
 
 
 def _numbers(item: str, count: int) -> range:
-    """The layer numbers one item stands for; those outside the model are left in, for the caller to find."""
+    """Return the layer numbers one item stands for; those outside the model are left in, for the caller to find."""
     match = _LAYERS.fullmatch(item)
     assert match is not None  # _items looked
     if match["from_end"]:

@@ -30,7 +30,7 @@ def only_roles(recipe: Recipe, roles: Collection[str]) -> Recipe:
 
 
 def without_roles(recipe: Recipe, roles: Collection[str]) -> Recipe:
-    """All but these of :data:`ALL_ROLES` are quantized."""
+    """Return all but these of :data:`ALL_ROLES` are quantized."""
     return only_roles(recipe, [role for role in ALL_ROLES if role not in roles])
 
 
@@ -40,7 +40,7 @@ def only_modules(recipe: Recipe, names: Collection[str]) -> Recipe:
 
 
 def without_modules(recipe: Recipe, names: Collection[str]) -> Recipe:
-    """All modules but those of these qualified names are quantized."""
+    """Return all modules but those of these qualified names are quantized."""
     return replace(recipe, rules=tuple(rule for rule in _spelled_out(recipe) if rule.name not in names))
 
 
@@ -50,7 +50,7 @@ def _with_roles(rule: Rule, roles: Collection[str]) -> Rule:
 
 
 def _spelled_out(recipe: Recipe) -> tuple[Rule, ...]:
-    """The rules. Raises SpecError where one does not name its module, or names it to skip it."""
+    """Return the rules. Raises SpecError where one does not name its module, or names it to skip it."""
     for rule in recipe.rules:
         if rule.name is None or rule.skip or rule.layers is not None:
             raise SpecError(

@@ -103,7 +103,7 @@ def _differences(result: Result, baseline: Result, settings: Settings) -> tuple[
 
 
 def identical_groups(results: Iterable[Result]) -> list[list[Result]]:
-    """The results of a stage, of one evaluation setting, with the same accuracy and perplexity to the last bit.
+    """Return the results of a stage, of one evaluation setting, with the same accuracy and perplexity to the last bit.
 
     Two or more each. NaN agrees with nothing, not even with NaN.
     """

@@ -94,7 +94,7 @@ Block = Heading | Paragraph | Items | Code | Image | Table
 
 
 def cell_text(cell: Cell) -> str:
-    """A cell as printed: 6 decimals for a metric and its error, 3 for a time or a rate, a dash for a missing value."""
+    """Return a cell as printed: 6 decimals for a metric and its error, 3 for a time or a rate, a dash for none."""
     match cell:
         case None:
             return MISSING

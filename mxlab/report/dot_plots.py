@@ -33,7 +33,7 @@ def draw_comparisons(tree: Tree, folder: Path, number: int) -> dict[str, list[Im
 
 
 def _compared(tree: Tree) -> Iterator[list[Result]]:
-    """The results of a stage on a task: the largest group of one evaluation setting, if it is two or more."""
+    """Yield the results of a stage on a task: the largest group of one evaluation setting, if it is two or more."""
     for stage in tree.stages:
         if any(panels(stage, tree)):
             continue
@@ -79,7 +79,7 @@ def _draw(axes: Axes, quantity: Quantity, results: Sequence[Result], baselines: 
 
 
 def _labels(results: Sequence[Result]) -> list[str]:
-    """The options in which the results differ."""
+    """Return the options in which the results differ."""
     options = [dict(result.run.options or {}) for result in results]
     names = [
         name for name in dict.fromkeys(n for o in options for n in o) if len({str(o.get(name)) for o in options}) > 1

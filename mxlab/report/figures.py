@@ -38,7 +38,7 @@ class Quantity:
     read: Callable[[Result], Measured | None]
 
     def point(self, result: Result) -> Measured | None:
-        """What is drawn of a result: nothing where the quantity is missing or not a number."""
+        """Return what is drawn of a result: nothing where the quantity is missing or not a number."""
         measure = self.read(result)
         return None if measure is None or measure.is_nan else measure
 
@@ -97,7 +97,7 @@ def draw_figures(tree: Tree, folder: Path) -> dict[str, list[Image]]:
 
 
 def panels(stage: str, tree: Tree) -> Iterator[Panel]:
-    """The figures of a stage, if it sweeps block sizes: the quality on each task, and the speed of its runs."""
+    """Yield the figures of a stage, if it sweeps block sizes: the quality on each task, and the speed of its runs."""
     swept = [result for result in tree.swept(stage) if _block_size(result) is not None]
     for task in dict.fromkeys(result.task for result in swept):
         results = [result for result in swept if result.task == task]
@@ -111,7 +111,7 @@ def panels(stage: str, tree: Tree) -> Iterator[Panel]:
 
 
 def _panel(quantity: Quantity, groups: Sequence[Sequence[Result]], tree: Tree) -> Iterator[Panel]:
-    """The largest of the groups, if there is something to draw."""
+    """Yield the largest of the groups, if there is something to draw."""
     chosen = max(groups, key=len, default=[])
     if not any(map(quantity.point, chosen)):
         return
@@ -122,7 +122,7 @@ def _panel(quantity: Quantity, groups: Sequence[Sequence[Result]], tree: Tree) -
 
 
 def _baseline(quantity: Quantity, result: Result, baselines: Sequence[Result]) -> tuple[Measured | None, str]:
-    """The baseline's value, or why it is not drawn."""
+    """Return the baseline's value, or why it is not drawn."""
     comparison = compare_with_nearest(result, baselines)
     if comparison is None:
         return None, ""
@@ -161,7 +161,7 @@ def _draw_series(axes: Axes, panel: Panel, index: int) -> None:
 
 
 def _look(options: Series, every: Iterable[Series]) -> dict[str, Any]:
-    """The line of a series, by its place among the scale_bits and among the other options of all series."""
+    """Return the line of a series, by its place among the scale_bits and among the other options of all series."""
     scales = list(dict.fromkeys(_split(series)[0] for series in every))
     others = list(dict.fromkeys(_split(series)[1] for series in every))
     scale, other = _split(options)
@@ -191,7 +191,7 @@ def _draw_legend(figure: Figure, axes: Axes) -> None:
 
 
 def _words(panel: Panel, number: int) -> tuple[str, str]:
-    """The title of a figure and its caption."""
+    """Return the title of a figure and its caption."""
     first = panel.results[0]
     title = f"Figure {number}: {stage_title(first.run.stage)} {panel.quantity.name} against block size"
     nan = sum(measure.is_nan for result in panel.results if (measure := panel.quantity.read(result)))
@@ -208,7 +208,7 @@ def _words(panel: Panel, number: int) -> tuple[str, str]:
 
 
 def _evaluated(panel: Panel) -> str:
-    """What was evaluated: a task, or all of a run where the speed is that of several."""
+    """Return what was evaluated: a task, or all of a run where the speed is that of several."""
     first = panel.results[0]
     if panel.quantity is SPEED and len(first.run.tasks) > 1:
         return f"{len(first.run.tasks)} tasks"

@@ -45,7 +45,7 @@ def _write_table(rows: Sequence[StudyRow], measure: str, file: Path) -> None:
 
 
 def _named(text: str) -> dict[str, str]:
-    """The two columns that name a line: the format without its rule, and the rule."""
+    """Return the two columns that name a line: the format without its rule, and the rule."""
     if text == UNQUANTIZED:
         return {"format": text, "scale_rule": ""}
     fmt = MXFormat.parse(text)
@@ -54,7 +54,7 @@ def _named(text: str) -> dict[str, str]:
 
 
 def _draw(rows: Sequence[StudyRow], file: Path) -> None:
-    """How much more perplexed than the unquantized model: a panel for each role, a line for each format."""
+    """Draw how much perplexity rises over the unquantized model: a panel for each role, a line for each format."""
     [base] = [row.perplexity or math.nan for row in rows if row.format == UNQUANTIZED]
     shown = [(_named(row.format), row.role, row.perplexity) for row in rows if row.role and row.perplexity]
     roles = [role for role in ROLES if any(role == r for _, r, _ in shown)]

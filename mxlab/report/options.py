@@ -15,7 +15,7 @@ RUN_NAME = re.compile(
 
 
 def options_of_name(name: str) -> Options | None:
-    """The options in a name such as ``20260207_220640_bs16_sb6_ccfalse``; None where it is another name."""
+    """Return the options in a name such as ``20260207_220640_bs16_sb6_ccfalse``; None where it is another name."""
     found = RUN_NAME.fullmatch(name)
     if found is None:
         return None
@@ -27,23 +27,23 @@ def options_of_name(name: str) -> Options | None:
 
 
 def in_order(options: Options) -> Options:
-    """The options with those of the exercises first and the others by name: files may list them in any order."""
+    """Return the options with those of the exercises first and the others by name: files may list them in any order."""
     names = [name for name in SWEPT if name in options]
     return {name: options[name] for name in (*names, *sorted(options.keys() - set(SWEPT)))}
 
 
 def option_text(value: Option) -> str:
-    """A value as the command line and the folder names write it."""
+    """Return a value as the command line and the folder names write it."""
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def option_rank(value: Option) -> tuple[bool, bool, Option]:
-    """A sort key for values of any type: numbers and false before true, then text, then what is not set."""
+    """Return a sort key for values of any type: numbers and false before true, then text, then what is not set."""
     return value is None, isinstance(value, str), value
 
 
 def options_rank(options: Options | None) -> tuple[object, ...]:
-    """A sort key for configurations: block size, scale bits, custom CUDA, then the others; unknown ones last."""
+    """Return a sort key for configurations: block size, scale bits, custom CUDA, then the others; unknown ones last."""
     if options is None:
         return (True,)
     others = [(name, option_rank(value)) for name, value in options.items() if name not in SWEPT]
@@ -51,7 +51,7 @@ def options_rank(options: Options | None) -> tuple[object, ...]:
 
 
 def brief(options: Options | None) -> str:
-    """The options on one line: ``bs=16, sb=6, custom_cuda=false``."""
+    """Return the options on one line: ``bs=16, sb=6, custom_cuda=false``."""
     if options is None:
         return "configuration unknown"
     named = ((ABBREVIATED.get(name, name), value) for name, value in options.items())
@@ -59,5 +59,5 @@ def brief(options: Options | None) -> str:
 
 
 def further_options(many: Iterable[Options]) -> list[str]:
-    """The names swept besides the three of the exercises, in the order in which they appear."""
+    """Return the names swept besides the three of the exercises, in the order in which they appear."""
     return list(dict.fromkeys(name for options in many for name in options if name not in SWEPT))

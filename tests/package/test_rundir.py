@@ -16,9 +16,14 @@ def test_a_folder_appears_when_it_is_whole(tmp_path):
 
 
 def test_nothing_is_left_of_one_that_was_given_up(tmp_path):
-    with pytest.raises(ZeroDivisionError), rundir.partial(tmp_path) as folder:
-        (folder / "a").touch()
-        raise ZeroDivisionError
+
+    def fail() -> None:
+        with rundir.partial(tmp_path) as folder:
+            (folder / "a").touch()
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert list(tmp_path.iterdir()) == []
 
 

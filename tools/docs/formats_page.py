@@ -32,10 +32,10 @@ RULES = {
     "ceil": ("ceil(log amax) - emax", "torchao `CEIL`"),
     "even": ("`floor` of amax rounded to the element's mantissa, half up", "torchao `EVEN`, AMD Quark's default"),
     "rceil": ("ceil(log(amax / max))", "torchao `RCEIL`, auto-round"),
-    "mase_int": ("ceil(log amax); integers on [-1, 1), half to even", "MASE's MXINT"),
+    "mase_int": ("ceil(log amax); integers on [-1, 1), ties to even", "MASE's MXINT"),
     "mse": ("that of `floor` or the next, that with the smaller squared error", "mxlab; the better of two"),
     "none": ("`floor`, every element for itself", "microxcaling's `shared_exp_method=none`"),
-    "max": ("no exponent: amax / max on the grid of the scale, half to even", "NVFP4; e5m3 scales"),
+    "max": ("no exponent: amax / max on the grid of the scale, ties to even", "NVFP4; e5m3 scales"),
 }
 MX = [
     *(f"{name}@{block}" for name in ELEMENTS if element(name).bits <= 8 for block in (32, 16)),

@@ -97,7 +97,7 @@ def _plain(name: str) -> Callable[[Keys], str]:
 
 
 _MXFP_NOTE = (
-    "mxfp is read as the MX format of the OCP, rounded half to even; the code that MASE published loses the carry of a "
+    "mxfp is read as the MX format of the OCP, ties to even; the code that MASE published loses the carry of a "
     "mantissa that rounds up (1.8 becomes 1.0 in E2M1)"
 )
 _MINIFLOAT_NOTE = (
@@ -136,7 +136,7 @@ ROTATIONS = {"mxint_rotate": "mxint", "mxfp_rotate": "mxfp"}
 
 
 def family(name: object, where: str) -> Family:
-    """The quantizer that MASE calls ``name``; ``where`` names the table in errors.
+    """Return the quantizer that MASE calls ``name``; ``where`` names the table in errors.
 
     Raises:
         SpecError: there is none here; the message lists those there are.
@@ -157,7 +157,7 @@ def family(name: object, where: str) -> Family:
 
 
 def spelled(chosen: Family, prefix: str, keys: Keys, where: str) -> str:
-    """The text of the format of one operand.
+    """Return the text of the format of one operand.
 
     Raises:
         SpecError: a key is missing, or its value is not what it asks for; the message names it.
@@ -183,7 +183,7 @@ def _number(key: str, value: object) -> int:
 
 
 def unread(chosen: Family, prefix: str, keys: Keys) -> list[str]:
-    """What MASE ignores among the keys of an operand that it reads, and a width that its parts contradict."""
+    """Return what MASE ignores among the keys of an operand that it reads, and a width that its parts contradict."""
     ignored = [key for key in keys if key not in (*chosen.needs, *chosen.may)]
     notes = []
     if "width" in ignored and "frac_width" in chosen.needs:
@@ -194,7 +194,7 @@ def unread(chosen: Family, prefix: str, keys: Keys) -> list[str]:
 
 
 def by_operand(table: Keys) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-    """The keys of a table: those of each operand, without the prefix, and the others."""
+    """Return the keys of a table: those of each operand, without the prefix, and the others."""
     operands: dict[str, dict[str, Any]] = {}
     others: dict[str, Any] = {}
     for key, value in table.items():

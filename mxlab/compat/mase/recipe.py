@@ -56,7 +56,7 @@ class MaseConfig:
 
 
 def load(source: str | Path) -> MaseConfig:
-    """The recipe in one of MASE's TOML files, or in the text of one: a str with a line break in it is a text.
+    """Return the recipe in one of MASE's TOML files, or in the text of one: a str with a line break in it is a text.
 
     The recipe is named like the file; one from a text, ``mase``.
 
@@ -70,13 +70,13 @@ def load(source: str | Path) -> MaseConfig:
 
 
 def recognises(values: Table) -> bool:
-    """Whether the values of a TOML file are those of MASE: there is a key ``by``, or a table names a quantizer."""
+    """Return whether a TOML file is one of MASE's: it has a key ``by``, or a table names a quantizer."""
     tables = [value for value in values.values() if isinstance(value, Mapping)]
     return "by" in values or any(table.get("name") in (*FAMILIES, *ROTATIONS) for table in tables)
 
 
 def read(values: Table, name: str, source: str) -> MaseConfig:
-    """The recipe called ``name`` from the values of a TOML file; ``source`` names the file in errors.
+    """Return the recipe called ``name`` from the values of a TOML file; ``source`` names the file in errors.
 
     Raises:
         SpecError: as :func:`load`.
@@ -129,7 +129,7 @@ def _selected(by: str, selector: Selector) -> str:
 
 
 def _unanchored(pattern: str) -> str:
-    """The pattern without the anchors that mean nothing where all of a name must match."""
+    """Return the pattern without the anchors that mean nothing where all of a name must match."""
     return re.sub(r"(?<!\\)\$$", "", pattern.removeprefix("^"))
 
 
@@ -137,7 +137,7 @@ def _unanchored(pattern: str) -> str:
 
 
 def _algorithm_tables(values: Table, source: str) -> tuple[dict[str, Table], list[str]]:
-    """The tables [gptq] and [rotation_search], and notes on their keys."""
+    """Return the tables [gptq] and [rotation_search], and notes on their keys."""
     if "rotation" in values:
         raise SpecError(
             f"{source}: [rotation] asks for Hadamard rotations, which this version of mxlab does not have; to quantize "
@@ -166,7 +166,7 @@ def _check_matmul_types(kinds: object, where: str) -> None:
 
 
 def _gptq_weight(table: Table, source: str, notes: list[str]) -> str:
-    """The text of the format of the weights that [gptq] makes."""
+    """Return the text of the format of the weights that [gptq] makes."""
     where, config = f"{source}, [gptq]", table.get("weight_config")
     if table.get("format") not in ("mxint", "mxfp") or not isinstance(config, Mapping):
         raise SpecError(f'{where}: write format = "mxint" or "mxfp", and a table [gptq.weight_config]')
@@ -182,7 +182,7 @@ def _gptq_weight(table: Table, source: str, notes: list[str]) -> str:
 
 
 def _algorithms(tables: dict[str, Table], by: str, selectors: list[Selector], notes: list[str]) -> dict[str, Any]:
-    """The tables as they are; ``modules`` says which layers [gptq] is for, as patterns. So for clip_search."""
+    """Return the tables as they are; ``modules`` says which layers [gptq] is for, as patterns. So for clip_search."""
     searched = _patterns(by, [s for s in selectors if s.is_searched])
     algorithms: dict[str, Any] = {"clip_search": {"modules": searched}} if searched else {}
     for name, table in tables.items():

@@ -74,7 +74,7 @@ class Selector:
         return formats
 
     def _operand(self, prefix: str, keys: Keys) -> str | None:
-        """The text of the format of an operand; None where MASE leaves it as it is."""
+        """Return the text of the format of an operand; None where MASE leaves it as it is."""
         if prefix == "weight" and self._family.decides:
             return self._weight(keys)
         if prefix in self._family.optional:
@@ -86,7 +86,7 @@ class Selector:
         return self._spelled(self._family, prefix, keys)
 
     def _weight(self, keys: Keys) -> str | None:
-        """The text of the format of the weight, in which [gptq] has a say."""
+        """Return the text of the format of the weight, in which [gptq] has a say."""
         searches = _flag(self.table, "clip_search", self.where)
         if not _flag(self.table, "gptq", self.where):
             self.is_searched = searches and self.table["name"] == "mxint"
@@ -130,7 +130,7 @@ class Selector:
         return roles
 
     def _stage(self, stage: str, keys: Table) -> str | None:
-        """The text of the format of a sub-table; None where it is bypassed, or MASE does not read it."""
+        """Return the text of the format of a sub-table; None where it is bypassed, or MASE does not read it."""
         where = f"{self.where}, {stage}"
         if _flag(keys, "bypass", where):
             return None

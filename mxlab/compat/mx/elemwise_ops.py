@@ -105,7 +105,7 @@ def _quantize_elemwise_core(
     allow_denorm: bool = True,
     custom_cuda: bool = False,
 ) -> Tensor:
-    """Each value of ``A`` rounded on its own; no gradient.
+    """Return each value of ``A`` rounded on its own; no gradient.
 
     Args:
         A: float32, bfloat16 or float16, any shape.

@@ -24,7 +24,7 @@ class RoundingMode(IntEnum):
 class _Named(Enum):
     @classmethod
     def from_str(cls, s: str) -> _Named:
-        """The member of that name. Raises FormatError where there is none."""
+        """Return the member of that name. Raises FormatError where there is none."""
         row = element(s)
         if row.name not in ELEMENTS:
             raise FormatError(f"{s!r} is no member of ElemFormat: pass the name itself instead")
@@ -36,7 +36,7 @@ ElemFormat = _Named("ElemFormat", {name: name for name in ELEMENTS} | ALIASES, m
 
 
 def row(fmt: str | Enum) -> ElementFormat:
-    """The element format that a name or a member of :data:`ElemFormat` stands for.
+    """Return the element format that a name or a member of :data:`ElemFormat` stands for.
 
     Raises:
         FormatError: no such format.
@@ -57,12 +57,12 @@ def _get_format_params(fmt: str | Enum) -> tuple[int, int, int, float, float]:
 
 
 def _get_min_norm(ebits: int) -> float:
-    """The smallest normal number of a format of ``ebits`` exponent bits; 0 for integers."""
+    """Return the smallest normal number of a format of ``ebits`` exponent bits; 0 for integers."""
     return ElementFormat("", ebits, 0).min_normal if ebits else 0
 
 
 def _get_max_norm(ebits: int, mbits: int) -> float:
-    """The largest number of an IEEE format; ``mbits`` counts the sign and the leading one."""
+    """Return the largest number of an IEEE format; ``mbits`` counts the sign and the leading one."""
     if ebits < 5:
         raise FormatError(f"ebits is {ebits}: formats of fewer than 5 exponent bits have no infinity")
     return ElementFormat("", ebits, mbits - 2, "ieee").max

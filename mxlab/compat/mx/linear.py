@@ -96,7 +96,7 @@ class Linear(torch.nn.Linear):
         """Round weight and bias to bfloat16, once and for all; the layer then serves evaluation only.
 
         Raises:
-            SpecError: the options do not round to bfloat16, half to even, subnormals kept.
+            SpecError: the options do not round to bfloat16, ties to even, subnormals kept.
         """
         if self.mx_none:
             return

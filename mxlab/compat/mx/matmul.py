@@ -14,7 +14,7 @@ from mxlab.errors import SpecError
 
 
 def _plan(first: str, second: str) -> Plan:
-    """The plan for operands that are an activation (``a``) or a weight (``w``)."""
+    """Return the plan for operands that are an activation (``a``) or a weight (``w``)."""
     gradient = Step("a_elem_format_bp_os", "round_mx_grad_output_grad_input")
     return Plan(
         in1=Step(f"{first}_elem_format", "round_mx_output"),

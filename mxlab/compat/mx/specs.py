@@ -31,7 +31,7 @@ DEFAULTS = {name: _default(option) for name, option in OPTIONS.items() if "ours"
 
 
 def _base(name: str) -> str | None:
-    """The option that ``name`` follows where it is not given."""
+    """Return the option that ``name`` follows where it is not given."""
     if "_elem_format_bp" in name:
         return name.partition("_bp")[0]
     if name.startswith("round_mx_") and "grad" in name:
@@ -75,7 +75,7 @@ class MxSpecs(UserDict):
         raise _unknown(name)
 
     def safe_json(self, indent: int | None = None) -> str:
-        """The options as JSON; a value that JSON does not know is named by its type."""
+        """Return the options as JSON; a value that JSON does not know is named by its type."""
         return json.dumps(self.data, indent=indent, default=lambda o: f"<<non-serializable: {type(o).__qualname__}>>")
 
     def __str__(self) -> str:
@@ -83,12 +83,12 @@ class MxSpecs(UserDict):
 
 
 def get_default_mx_specs() -> MxSpecs:
-    """The options that quantize nothing."""
+    """Return the options that quantize nothing."""
     return MxSpecs()
 
 
 def get_backwards_mx_specs(specs: MxSpecs) -> MxSpecs:
-    """The options of the backward pass: a copy, which quantizes nothing where ``quantize_backprop`` is off."""
+    """Return the options of the backward pass: a copy, which quantizes nothing where ``quantize_backprop`` is off."""
     specs = specs.copy()
     if not specs["quantize_backprop"]:
         specs.update({**dict.fromkeys(_FORMATS), "block_size": 0, "bfloat": 0, "fp": 0})
@@ -111,7 +111,7 @@ def apply_mx_specs(mx_specs: Mapping[str, Any] | None, default_mx_specs: MxSpecs
 
 
 def resolved(mx_specs: Mapping[str, Any] | None) -> MxSpecs:
-    """The options an operation reads: an MxSpecs as it is, another mapping over the defaults.
+    """Return the options an operation reads: an MxSpecs as it is, another mapping over the defaults.
 
     Raises:
         SpecError: None, or as :func:`apply_mx_specs`.
@@ -140,7 +140,7 @@ def add_mx_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 
 def get_mx_specs(parsed_args: argparse.Namespace) -> MxSpecs | None:
-    """What :func:`add_mx_args`'s parser found, as :func:`finalize_mx_specs` returns it."""
+    """Return what :func:`add_mx_args`'s parser found, as :func:`finalize_mx_specs` returns it."""
     given, specs = vars(parsed_args), {}
     for name, default in DEFAULTS.items():
         if default is True and f"no_{name}" in given:
@@ -151,7 +151,7 @@ def get_mx_specs(parsed_args: argparse.Namespace) -> MxSpecs | None:
 
 
 def finalize_mx_specs(specs: MutableMapping[str, Any], early_exit: bool = True) -> MxSpecs | None:
-    """All options, those that follow others filled in, in ``specs`` itself too; None where nothing is quantized.
+    """Return all options, those that follow others filled in, in ``specs`` itself too; None where nothing is quantized.
 
     Formats ``*_bp*`` follow the forward ones, ``round_mx_*grad*`` follow ``round_grad_input``, and the other
     ``round_*`` follow ``round``: where they are absent or None. An :class:`MxSpecs` has every ``round_*`` already.

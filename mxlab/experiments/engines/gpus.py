@@ -19,7 +19,7 @@ from mxlab.experiments.engines.local import Engine, Point, Summary
 
 @contextmanager
 def started(points: Sequence[Point], workers: int) -> Iterator[list[Future[Summary]]]:
-    """The points, in the making by ``workers`` processes.
+    """Yield the futures of the points, which ``workers`` processes make.
 
     Each process sees one GPU. Run directories are written whole, so that processes do not disturb each other.
 
@@ -48,7 +48,7 @@ def started(points: Sequence[Point], workers: int) -> Iterator[list[Future[Summa
 
 
 def _visible_gpus() -> list[str]:
-    """The GPUs as CUDA_VISIBLE_DEVICES names them."""
+    """Return the GPUs as CUDA_VISIBLE_DEVICES names them."""
     count = torch.cuda.device_count()
     named = environment.visible_gpus()
     return (named or [str(i) for i in range(count)])[:count]
@@ -65,5 +65,5 @@ def _run(point: Point) -> Summary:
 
 @cache
 def _engine() -> Engine:
-    """The one of this process."""
+    """Return the engine of this process."""
     return Engine()

@@ -100,7 +100,7 @@ class ParameterProducts(TorchFunctionMode):
 def replaced(
     args: tuple, kwargs: dict[str, Any], index: int, name: str, function: Callable[[Any], Any]
 ) -> tuple[tuple, dict[str, Any]]:
-    """The arguments of a call with one of them, given by place or by name, passed through ``function``."""
+    """Return the arguments of a call with one of them, given by place or by name, passed through ``function``."""
     if name in kwargs:
         return args, {**kwargs, name: function(kwargs[name])}
     return (*args[:index], function(args[index]), *args[index + 1 :]), kwargs
