@@ -1,5 +1,7 @@
-"""``mxlab bench``: what quantization costs, each thing against its unquantized twin in the same process.
+"""What quantization costs, each thing against its unquantized twin in the same process.
 
-``timing`` alternates twins and ``stats`` sums them up; a module for each benchmark gives rows; ``suite`` puts them into
-a JSON file with the machine's description; ``grid``, ``figures`` and ``tables`` show such files and need no torch.
+Read in this order: ``timing`` (twins take turns; medians, quartiles, ratios), ``results`` (rows, JSON files, the
+machine and its instruction set), ``settings`` (what benchmarks can be told), ``workloads`` (models, token ids, tensors); then a
+module for each benchmark: ``quantize``, ``linear``, ``forward``, ``generate``, ``lmeval``, ``startup``; ``suite`` runs
+them; ``tables`` and ``figures`` show the files and need no torch.
 """

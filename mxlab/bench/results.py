@@ -150,7 +150,9 @@ def write(document: Document, folder: Path, name: str) -> tuple[Path, bool]:
                 f"{path} was measured with {theirs}, this with {ours}: their figures do not compare; choose another "
                 "folder (--out)"
             )
-        path.write_text(_text(document), encoding="utf-8")
+        partial = path.with_suffix(".partial")
+        partial.write_text(_text(document), encoding="utf-8")
+        partial.replace(path)  # in one step: nothing half-written stays
     except (OSError, ValueError) as e:
         if isinstance(e, SourceError):
             raise

@@ -16,30 +16,15 @@ import mxlab
 _PACKAGES = ("torch", "transformers", "lm_eval", "datasets", "accelerate", "numpy")
 _ROOT = Path(mxlab.__file__).parent
 _SOURCES = (".py", ".cpp", ".h", ".cu")
-# What cannot change a result.
-_IRRELEVANT = (
-    "_packed",
-    "bench",
-    "inspect",
-    "report",
-    "cli.py",
-    "doctor.py",
-    "patching.py",
-    "launcher.py",
-    "sweep.py",
-    "engine.py",
-    "workers.py",
-    "demo.py",
-    "notebook.py",
-)
+# The folders whose code can move a number.
+_COMPUTING = ("eval", "formats", "model", "numerics", "recipe", "sources", "train")
 
 
 def code_version() -> str:
-    """mxlab's version and a digest of the source files that can move a number, such as ``0.1.0+1f2e3d4c5b6a``."""
+    """Return mxlab's version and a digest of the source files that can move a number: ``0.1.0+1f2e3d4c5b6a``."""
     digest = hashlib.sha256()
-    for path in sorted(p for p in _ROOT.rglob("*") if p.suffix in _SOURCES):
-        if path.relative_to(_ROOT).parts[0] not in _IRRELEVANT:
-            digest.update(path.relative_to(_ROOT).as_posix().encode() + path.read_bytes())
+    for path in sorted(p for folder in _COMPUTING for p in (_ROOT / folder).rglob("*") if p.suffix in _SOURCES):
+        digest.update(path.relative_to(_ROOT).as_posix().encode() + path.read_bytes())
     return f"{mxlab.__version__}+{digest.hexdigest()[:12]}"
 
 
