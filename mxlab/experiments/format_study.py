@@ -121,6 +121,8 @@ def run(
         RunError: ``out`` holds another comparison, or cannot be written.
         SourceError, MetricError: the model or the text cannot be had, or the text is too short.
     """
+    # What auto means belongs to the study: rows of two dtypes do not stand side by side.
+    study = replace(study, dtype=choose_dtype(study.dtype, choose_device(device)))
     text = texts.load_text(study.text, data_dir)
     data = {"text_sha256": text.sha256, "model_id": models.identity(study.model)}
     _open(out, {**asdict(study), **data}, command)
@@ -140,11 +142,10 @@ class _Rows:
     """Makes one row after the other, on the same windows of the same model."""
 
     def __init__(self, study: FormatStudy, text: texts.CorpusText, device: str) -> None:
-        pool, where = ModelPool(), choose_device(device)
-        dtype = choose_dtype(study.dtype, where)
+        pool = ModelPool()
 
         def lend() -> models.LoadedModel:
-            return pool.load(study.model, dtype, device)
+            return pool.load(study.model, study.dtype, device)
 
         loaded = lend()
         ids = texts.encode(loaded.tokenizer, text)

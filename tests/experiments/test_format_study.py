@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -169,8 +170,6 @@ def test_a_failing_row_does_not_end_the_others_and_is_tried_again(study, tmp_pat
 
 
 def test_another_comparison_in_the_folder_is_refused(study, tmp_path):
-    from dataclasses import replace
-
     run(study, tmp_path / "out")
     with pytest.raises(RunError, match="holds another comparison"):
         run(replace(study, windows=1), tmp_path / "out")
@@ -182,3 +181,11 @@ def test_a_line_that_is_no_row(study, tmp_path):
         file.write(json.dumps({"format": "fp4", "colour": "red"}) + "\n")
     with pytest.raises(RunError, match=r"rows\.jsonl, line \d+ is not a row"):
         run(study, tmp_path / "out")
+
+
+def test_auto_is_recorded_as_what_it_means(study, tmp_path, monkeypatch):
+    monkeypatch.setattr(format_study, "choose_dtype", lambda dtype, device: "float32" if dtype == "auto" else dtype)
+    rows = run(replace(study, dtype="auto"), tmp_path / "out")
+    recorded = json.loads((tmp_path / "out" / "study.json").read_text(encoding="utf-8"))
+    assert recorded["dtype"] == "float32"
+    assert len(run(replace(study, dtype="float32"), tmp_path / "out")) == len(rows)  # the same study
