@@ -42,8 +42,8 @@ def ratios(samples: Sequence[float], reference: Sequence[float]) -> list[float]:
     return [a / b for a, b in zip(samples, reference, strict=False)]
 
 
-# An impatient twin is still sampled this often.
-_AT_LEAST = 2
+_AT_LEAST = 2  # samples of an impatient twin
+_ROUNDS = 3  # of a measurement, however long they take
 
 
 @dataclass(frozen=True)
@@ -67,12 +67,14 @@ class Twin:
 class Effort:
     """How often everything is measured: ``repeats`` rounds after ``warmup`` calls of each twin.
 
-    A sample is the mean of as many calls as take ``min_sample`` seconds, so that the clock's own cost does not show.
+    A sample is the mean of as many calls as take ``min_sample`` seconds, so that the clock's own cost does not show. No
+    round begins after ``time_limit`` seconds, once there are three: a slow machine gives fewer samples.
     """
 
     repeats: int
     warmup: int = 2
     min_sample: float = 0.002
+    time_limit: float = 60.0
 
 
 @dataclass
@@ -137,7 +139,10 @@ def alternate(twins: Sequence[Twin], effort: Effort, clock: Clock) -> Timings:
     for twin in twins:
         with _tolerated(twin, timings):
             running[twin.name] = twin, _warm_up(twin, effort, clock)
-    for _ in range(effort.repeats):
+    started = time.perf_counter()
+    for done in range(effort.repeats):
+        if done >= _ROUNDS and time.perf_counter() - started > effort.time_limit:
+            break
         for twin, number in list(running.values()):
             with _tolerated(twin, timings):
                 samples = timings.samples.setdefault(twin.name, [])

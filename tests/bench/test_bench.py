@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import sys
+import time
 from pathlib import Path
 from typing import ClassVar
 
@@ -650,3 +651,15 @@ def test_what_cannot_be_written_or_read_is_named(tmp_path):
     (tmp_path / "forward.json").write_text('{"benchmark": "forward", "rows": [], "machine": {}}')
     with pytest.raises(SourceError, match=r"forward.json lacks measured on"):
         read(tmp_path)
+
+
+@pytest.mark.parametrize(("limit", "rounds"), [(0.0, (3, 3)), (0.12, (3, 4)), (60.0, (9, 9))])
+def test_no_round_begins_after_the_time_limit(limit, rounds):
+    clock = FakeClock()
+
+    def slow() -> None:
+        time.sleep(0.05)
+        clock.calls.append("A")
+
+    found = alternate([Twin("A", slow, patience=1000.0)], Effort(repeats=9, warmup=0, time_limit=limit), clock)
+    assert rounds[0] <= len(found.samples["A"]) <= rounds[1]

@@ -82,12 +82,14 @@ class QuantizedLayer(Observable, QuantizedWeight):
         return mx.on_output(y)
 
     def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Multiply in the dtype that this processor is fast in, and round the result once to that of ``x``.
+        """Multiply [..., in] in the dtype that this processor is fast in, and round [..., out] once to that of ``x``.
 
-        Products of two bfloat16 numbers are exact in float32, and so are sums of a few: what differs from torch's own
-        bfloat16 product is the order in which float32 sums are added up, and with it at most the last bit.
+        Products of two bfloat16 numbers are exact in float32: what differs from torch's own bfloat16 product is the
+        order in which float32 sums are added up, and with it at most the last bit. A single row is left to torch,
+        which is fast there, while widening the weight would take longer than the product.
         """
-        if x.dtype not in COMPUTED_IN_FLOAT32 or x.device.type != "cpu":
+        is_fast = x.dtype not in COMPUTED_IN_FLOAT32 or x.device.type != "cpu" or x.numel() == x.shape[-1]
+        if is_fast:
             return self._multiply(x, weight, bias)
         wide = None if bias is None else bias.float()
         return self._multiply(x.float(), weight.float(), wide).to(x.dtype)

@@ -48,6 +48,16 @@ def test_the_gradient_has_the_dtype_of_the_layer(monkeypatch):
     assert x.grad.dtype == layer.weight.grad.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize(("rows", "dtype"), [(1, torch.bfloat16), (2, torch.float32)])
+def test_a_single_row_is_left_to_torch(rows, dtype, monkeypatch):
+    monkeypatch.setattr(linear, "COMPUTED_IN_FLOAT32", (torch.bfloat16,))
+    seen = []
+    real = F.linear
+    monkeypatch.setattr(linear.F, "linear", lambda x, *rest: seen.append(x.dtype) or real(x, *rest))
+    found = converted(nn.Linear(32, 16).bfloat16())(torch.ones(rows, 32).bfloat16())
+    assert (seen, found.dtype) == ([dtype], torch.bfloat16)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_other_dtypes_multiply_as_they_are(dtype, monkeypatch):
     monkeypatch.setattr(linear, "COMPUTED_IN_FLOAT32", (torch.bfloat16,))
