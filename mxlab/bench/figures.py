@@ -100,7 +100,7 @@ def _points(document: Document) -> list[Row]:
 def plot(chart: Chart, documents: Sequence[Document]) -> Figure:
     """Draw a panel for each document, a line in it for each case."""
     counts = [len(_labels(chart, document)) for document in documents]
-    height = 1.3 + sum(0.55 + _ROW * count for count in counts)
+    height = 1.3 + sum(0.7 + _ROW * count for count in counts)
     figure = Figure(figsize=(7.6, height), dpi=DPI, layout="constrained")
     panels = figure.subplots(len(documents), squeeze=False, height_ratios=counts)
     for axes, document in zip(panels[:, 0], documents, strict=True):
@@ -181,7 +181,7 @@ def _title(chart: Chart, document: Document) -> str:
     settings = document["settings"]
     threads = "" if settings["device"].startswith("cuda") else f", {_count(settings['threads'], 'thread')}"
     measured = f"{chart.title}: {document['measured on']}{threads}"
-    return f"{measured}\n{instruction_set_of(document)}; medians and quartiles of {settings['repeats']} rounds"
+    return f"{measured}\n{instruction_set_of(document)}\nmedians and quartiles of {settings['repeats']} rounds"
 
 
 def _labels(chart: Chart, document: Document) -> list[str]:
