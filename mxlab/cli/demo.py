@@ -17,9 +17,11 @@ def demo(out: OutOption = Path("demo")) -> None:
     start_logging()
     with progress():
         from mxlab.experiments.demo import run_demo
+        from mxlab.progress import Steps
         from mxlab.report import write_report
 
         summary = run_demo(out / "results")
-        paths = write_report(out / "results", out / "report")
+        with Steps("report"):
+            paths = write_report(out / "results", out / "report")
     print_line(f"report: {paths.markdown} and {paths.page}")
     finish(summary, out / "results")

@@ -131,7 +131,14 @@ class _TimedHFLM(_HFLM):
     def _counted(self, call: Callable[..., Any], requests: Any, total: int | None, disable_tqdm: bool) -> Any:
         with Steps("rows", total) as steps:
             self._steps = steps
-            return call(requests, disable_tqdm=disable_tqdm or environment.inner_bars_are_hidden())
+            try:
+                return call(requests, disable_tqdm=disable_tqdm or environment.inner_bars_are_hidden())
+            finally:
+                self._steps = None
+
+    def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, **more: Any) -> Any:
+        hidden = disable_tqdm or environment.inner_bars_are_hidden()  # rolling tasks ask for a bar a batch
+        return super()._loglikelihood_tokens(requests, disable_tqdm=hidden, **more)
 
     def _model_call(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         return self._timed(super()._model_call, *args, **kwargs)
