@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
 from itertools import product
@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from mxlab import quantize
-from mxlab.bench import workloads
-from mxlab.bench.timing import Effort, Twin, alternate, clock_for, ratios, spread
+from mxlab.bench import subjects
+from mxlab.bench.results import ratios, spread
+from mxlab.bench.timing import Contender, Effort, alternate, clock_for
 from mxlab.compat.recipes import load_any_recipe
 from mxlab.experiments import provenance
 
@@ -81,6 +82,13 @@ def _driver() -> str:
         return f"unknown: {e}"
 
 
+def _samples(calls: Mapping[str, Callable[[], object]], device: str) -> dict[str, list[float]]:
+    """Return the seconds of ``calls``, which take turns."""
+    contenders = [Contender(name, call) for name, call in calls.items()]
+    found = alternate(contenders, EFFORT[device], clock_for(torch.device(device)))
+    return {name: series.samples for name, series in zip(calls, found, strict=True)}
+
+
 def _time_quantize(
     device: str, shape: tuple[int, int], axis: int, dtype: str, text: str, numerics: Any
 ) -> dict[str, Any]:
@@ -90,8 +98,8 @@ def _time_quantize(
     out = torch.empty_like(x)
     backend = "cuda" if device == "cuda" else "native"
     ways: dict[str, Any] = {"axis": axis, "numerics": numerics, "backend": backend, "out": out}
-    twins = [Twin("copy", partial(out.copy_, x)), Twin("quantize", partial(quantize, x, text, **ways))]
-    samples = alternate(twins, EFFORT[device], clock_for(x.device)).samples
+    calls = {"copy": partial(out.copy_, x), "quantize": partial(quantize, x, text, **ways)}
+    samples = _samples(calls, device)
     seconds, moved = spread(samples["quantize"]).median, 2 * x.numel() * x.element_size()
     return {
         "ns/element": seconds / x.numel() * 1e9,
@@ -105,14 +113,13 @@ def _time_quantize(
 def _time_forward(device: str, recipe: str, dtype: str) -> dict[str, Any]:
     """Time a forward pass of a quantized copy of a model, in turns with the model."""
     name, batch, length = MODEL[device]
-    subject = workloads.load(name, dtype, device)
-    ids, _ = workloads.tokens(subject, batch, length, None)
+    subject = subjects.load(name, dtype, device)
+    ids, _ = subjects.tokens(subject, batch, length, None)
     plain = partial(_forward, subject.model, ids)
     plain_peak = _peak(plain)  # before the copy is there
-    quantized = partial(_forward, workloads.converted(subject.model, load_any_recipe(recipe)), ids)
-    twins = [Twin("plain", plain), Twin(recipe, quantized)]
-    samples = alternate(twins, EFFORT[device], clock_for(ids.device)).samples
-    milliseconds = {twin: [1000 * s for s in found] for twin, found in samples.items()}
+    quantized = partial(_forward, subjects.converted(subject.model, load_any_recipe(recipe)), ids)
+    samples = _samples({"plain": plain, recipe: quantized}, device)
+    milliseconds = {name: [1000 * s for s in found] for name, found in samples.items()}
     return {
         "ms": asdict(spread(milliseconds[recipe])),
         "plain ms": asdict(spread(milliseconds["plain"])),

@@ -1,4 +1,4 @@
-"""The figures: how much longer than its unquantized twin each thing takes, beside its target."""
+"""The figures: how much longer each contender takes than what it is compared with, beside its target."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mxlab.bench.results import Document, instruction_set_of, make_folder
 from mxlab.errors import SourceError
 from mxlab.report.style import DPI, STYLE
 
-# By twin: what the legend says, the colour and the marker. What is not named here is not drawn.
+# By contender: what the legend says, the colour and the marker. What is not named here is not drawn.
 _LOOKS = {
     "exact": ("exact numerics", "#0b3c6f", "o"),
     "microxcaling": ("microxcaling numerics", "#d1660a", "s"),
@@ -94,7 +94,7 @@ def _chosen(benchmark: str, documents: Mapping[str, Document]) -> list[Document]
 
 
 def _points(document: Document) -> list[Row]:
-    return [row for row in document["rows"] if row["ratio"] and row["twin"] in _LOOKS]
+    return [row for row in document["rows"] if row["ratio"] and row["contender"] in _LOOKS]
 
 
 def plot(chart: Chart, documents: Sequence[Document]) -> Figure:
@@ -106,9 +106,9 @@ def plot(chart: Chart, documents: Sequence[Document]) -> Figure:
     for axes, document in zip(panels[:, 0], documents, strict=True):
         _panel(axes, chart, document)
     panels[-1, 0].set_xlabel(chart.axis)
-    twins = {row["twin"] for document in documents for row in _points(document)}
+    contenders = {row["contender"] for document in documents for row in _points(document)}
     has_target = any(row["target"] for document in documents for row in _points(document))
-    figure.legend(handles=_handles(chart, twins, has_target), loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(handles=_handles(chart, contenders, has_target), loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 
@@ -130,12 +130,12 @@ def _panel(axes: Axes, chart: Chart, document: Document) -> None:
 
 
 def _limits(chart: Chart, rows: Sequence[Row]) -> dict[tuple[str, float], str]:
-    """Return the colour of each target, by label and limit: a twin's own, or grey where several have the same."""
+    """Return the colour of each target, by label and limit: a contender's own, or grey where several have the same."""
     found: dict[tuple[str, float], str] = {}
     for row in rows:
         if row["target"] and row["target"]["figure"] == "ratio":
             key = chart.label(row["case"]), row["target"]["limit"]
-            found[key] = _GREY if key in found else _LOOKS[row["twin"]][1]
+            found[key] = _GREY if key in found else _LOOKS[row["contender"]][1]
     return found
 
 
@@ -154,21 +154,21 @@ def _scale(axes: Axes, values: Sequence[float]) -> None:
 
 
 def _point(axes: Axes, row: Row, place: int) -> None:
-    _, color, marker = _LOOKS[row["twin"]]
+    _, color, marker = _LOOKS[row["contender"]]
     ratio = row["ratio"]
     # Beside each other, so that equal ones stay visible.
-    y = place + 0.16 * (list(_LOOKS).index(row["twin"]) - 1)
+    y = place + 0.16 * (list(_LOOKS).index(row["contender"]) - 1)
     error = [[ratio["median"] - ratio["q1"]], [ratio["q3"] - ratio["median"]]]
     axes.errorbar(
         ratio["median"], y, xerr=error, color=color, marker=marker, markersize=5, elinewidth=1.2, linestyle="none"
     )
 
 
-def _handles(chart: Chart, twins: set[str], has_target: bool) -> list[Line2D]:
+def _handles(chart: Chart, contenders: set[str], has_target: bool) -> list[Line2D]:
     found = [
         Line2D([], [], color=color, marker=marker, linestyle="none", label=label)
-        for twin, (label, color, marker) in _LOOKS.items()
-        if twin in twins
+        for name, (label, color, marker) in _LOOKS.items()
+        if name in contenders
     ]
     found.append(Line2D([], [], color="black", linewidth=1.1, label=chart.unit))
     if has_target:

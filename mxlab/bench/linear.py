@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from itertools import product
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mxlab.bench import mxpackage
-from mxlab.bench.results import PLAIN, Outcome, Row
-from mxlab.bench.settings import Settings, check_dtypes, check_numerics, parse_shape
-from mxlab.bench.timing import Twin, alternate, clock_for, spread
-from mxlab.bench.workloads import variant
-from mxlab.checks import check_int
+from mxlab.bench.results import BASELINE
+from mxlab.bench.subjects import variant
+from mxlab.bench.timing import Contender
+from mxlab.bench.workload import Case, Workload, check_count, check_dtypes, check_numerics, parse_shape
 from mxlab.compat.recipes import load_any_recipe
 from mxlab.errors import SpecError
 from mxlab.formats import Numerics
@@ -25,11 +24,11 @@ from mxlab.model.nn.linear import MxLinear
 from mxlab.recipe import Recipe, Rule
 from mxlab.recipe.rule import PHASES
 
-_NAME = "model.layers.0.self_attn.q_proj"  # as which a recipe's rules know the layer
+_NAME = "model.layers.0.self_attn.q_proj"  # by which a recipe's rules know the layer
 
 
 @dataclass(frozen=True, kw_only=True)
-class LinearSettings(Settings):
+class LinearWorkload(Workload):
     """Every shape (in x out) with every number of tokens, in every dtype, under all numerics."""
 
     repeats: int = 21
@@ -46,58 +45,51 @@ class LinearSettings(Settings):
             if len(parse_shape(shape)) != 2:
                 raise SpecError(f"shape is {shape!r}: a linear layer has two axes, in x out, such as 576x1536")
         for count in self.tokens:
-            check_int("tokens", count, 1, None, "a whole number, 1 or more")
+            check_count("tokens", count)
         check_dtypes(self.dtypes)
         check_numerics(self.numerics)
         _rule(load_any_recipe(self.recipe))
 
+    def __len__(self) -> int:
+        """See :meth:`Workload.__len__`."""
+        return len(self.dtypes) * len(self.shapes) * len(self.tokens)
 
-def measure(settings: LinearSettings) -> Iterator[tuple[str, Outcome]]:
-    """Case after case: what it is, and its rows."""
-    for dtype in settings.in_order(settings.dtypes):
-        for shape in settings.shapes:
-            for count in settings.tokens:
-                yield f"{shape} {dtype}, tokens: {count}", _outcome(settings, shape, dtype, count)
+    def cases(self) -> Iterator[Case]:
+        """See :meth:`Workload.cases`."""
+        for dtype, shape, count in product(self.in_order(self.dtypes), self.shapes, self.tokens):
+            columns = {"in x out": shape, "tokens": count, "dtype": dtype, "recipe": self.recipe}
+            yield Case(
+                f"linear {shape} {dtype}, tokens: {count}",
+                {**columns, "threads": self.threads, "device": self.device},
+                self._contenders(parse_shape(shape), getattr(torch, dtype), count),
+                self.effort_in(dtype),
+                lambda _, seconds, __: {"µs/call": seconds.median * 1e6},
+            )
 
-
-@torch.no_grad()
-def _outcome(settings: LinearSettings, shape: str, dtype: str, tokens: int) -> Outcome:
-    width, out = parse_shape(shape)
-    kind = getattr(torch, dtype)
-    torch.manual_seed(0)
-    plain = nn.Linear(width, out, bias=False, dtype=kind, device=settings.place).eval()
-    x = torch.randn(1, tokens, width, dtype=kind, device=settings.place)
-    twins = [Twin(PLAIN, partial(plain, x))]
-    twins += [Twin(name, partial(_quantized(plain, settings.recipe, name), x)) for name in settings.numerics]
-    if settings.place.type == "cpu" and mxpackage.is_there():
-        holder = nn.ModuleDict({"q_proj": plain})
-        recipe = Recipe(
-            "linear",
-            (_rule(load_any_recipe(settings.recipe)),),
-            elementwise=load_any_recipe(settings.recipe).elementwise,
-        )
-        guest = mxpackage.computing(holder, recipe, lambda module: module.get_submodule("q_proj")(x))
-        twins += [guest] if guest else []
-    timings = alternate(twins, settings.effort_in(dtype), clock_for(settings.place))
-    case = {"in x out": shape, "tokens": tokens, "dtype": dtype, "recipe": settings.recipe, "threads": settings.threads}
-    return Outcome(
-        [_row({**case, "device": settings.device}, name, timings.samples) for name in timings.samples],
-        [f"{name}, linear {shape}: {error}" for name, error in timings.failures.items()],
-    )
+    def _contenders(self, shape: tuple[int, ...], dtype: torch.dtype, tokens: int) -> list[Contender]:
+        width, out = shape
+        torch.manual_seed(0)
+        plain = nn.Linear(width, out, bias=False, dtype=dtype, device=self.place).eval()
+        x = torch.randn(1, tokens, width, dtype=dtype, device=self.place)
+        found = [Contender(BASELINE, _on(plain, x))]
+        found += [Contender(name, _on(_quantized(plain, self.recipe, name), x)) for name in self.numerics]
+        if mxpackage.is_there() and self.place.type == "cpu":
+            recipe = load_any_recipe(self.recipe)
+            alone = Recipe("linear", (_rule(recipe),), elementwise=recipe.elementwise)
+            holder = nn.ModuleDict({"q_proj": plain})
+            other = mxpackage.computing(holder, alone, lambda module: _on(module.get_submodule("q_proj"), x)())
+            found += [other] if other else []
+        return found
 
 
-def _row(case: dict[str, Any], twin: str, samples: dict[str, list[float]]) -> Row:
-    figures = {"µs/call": spread(samples[twin]).median * 1e6}
-    if twin == PLAIN:
-        return Row(case, twin, samples[twin], figures=figures)
-    return Row(case, twin, samples[twin], PLAIN, samples[PLAIN], figures)
+def _on(layer: nn.Module, x: Tensor) -> Callable[[], Tensor]:
+    return partial(torch.no_grad()(layer.__call__), x)
 
 
 def _quantized(linear: nn.Linear, recipe_name: str, numerics: str) -> MxLinear:
     recipe = variant(recipe_name, numerics)
-    rule = _rule(recipe)
-    quantizer = linear_operands(recipe, rule.formats)
-    return MxLinear.convert(copy.deepcopy(linear), dict.fromkeys(PHASES, quantizer))
+    operands = linear_operands(recipe, _rule(recipe).formats)
+    return MxLinear.convert(copy.deepcopy(linear), dict.fromkeys(PHASES, operands))
 
 
 def _rule(recipe: Recipe) -> Rule:

@@ -1,6 +1,6 @@
-"""Microsoft's microxcaling (the package ``mx``) as a further twin, where it is installed; on its PyTorch path.
+"""Microsoft's microxcaling (the package ``mx``) as a further contender, where it is installed; on its PyTorch path.
 
-It is a guest: whatever goes wrong in it becomes a note in the results.
+Whatever goes wrong in it becomes a note in the results.
 """
 
 from __future__ import annotations
@@ -9,20 +9,21 @@ import copy
 import functools
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 import mxlab
-from mxlab.bench.timing import Twin
+from mxlab.bench.timing import Contender
 from mxlab.formats import MXFormat, NumberFormat
 from mxlab.recipe import Recipe, Rule
 
 NAME = "mx package"
 # It is some ten times slower than what it stands beside: seconds of samples in one case.
-_PATIENCE = 3.0
+_TIME_LIMIT = 3.0
+_NO_COLUMNS: Mapping[str, Any] = {}
 
 
 def is_there() -> bool:
@@ -34,27 +35,29 @@ def is_there() -> bool:
     return spec is not None and Path(mxlab.__file__).parent not in Path(spec.origin or "/").parents
 
 
-def quantizing(x: Tensor, fmt: MXFormat) -> Twin:
-    """``quantize_mx_op`` on ``x`` along the last axis."""
+def quantizing(x: Tensor, fmt: MXFormat) -> Contender:
+    """Return ``quantize_mx_op`` on ``x`` along the last axis."""
 
     def call(specs: dict[str, Any]) -> Tensor:
         quantize = importlib.import_module("mx.mx_ops").quantize_mx_op
         return quantize(x, specs, elem_format=fmt.element, axes=[-1], round=fmt.rounding)
 
-    return _guest(lambda: functools.partial(call, _finalized(_specs(fmt, fmt))))
+    return _optional(lambda: functools.partial(call, _finalized(_specs(fmt, fmt))))
 
 
-def computing(module: nn.Module, recipe: Recipe, call: Callable[[nn.Module], object]) -> Twin | None:
-    """``call`` with a copy of ``module`` whose linear layers are mx's; None if it cannot do what the recipe says."""
+def computing(
+    module: nn.Module, recipe: Recipe, call: Callable[[nn.Module], object], columns: Mapping[str, Any] = _NO_COLUMNS
+) -> Contender | None:
+    """Return ``call`` with a copy of ``module`` whose linear layers are mx's; None if it lacks what the recipe says."""
     if any(rule.is_attention for rule in recipe.rules):
         return None
-    return _guest(lambda: functools.partial(call, _converted(module, recipe)))
+    return _optional(lambda: functools.partial(call, _converted(module, recipe)), columns)
 
 
-def _guest(prepare: Callable[[], Callable[[], object]]) -> Twin:
-    """Return a twin that imports and prepares at its first call, where a failure is tolerated."""
+def _optional(prepare: Callable[[], Callable[[], object]], columns: Mapping[str, Any] = _NO_COLUMNS) -> Contender:
+    """Return a contender that imports and prepares at its first call, where a failure is tolerated."""
     prepared = functools.cache(prepare)
-    return Twin(NAME, lambda: prepared()(), optional=True, patience=_PATIENCE)
+    return Contender(NAME, lambda: prepared()(), columns, optional=True, time_limit=_TIME_LIMIT)
 
 
 def _converted(module: nn.Module, recipe: Recipe) -> nn.Module:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -11,9 +11,12 @@ import torch
 from torch import Tensor
 
 from mxlab.bench import mxpackage, targets
-from mxlab.bench.results import Outcome, Row
-from mxlab.bench.settings import (
-    Settings,
+from mxlab.bench.results import Spread
+from mxlab.bench.subjects import Values
+from mxlab.bench.timing import Contender
+from mxlab.bench.workload import (
+    Case,
+    Workload,
     check_choices,
     check_dtypes,
     check_numerics,
@@ -21,8 +24,6 @@ from mxlab.bench.settings import (
     parse_shape,
     shape_text,
 )
-from mxlab.bench.timing import Timings, Twin, alternate, clock_for, ratios, spread
-from mxlab.bench.workloads import Values
 from mxlab.errors import SpecError
 from mxlab.formats import MXFormat, Numerics
 from mxlab.numerics import quantize, quantize_
@@ -32,7 +33,7 @@ _COLUMNS = 4096  # of the tensor that the bandwidth is measured on
 
 
 @dataclass(frozen=True, kw_only=True)
-class QuantizeSettings(Settings):
+class QuantizeWorkload(Workload):
     """Every shape in every dtype and format, under all numerics.
 
     ``values`` is ``auto`` (activations of the embedded model where they have the shape) or ``random``; ``copy_gib`` the
@@ -63,76 +64,67 @@ class QuantizeSettings(Settings):
         if not 0 <= self.copy_gib < 1024:
             raise SpecError(f"copy_gib is {self.copy_gib}: it must be a size in GiB, or 0 to leave the copy out")
 
+    def __len__(self) -> int:
+        """See :meth:`Workload.__len__`."""
+        a_shape = len(self.dtypes) * len(self._formats())
+        return a_shape * (len(self.shapes) + (self.copy_gib > 0))
 
-def measure(settings: QuantizeSettings) -> Iterator[tuple[str, Outcome]]:
-    """Case after case: what it is, and its rows."""
-    values = Values(settings.values == "auto")
-    formats = expand_formats(settings.formats, settings.blocks)
-    for shape in map(parse_shape, settings.shapes):
-        for dtype in settings.dtypes:
-            x, data = values.tensor(shape, dtype, settings.place)
-            for fmt in formats:
-                case = _case(settings, shape, dtype, fmt, data)
-                yield f"{shape_text(shape)} {dtype} {fmt}", _outcome(settings, case, x, _twins(settings, x, fmt))
-    if settings.copy_gib:
-        yield from _bandwidth(settings, formats)
+    def cases(self) -> Iterator[Case]:
+        """See :meth:`Workload.cases`."""
+        values = Values(self.values == "auto")
+        for shape in map(parse_shape, self.shapes):
+            for dtype in self.dtypes:
+                x, data = values.tensor(shape, dtype, self.place)
+                for fmt in self._formats():
+                    name = f"quantize {shape_text(shape)} {dtype} {fmt}"
+                    yield self._case(name, x, data, fmt, self._contenders(x, dtype, fmt))
+        if self.copy_gib:
+            yield from self._bandwidth()
 
+    def _bandwidth(self) -> Iterator[Case]:
+        """Measure on a tensor that no cache holds, against a copy to memory that is there already."""
+        for dtype in self.dtypes:
+            size = getattr(torch, dtype).itemsize
+            shape = max(1, int(self.copy_gib * 2**30 / size / _COLUMNS)), _COLUMNS
+            x, data = Values(False).tensor(shape, dtype, self.place)
+            copy = Contender(COPY, partial(torch.empty_like(x).copy_, x))
+            for fmt in self._formats():
+                contenders = [
+                    copy,
+                    *self._out_of_place(x, fmt, dict.fromkeys(self.numerics, targets.bandwidth_target())),
+                ]
+                yield self._case(f"copy of {self.copy_gib:g} GiB, {dtype} {fmt}", x, data, fmt, contenders)
 
-def _bandwidth(settings: QuantizeSettings, formats: list[MXFormat]) -> Iterator[tuple[str, Outcome]]:
-    """Measure on a tensor that no cache holds, against a copy to memory that is there already."""
-    for dtype in settings.dtypes:
-        size = getattr(torch, dtype).itemsize
-        shape = max(1, int(settings.copy_gib * 2**30 / size / _COLUMNS)), _COLUMNS
-        x, data = Values(False).tensor(shape, dtype, settings.place)
-        target = torch.empty_like(x)
-        for fmt in formats:
-            case = _case(settings, shape, dtype, fmt, data)
-            twins = [Twin(COPY, partial(target.copy_, x)), *_out_of_place(settings, x, fmt)]
-            yield f"copy of {settings.copy_gib:g} GiB, {dtype} {fmt}", _outcome(settings, case, x, twins)
+    def _case(self, name: str, x: Tensor, data: str, fmt: MXFormat, contenders: list[Contender]) -> Case:
+        def figures(_: str, seconds: Spread, ratio: Spread | None) -> dict[str, float]:
+            bandwidth = 2 * x.numel() * x.element_size() / seconds.median / 1e9
+            found = {"ns/element": seconds.median / x.numel() * 1e9, "GB/s": bandwidth}
+            if ratio and contenders[0].name == COPY:
+                # Both read and write the same bytes: the share of the bandwidth is the share of the time.
+                found[targets.FRACTION] = 1 / ratio.median
+            return found
 
+        columns = {
+            "shape": shape_text(tuple(x.shape)),
+            "dtype": str(x.dtype).removeprefix("torch."),
+            "format": str(fmt),
+        }
+        columns |= {"values": data, "threads": self.threads, "device": self.device}
+        return Case(name, columns, contenders, self.effort, figures)
 
-def _case(settings: QuantizeSettings, shape: tuple[int, ...], dtype: str, fmt: MXFormat, data: str) -> dict[str, Any]:
-    return {
-        "shape": shape_text(shape),
-        "dtype": dtype,
-        "format": str(fmt),
-        "values": data,
-        "threads": settings.threads,
-        "device": settings.device,
-    }
+    def _contenders(self, x: Tensor, dtype: str, fmt: MXFormat) -> list[Contender]:
+        bounds = {name: targets.quantize_target(name, self.place.type, dtype, self.threads) for name in self.numerics}
+        own = x.clone()  # on the grid after the first call, which makes no difference to the work
+        in_place = [
+            Contender(f"{name}, in place", partial(quantize_, own, fmt, numerics=name)) for name in self.numerics
+        ]
+        others = [mxpackage.quantizing(x, fmt)] if mxpackage.is_there() and self.place.type == "cpu" else []
+        return [Contender(CLONE, x.clone), *self._out_of_place(x, fmt, bounds), *in_place, *others]
 
+    def _out_of_place(self, x: Tensor, fmt: MXFormat, bounds: Mapping[Any, targets.Target | None]) -> list[Contender]:
+        return [
+            Contender(name, partial(quantize, x, fmt, numerics=name), target=bounds[name]) for name in self.numerics
+        ]
 
-def _twins(settings: QuantizeSettings, x: Tensor, fmt: MXFormat) -> list[Twin]:
-    own = x.clone()  # on the grid after the first call, which makes no difference to the work
-    in_place = [
-        Twin(f"{numerics}, in place", partial(quantize_, own, fmt, numerics=numerics)) for numerics in settings.numerics
-    ]
-    guests = [mxpackage.quantizing(x, fmt)] if mxpackage.is_there() and settings.place.type == "cpu" else []
-    return [Twin(CLONE, x.clone), *_out_of_place(settings, x, fmt), *in_place, *guests]
-
-
-def _out_of_place(settings: QuantizeSettings, x: Tensor, fmt: MXFormat) -> list[Twin]:
-    return [Twin(numerics, partial(quantize, x, fmt, numerics=numerics)) for numerics in settings.numerics]
-
-
-def _outcome(settings: QuantizeSettings, case: dict[str, Any], x: Tensor, twins: list[Twin]) -> Outcome:
-    timings = alternate(twins, settings.effort, clock_for(settings.place))
-    rows = [
-        _row(settings, case, x, twin.name, twins[0].name, timings) for twin in twins if twin.name in timings.samples
-    ]
-    failures = [f"{name}, {case['dtype']} {case['format']}: {error}" for name, error in timings.failures.items()]
-    return Outcome(rows, failures)
-
-
-def _row(settings: QuantizeSettings, case: dict[str, Any], x: Tensor, twin: str, first: str, timings: Timings) -> Row:
-    samples, reference = timings.samples[twin], timings.samples[first]
-    seconds = spread(samples).median
-    figures = {"ns/element": seconds / x.numel() * 1e9, "GB/s": 2 * x.numel() * x.element_size() / seconds / 1e9}
-    if twin == first:
-        return Row(case, twin, samples, figures=figures)
-    target = targets.quantize_target(twin, settings.place.type, case["dtype"], settings.threads)
-    if first == COPY:
-        # Both read and write the same bytes: the share of the bandwidth is the share of the time.
-        figures[targets.FRACTION] = 1 / spread(ratios(samples, reference)).median
-        target = targets.bandwidth_target()
-    return Row(case, twin, samples, first, reference, figures, target)
+    def _formats(self) -> list[MXFormat]:
+        return expand_formats(self.formats, self.blocks)

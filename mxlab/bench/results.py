@@ -1,10 +1,11 @@
-"""Rows of results, and the JSON files that hold them."""
+"""Hold rows of results, and write and read the JSON files they are kept in."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,7 +15,6 @@ import psutil
 
 from mxlab.bench import targets
 from mxlab.bench.targets import Target
-from mxlab.bench.timing import Spread, ratios, spread
 from mxlab.errors import SourceError
 
 # Cores that others may use before the timings are called into question.
@@ -27,7 +27,7 @@ def busy_cores(seconds: float = 0.5) -> float:
 
 
 def load_average() -> list[float]:
-    """Of the last 1, 5 and 15 minutes; empty on a system that does not keep it."""
+    """Return the load of the last 1, 5 and 15 minutes; empty on a system that does not keep it."""
     return [round(value, 2) for value in os.getloadavg()] if hasattr(os, "getloadavg") else []
 
 
@@ -51,24 +51,53 @@ def instruction_set(machine: dict[str, Any], device: str) -> str:
 
 
 def slug(name: str) -> str:
-    """``intel-xeon-processor-2-cores``: a machine's name as a part of a file name."""
+    """Return a machine's name as a part of a file name: ``intel-xeon-processor-2-cores``."""
     return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", name.lower())).strip("-")
 
 
-PLAIN = "unquantized"  # the twin that the others are compared with
+@dataclass(frozen=True)
+class Spread:
+    """The median of some samples, the quartiles around it, and how many they were."""
+
+    median: float
+    q1: float
+    q3: float
+    n: int
+
+
+def spread(samples: Sequence[float]) -> Spread:
+    """Return the quartiles of at least one sample; between two samples they are interpolated.
+
+    Raises:
+        ValueError: no samples.
+    """
+    if not samples:
+        raise ValueError("no samples: nothing was measured")
+    if len(samples) == 1:
+        return Spread(samples[0], samples[0], samples[0], 1)
+    q1, median, q3 = statistics.quantiles(samples, n=4, method="inclusive")
+    return Spread(median, q1, q3, len(samples))
+
+
+def ratios(samples: Sequence[float], reference: Sequence[float]) -> list[float]:
+    """Return each sample over the reference's of the same round; a series that stopped early has fewer."""
+    return [a / b for a, b in zip(samples, reference, strict=False)]
+
+
+BASELINE = "unquantized"  # the contender that quantized ones are compared with
 
 Document = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One twin in one case: its seconds, its other figures, and where it has a reference, the ratio to that.
+    """One contender in one case: its seconds, its other figures, and where it has a reference, the ratio to that.
 
     The ratio is that of each sample to the reference's of the same round; its median is what counts.
     """
 
     case: dict[str, Any]
-    twin: str
+    contender: str
     samples: Sequence[float]
     reference: str | None = None
     reference_samples: Sequence[float] = ()
@@ -86,11 +115,11 @@ class Row:
         return spread(ratios(self.samples, self.reference_samples)) if self.reference else None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, samples included."""
+        """Return plain values, samples included."""
         ratio = self.ratio
         return {
             "case": self.case,
-            "twin": self.twin,
+            "contender": self.contender,
             "seconds": _plain(self.seconds),
             "samples": [_rounded(s) for s in self.samples],
             "reference": self.reference,
@@ -110,13 +139,13 @@ class Row:
 
 
 @dataclass
-class Outcome:
-    """What a benchmark measured, and what it could not: a message for each optional thing that failed."""
+class Measurement:
+    """What was measured, and a message for each optional contender that failed."""
 
     rows: list[Row] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
 
-    def add(self, other: Outcome) -> None:
+    def add(self, other: Measurement) -> None:
         """Append the rows of ``other``, and its failures where they are new."""
         self.rows += other.rows
         self.failures += [text for text in other.failures if text not in self.failures]
@@ -173,7 +202,7 @@ def read(folder: Path) -> dict[str, Document]:
     """
     if not folder.is_dir():
         raise SourceError(f"there is no folder {folder}: name the one with benchmark results (--results)")
-    found = {path.stem: document for path, document in _json_files(folder) if _is_document(document)}
+    found = {path.stem: _renamed(document) for path, document in _json_files(folder) if _is_document(document)}
     for name, document in found.items():
         if missing := [key for key in _KEYS if key not in document]:
             raise SourceError(f"{folder / name}.json lacks {', '.join(missing)}: remove it, or measure again")
@@ -197,8 +226,14 @@ def _is_document(value: Any) -> bool:
     return isinstance(value, Mapping) and {"benchmark", "rows", "machine"} <= value.keys()
 
 
+def _renamed(document: Document) -> Document:
+    """Return a document with the word of today, where it was written when a contender was called a twin."""
+    rows = [{"contender" if key == "twin" else key: value for key, value in row.items()} for row in document["rows"]]
+    return {**document, "rows": rows}
+
+
 def _text(document: Document) -> str:
-    """JSON with a line for each row, so that a file with hundreds of samples can be looked through."""
+    """Return JSON with a line for each row, so that a file with hundreds of samples can be looked through."""
     rows = ",\n".join(f"  {json.dumps(row, ensure_ascii=False)}" for row in document["rows"])
     head = json.dumps({**document, "rows": []}, indent=1, ensure_ascii=False)
     return head.replace('"rows": []', f'"rows": [\n{rows}\n ]' if rows else '"rows": []') + "\n"
@@ -209,5 +244,5 @@ def _plain(value: Spread) -> dict[str, float]:
 
 
 def _rounded(value: float) -> float:
-    """Six digits: more than any timing has."""
+    """Round to six digits, more than any timing has."""
     return value if isinstance(value, int) else float(f"{value:.6g}")

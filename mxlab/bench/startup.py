@@ -8,14 +8,14 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 
-from mxlab.bench import targets, workloads
-from mxlab.bench.results import Outcome, Row
-from mxlab.bench.settings import Settings, check_dtypes
-from mxlab.compat.recipes import load_any_recipe
+from mxlab.bench import subjects, targets
+from mxlab.bench.timing import Contender, Effort, Stopwatch
+from mxlab.bench.workload import Case, Workload, check_dtypes, check_recipes
 from mxlab.model.apply import apply
 from mxlab.sources import models
 
@@ -23,10 +23,10 @@ _IMPORT = "import time; start = time.perf_counter(); import mxlab; print(time.pe
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConvertSettings(Settings):
+class ConvertWorkload(Workload):
     """``mxlab.apply`` on fresh copies of a model."""
 
-    BY_DEVICE: ClassVar = {"cuda": {"model": "llama-1b-random"}}
+    BY_DEVICE: ClassVar[dict[str, dict[str, Any]]] = {"cuda": {"model": "llama-1b-random"}}
 
     repeats: int = 5
     model: str = models.EMBEDDED
@@ -36,37 +36,46 @@ class ConvertSettings(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_dtypes(self.dtypes)
-        for name in self.recipes:
-            load_any_recipe(name)
+        check_recipes(self.recipes)
+
+    def __len__(self) -> int:
+        """See :meth:`Workload.__len__`."""
+        return len(self.dtypes) * len(self.recipes)
+
+    def cases(self) -> Iterator[Case]:
+        """See :meth:`Workload.cases`."""
+        target = targets.seconds_target("convert") if self.model == models.EMBEDDED else None
+        for dtype in self.dtypes:
+            model = subjects.load(self.model, dtype, self.device).model
+            for name in self.recipes:
+                columns = {"model": self.model, "dtype": dtype, "recipe": name, "threads": self.threads}
+                converting = Contender("mxlab.apply", partial(_seconds_to_convert, model, name), target=target)
+                yield Case(
+                    f"converting, {name} {dtype}",
+                    {**columns, "device": self.device},
+                    [converting],
+                    Effort(self.repeats, self.warmup, min_sample=0),
+                    clock=Stopwatch(),
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImportSettings(Settings):
-    """``import mxlab`` in fresh processes."""
+class ImportWorkload(Workload):
+    """``import mxlab`` in fresh processes; the first of them, which fill the disk cache, are the warm-up."""
 
     repeats: int = 11
 
+    def __len__(self) -> int:
+        """See :meth:`Workload.__len__`."""
+        return 1
 
-def measure_convert(settings: ConvertSettings) -> Iterator[tuple[str, Outcome]]:
-    """Case after case: what it is, and its row."""
-    for dtype in settings.dtypes:
-        model = workloads.load(settings.model, dtype, settings.device).model
-        for name in settings.recipes:
-            case = {"model": settings.model, "dtype": dtype, "recipe": name, "threads": settings.threads}
-            case["device"] = settings.device
-            samples = [_seconds_to_convert(model, name) for _ in range(settings.warmup + settings.repeats)]
-            target = targets.seconds_target("convert") if settings.model == models.EMBEDDED else None
-            row = Row(case, "mxlab.apply", samples[settings.warmup :], target=target)
-            yield f"{name} {dtype}", Outcome([row])
-
-
-def measure_import(settings: ImportSettings) -> Iterator[tuple[str, Outcome]]:
-    """One case; the first processes, which fill the disk cache, are the warm-up."""
-    samples = [_seconds_to_import() for _ in range(settings.warmup + settings.repeats)][settings.warmup :]
-    row = Row(
-        {"python": sys.version.partition(" ")[0]}, "import mxlab", samples, target=targets.seconds_target("import")
-    )
-    yield "import mxlab", Outcome([row])
+    def cases(self) -> Iterator[Case]:
+        """See :meth:`Workload.cases`."""
+        importing = Contender("import mxlab", _seconds_to_import, target=targets.seconds_target("import"))
+        columns = {"python": sys.version.partition(" ")[0]}
+        yield Case(
+            "import mxlab", columns, [importing], Effort(self.repeats, self.warmup, min_sample=0), clock=Stopwatch()
+        )
 
 
 def _seconds_to_convert(model: torch.nn.Module, recipe: str) -> float:

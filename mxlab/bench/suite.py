@@ -1,65 +1,57 @@
-"""Running benchmarks: each under its number of threads, into a document that says where and how it was measured."""
+"""Run a benchmark, and say in its document where and how it was measured."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
 
-from mxlab.bench import forward, generate, linear, lmeval, quantize, results, startup
-from mxlab.bench.results import Document, Outcome
-from mxlab.bench.settings import Settings
+from mxlab.bench import results
+from mxlab.bench.evaluation import LmEvalWorkload, MemoryWorkload
+from mxlab.bench.inference import ForwardWorkload, GenerateWorkload
+from mxlab.bench.linear import LinearWorkload
+from mxlab.bench.quantize import QuantizeWorkload
+from mxlab.bench.results import Document, Measurement
+from mxlab.bench.startup import ConvertWorkload, ImportWorkload
 from mxlab.bench.timing import threads
+from mxlab.bench.workload import Workload
 from mxlab.experiments import provenance
+from mxlab.progress import track
 
-Note = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Benchmark:
-    """What can be told to a benchmark, and what it measures: case after case."""
-
-    settings: type[Settings]
-    measure: Callable[[Any], Iterator[tuple[str, Outcome]]]
-
-
-BENCHMARKS = {
-    "quantize": Benchmark(quantize.QuantizeSettings, quantize.measure),
-    "linear": Benchmark(linear.LinearSettings, linear.measure),
-    "forward": Benchmark(forward.ForwardSettings, forward.measure),
-    "generate": Benchmark(generate.GenerateSettings, generate.measure),
-    "lm-eval": Benchmark(lmeval.LmEvalSettings, lmeval.measure),
-    "convert": Benchmark(startup.ConvertSettings, startup.measure_convert),
-    "import": Benchmark(startup.ImportSettings, startup.measure_import),
+BENCHMARKS: dict[str, type[Workload]] = {
+    "quantize": QuantizeWorkload,
+    "linear": LinearWorkload,
+    "forward": ForwardWorkload,
+    "generate": GenerateWorkload,
+    "lm-eval": LmEvalWorkload,
+    "memory": MemoryWorkload,
+    "convert": ConvertWorkload,
+    "import": ImportWorkload,
 }
 
 
-def perform(name: str, settings: Settings, command: str, note: Note = lambda _: None) -> Document:
-    """Run the benchmark; ``note`` hears of each case that is done."""
+def perform(name: str, workload: Workload, command: str) -> Document:
+    """Measure the cases of benchmark ``name`` under the workload's number of threads."""
     busy = results.busy_cores()
     load = results.load_average()
     start = time.perf_counter()
-    outcome = Outcome()
-    with threads(settings.threads):
+    measured = Measurement()
+    with threads(workload.threads):
         described = provenance.describe()
-        for case, found in BENCHMARKS[name].measure(settings):
-            note(case)
-            outcome.add(found)
+        for case in track(workload.cases(), f"bench {name}", len(workload)):
+            measured.add(case.measure(workload.place))
     return {
         "benchmark": name,
-        "standard": settings.to_dict() == settings.standard(),
+        "standard": workload.to_dict() == workload.standard(),
         "command": command,
-        "measured on": results.name(described, settings.device),
-        "instruction set": results.instruction_set(described, settings.device),
+        "measured on": results.name(described, workload.device),
+        "instruction set": results.instruction_set(described, workload.device),
         "machine": described,
         "load": {"average": load, "busy cores before": busy, "busy cores after": results.busy_cores()},
-        "settings": settings.to_dict(),
+        "settings": workload.to_dict(),
         "elapsed_seconds": round(time.perf_counter() - start, 1),
-        "failures": outcome.failures,
-        "rows": [row.to_dict() for row in outcome.rows],
+        "failures": measured.failures,
+        "rows": [row.to_dict() for row in measured.rows],
     }
 
 

@@ -32,7 +32,7 @@ def grid(document: Document, hidden: Sequence[str] = ()) -> Grid:
     varying = [key for key in keys if len({str(row["case"].get(key)) for row in rows}) > 1]
     figures = list(dict.fromkeys(name for row in rows for name in row["figures"]))
     common = [f"{key} {rows[0]['case'][key]}" for key in keys if key not in varying]
-    heads = [*varying, "twin", "time (quartiles)", *figures, "ratio (quartiles)", "target"]
+    heads = [*varying, "contender", "time (quartiles)", *figures, "ratio (quartiles)", "target"]
     cells = [_cells(row, varying, figures) for row in rows]
     kept = [i for i in range(len(heads)) if any(row[i] for row in cells)]
     return Grid(
@@ -65,7 +65,7 @@ def _cells(row: dict[str, Any], varying: Sequence[str], figures: Sequence[str]) 
     values = [number_text(row["figures"][name]) if name in row["figures"] else "" for name in figures]
     return [
         *(str(row["case"].get(key, "")) for key in varying),
-        row["twin"],
+        row["contender"],
         _with_quartiles(row["seconds"], time_text),
         *values,
         _with_quartiles(row["ratio"], ratio_text) if row["ratio"] else "",
@@ -92,7 +92,7 @@ def target_text(target: dict[str, Any] | None) -> str:
 _HEAD = """# Benchmarks
 
 Made by `mxlab bench tables` from the files in `bench/results`; do not edit. A time is the median of its samples, with
-their quartiles. A ratio is to the unquantized twin in the same process: twins take turns, and the median and the
+their quartiles. A ratio is to the unquantized thing in the same process: contenders take turns, and the median and the
 quartiles are those of the ratios within a round. Targets are those of the project's plan, each for its own setting.
 Figures of different instruction sets do not compare, ratios included: each has a part of its own.
 """

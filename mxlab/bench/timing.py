@@ -1,71 +1,48 @@
-"""Alternating measurements: each twin once a round, so that what disturbs the machine disturbs all of them alike."""
+"""Time contenders in turn: each once a round, so that what disturbs the machine disturbs all of them alike."""
 
 from __future__ import annotations
 
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
+from mxlab.bench.targets import Target
+from mxlab.progress import Steps
 
-@dataclass(frozen=True)
-class Spread:
-    """The median of some samples, the quartiles around it, and how many they were."""
-
-    median: float
-    q1: float
-    q3: float
-    n: int
-
-
-def spread(samples: Sequence[float]) -> Spread:
-    """Return the quartiles of at least one sample; between two samples they are interpolated.
-
-    Raises:
-        ValueError: no samples.
-    """
-    if not samples:
-        raise ValueError("no samples: nothing was measured")
-    if len(samples) == 1:
-        return Spread(samples[0], samples[0], samples[0], 1)
-    q1, median, q3 = statistics.quantiles(samples, n=4, method="inclusive")
-    return Spread(median, q1, q3, len(samples))
-
-
-def ratios(samples: Sequence[float], reference: Sequence[float]) -> list[float]:
-    """Return each sample over the reference's of the same round; a series that stopped early has fewer."""
-    return [a / b for a, b in zip(samples, reference, strict=False)]
-
-
-_AT_LEAST = 2  # samples of an impatient twin
-_ROUNDS = 3  # of a measurement, however long they take
+_LEAST_SAMPLES = 2  # of a contender whose time is up
+_LEAST_ROUNDS = 3  # of a case whose time is up
 
 
 @dataclass(frozen=True)
-class Twin:
-    """Something to time.
+class Contender:
+    """One of the things that are timed side by side.
 
     Attributes:
         name: what it is called in the results.
-        call: does it once; what it returns is dropped.
+        call: does it once; what it returns is dropped, but by :class:`Stopwatch`.
+        columns: what its row of results says besides the columns of its case.
+        target: a bound on one figure of its row.
         optional: a failure is noted, and the others go on without it.
-        patience: seconds after which it is sampled no more, so that a slow guest does not hold up the rest.
+        time_limit: seconds of samples after which it is sampled no more, so that a slow one does not hold up the rest.
     """
 
     name: str
     call: Callable[[], object]
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    target: Target | None = None
     optional: bool = False
-    patience: float = math.inf
+    time_limit: float = math.inf
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How often everything is measured: ``repeats`` rounds after ``warmup`` calls of each twin.
+    """How often everything is measured: ``repeats`` rounds after ``warmup`` calls of each contender.
 
     A sample is the mean of as many calls as take ``min_sample`` seconds, so that the clock's own cost does not show. No
     round begins after ``time_limit`` seconds, once there are three: a slow machine gives fewer samples.
@@ -78,11 +55,11 @@ class Effort:
 
 
 @dataclass
-class Timings:
-    """Seconds a call, by twin, in the order of the rounds; and why an optional twin is missing."""
+class Series:
+    """The seconds a call of one contender took, in the order of the rounds; or why there are none."""
 
-    samples: dict[str, list[float]] = field(default_factory=dict)
-    failures: dict[str, str] = field(default_factory=dict)
+    samples: list[float] = field(default_factory=list)
+    failure: str | None = None
 
 
 class Clock(Protocol):
@@ -123,36 +100,51 @@ class CudaClock:
         return start.elapsed_time(end) / 1000 / number  # milliseconds
 
 
+class Stopwatch:
+    """For calls that take their own time and return it in seconds."""
+
+    def seconds(self, call: Callable[[], Any], number: int) -> float:
+        """See :class:`Clock`."""
+        return statistics.fmean(call() for _ in range(number))
+
+
 def clock_for(device: torch.device) -> Clock:
     """Return the clock that is right for work on ``device``."""
     return CudaClock(device) if device.type == "cuda" else WallClock()
 
 
-def alternate(twins: Sequence[Twin], effort: Effort, clock: Clock) -> Timings:
-    """Time ``twins`` in turn, A B C A B C ..., after a warm-up of each.
+def alternate(
+    contenders: Sequence[Contender], effort: Effort, clock: Clock, description: str = "timing"
+) -> list[Series]:
+    """Time ``contenders`` in turn, A B C A B C ..., after a warm-up of each; show the rounds as ``description``.
+
+    Returns:
+        a series for each contender, in their order.
 
     Raises:
-        Exception: whatever a twin raises that is not optional.
+        Exception: whatever a contender raises that is not optional.
     """
-    timings = Timings()
-    running: dict[str, tuple[Twin, int]] = {}
-    for twin in twins:
-        with _tolerated(twin, timings):
-            running[twin.name] = twin, _warm_up(twin, effort, clock)
-    started = time.perf_counter()
-    for done in range(effort.repeats):
-        if done >= _ROUNDS and time.perf_counter() - started > effort.time_limit:
-            break
-        for twin, number in list(running.values()):
-            with _tolerated(twin, timings):
-                samples = timings.samples.setdefault(twin.name, [])
-                samples.append(clock.seconds(twin.call, number))
-                if len(samples) >= _AT_LEAST and sum(samples) * number > twin.patience:
-                    del running[twin.name]
-            if twin.name in timings.failures:
-                running.pop(twin.name, None)
-                timings.samples.pop(twin.name, None)
-    return timings
+    found = [Series() for _ in contenders]
+    running: list[tuple[Contender, Series, int]] = []
+    with Steps(description, effort.repeats) as rounds:
+        for contender, series in zip(contenders, found, strict=True):
+            with _tolerated(contender, series):
+                running.append((contender, series, _warm_up(contender, effort, clock)))
+        started = time.perf_counter()
+        for done in range(effort.repeats):
+            if done >= _LEAST_ROUNDS and time.perf_counter() - started > effort.time_limit:
+                break
+            running = [entry for entry in running if _sample(*entry, clock)]
+            rounds.advance()
+    return found
+
+
+def _sample(contender: Contender, series: Series, number: int, clock: Clock) -> bool:
+    """Add a sample of ``number`` calls; return whether the contender goes on."""
+    with _tolerated(contender, series):
+        series.samples.append(clock.seconds(contender.call, number))
+    is_up = sum(series.samples) * number > contender.time_limit and len(series.samples) >= _LEAST_SAMPLES
+    return series.failure is None and not is_up
 
 
 @contextmanager
@@ -166,17 +158,19 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _warm_up(twin: Twin, effort: Effort, clock: Clock) -> int:
-    """Call the twin ``warmup`` times; returns how many calls make a sample."""
-    took = min((clock.seconds(twin.call, 1) for _ in range(effort.warmup)), default=math.inf)
+def _warm_up(contender: Contender, effort: Effort, clock: Clock) -> int:
+    """Call the contender ``warmup`` times; return how many calls make a sample."""
+    took = min((clock.seconds(contender.call, 1) for _ in range(effort.warmup)), default=math.inf)
     return max(1, math.ceil(effort.min_sample / max(took, 1e-9)))
 
 
 @contextmanager
-def _tolerated(twin: Twin, timings: Timings) -> Iterator[None]:
+def _tolerated(contender: Contender, series: Series) -> Iterator[None]:
+    """Note the failure of an optional contender, and drop what was measured of it."""
     try:
         yield
     except Exception as e:
-        if not twin.optional:
+        if not contender.optional:
             raise
-        timings.failures[twin.name] = f"{type(e).__name__}: {e}"
+        series.samples.clear()
+        series.failure = f"{type(e).__name__}: {e}"

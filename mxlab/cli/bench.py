@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +19,6 @@ from typer.core import TyperGroup
 from mxlab.cli.console import console, print_table, progress
 from mxlab.cli.options import DeviceOption
 from mxlab.errors import SourceError
-from mxlab.progress import Steps
 
 
 class _AllByDefault(TyperGroup):
@@ -31,160 +32,145 @@ class _AllByDefault(TyperGroup):
 
 app = typer.Typer(
     cls=_AllByDefault,
-    help="Time quantization against the unquantized twin, and write what was measured. Alone: all of it.",
+    help="Time quantization against the unquantized model, and write what was measured. Alone: all of it.",
     pretty_exceptions_enable=False,
 )
+RESULTS = Path("bench/results")
 Out = Annotated[Path, typer.Option("--out", "-o", help="Where the JSON files go.")]
-Results = Annotated[Path, typer.Option("--results", help="Where the JSON files lie.")]
-Repeats = Annotated[int | None, typer.Option(help="Rounds in which all twins take their turn.")]
-Warmup = Annotated[int | None, typer.Option(help="Calls of each twin before the first round.")]
-Threads = Annotated[int | None, typer.Option(help="Threads to compute with.")]
+Results = Annotated[Path, typer.Option("--results", help="The folder of the JSON files.")]
 DataDir = Annotated[Path | None, typer.Option(help="A folder with lambada_openai.jsonl; else the embedded passages.")]
 Model = Annotated[
     str | None, typer.Option("--model", help="A hub name, a folder, smollm2, llama-1b-random or random-tiny.")
 ]
+OneDtype = Annotated[str | None, typer.Option("--dtype", help="What the model computes in.")]
 Dtypes = Annotated[list[str] | None, typer.Option("--dtype", help="float32, bfloat16, float16; repeatable.")]
 Numerics = Annotated[list[str] | None, typer.Option("--numerics", help="exact, microxcaling; repeatable.")]
 Recipes = Annotated[list[str] | None, typer.Option("--recipe", help="A recipe's name or TOML file; repeatable.")]
 Batch = Annotated[int | None, typer.Option(help="Rows of a batch.")]
+Limit = Annotated[int | None, typer.Option(help="Rows.")]
 
-RESULTS = Path("bench/results")
+
+def _effort(
+    threads: Annotated[int | None, typer.Option(help="Threads to compute with.")] = None,
+    repeats: Annotated[int | None, typer.Option(help="Rounds in which all contenders take their turn.")] = None,
+    warmup: Annotated[int | None, typer.Option(help="Calls of each contender before the first round.")] = None,
+    device: DeviceOption = "auto",
+    out: Out = RESULTS,
+) -> None:
+    """What every benchmark can be told besides."""
+
+
+def _benchmark(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make ``mxlab bench NAME`` of a function without a body, whose parameters are fields of the workload.
+
+    The command takes the parameters of :func:`_effort` as well. What is not given is left to the workload.
+    """
+
+    def command_of(own: Callable[..., None]) -> Callable[..., None]:
+        def command(**given: Any) -> None:
+            _run(name, **given)
+
+        parts = [inspect.signature(function, eval_str=True) for function in (own, _effort)]
+        merged = [parameter for part in parts for parameter in part.parameters.values()]
+        setattr(command, "__signature__", inspect.Signature(merged))  # noqa: B010
+        command.__annotations__ = {parameter.name: parameter.annotation for parameter in merged}
+        return app.command(name, help=own.__doc__)(command)
+
+    return command_of
 
 
 @app.command("all")
 def everything(data_dir: DataDir = None, device: DeviceOption = "auto", out: Out = RESULTS) -> None:
-    """Every benchmark in its standard settings."""
-    from mxlab.bench.settings import TextSettings
+    """Run every benchmark in its standard settings."""
     from mxlab.bench.suite import BENCHMARKS
+    from mxlab.bench.workload import TextWorkload
 
-    for name, benchmark in BENCHMARKS.items():
-        reads_text = issubclass(benchmark.settings, TextSettings)
-        _run(name, out, device=device, **({"data_dir": data_dir} if reads_text else {}))
+    for name, workload in BENCHMARKS.items():
+        given = {"data_dir": data_dir} if issubclass(workload, TextWorkload) else {}
+        _run(name, out=out, device=device, **given)
 
 
-@app.command()
+@_benchmark("quantize")
 def quantize(
-    shape: Annotated[list[str] | None, typer.Option(help="Such as 2048x576; repeatable.")] = None,
-    dtype: Dtypes = None,
-    format_: Annotated[
+    shapes: Annotated[list[str] | None, typer.Option("--shape", help="Such as 2048x576; repeatable.")] = None,
+    dtypes: Dtypes = None,
+    formats: Annotated[
         list[str] | None, typer.Option("--format", help="fp6_e2m3, or with a block size fp4_e2m1@32; repeatable.")
     ] = None,
-    block: Annotated[list[int] | None, typer.Option(help="Block size; repeatable.")] = None,
+    blocks: Annotated[list[int] | None, typer.Option("--block", help="Block size; repeatable.")] = None,
     numerics: Numerics = None,
-    threads: Threads = None,
     values: Annotated[str | None, typer.Option(help="auto (activations where they have the shape) or random.")] = None,
     copy_gib: Annotated[
         float | None, typer.Option(help="Size of a tensor to compare with the copy bandwidth on; GPU: 1.")
     ] = None,
-    repeats: Repeats = None,
-    warmup: Warmup = None,
-    device: DeviceOption = "auto",
-    out: Out = RESULTS,
 ) -> None:
-    """Quantizing a tensor, against tensor.clone()."""
-    settings = {"shapes": shape, "dtypes": dtype, "formats": format_, "blocks": block, "numerics": numerics}
-    more = {"threads": threads, "values": values, "copy_gib": copy_gib, "repeats": repeats, "warmup": warmup}
-    _run("quantize", out, device=device, **settings, **more)
+    """Quantize a tensor, against tensor.clone()."""
 
 
-@app.command()
+@_benchmark("linear")
 def linear(
-    shape: Annotated[list[str] | None, typer.Option(help="In x out, such as 576x1536; repeatable.")] = None,
+    shapes: Annotated[list[str] | None, typer.Option("--shape", help="In x out: 576x1536; repeatable.")] = None,
     tokens: Annotated[list[int] | None, typer.Option(help="Rows of the input; repeatable.")] = None,
-    dtype: Dtypes = None,
+    dtypes: Dtypes = None,
     recipe: Annotated[str | None, typer.Option(help="Its formats for q_proj are taken.")] = None,
     numerics: Numerics = None,
-    threads: Threads = None,
-    repeats: Repeats = None,
-    warmup: Warmup = None,
-    device: DeviceOption = "auto",
-    out: Out = RESULTS,
 ) -> None:
-    """One linear layer, against the same torch.nn.Linear."""
-    settings = {"shapes": shape, "tokens": tokens, "dtypes": dtype, "recipe": recipe, "numerics": numerics}
-    _run("linear", out, device=device, **settings, threads=threads, repeats=repeats, warmup=warmup)
+    """Call one linear layer, against the same torch.nn.Linear."""
 
 
-@app.command()
+@_benchmark("forward")
 def forward(
     model: Model = None,
-    recipe: Recipes = None,
+    recipes: Recipes = None,
     numerics: Numerics = None,
-    dtype: Dtypes = None,
-    attention: Annotated[list[str] | None, typer.Option(help="eager, sdpa; repeatable.")] = None,
+    dtypes: Dtypes = None,
+    attentions: Annotated[list[str] | None, typer.Option("--attention", help="eager, sdpa; repeatable.")] = None,
     batch: Batch = None,
     tokens: Annotated[int | None, typer.Option(help="Longest row; length of random rows.")] = None,
     data_dir: DataDir = None,
-    threads: Threads = None,
-    repeats: Repeats = None,
-    warmup: Warmup = None,
-    device: DeviceOption = "auto",
-    out: Out = RESULTS,
 ) -> None:
-    """A forward pass over rows of LAMBADA, against the unquantized model."""
-    settings = {"recipes": recipe, "numerics": numerics, "dtypes": dtype, "attentions": attention}
-    more = {"batch": batch, "tokens": tokens, "data_dir": data_dir, "threads": threads}
-    _run("forward", out, device=device, model=model, repeats=repeats, warmup=warmup, **settings, **more)
+    """Run a forward pass over rows of LAMBADA, against the unquantized model."""
 
 
-@app.command()
+@_benchmark("generate")
 def generate(
     model: Model = None,
-    recipe: Recipes = None,
+    recipes: Recipes = None,
     numerics: Numerics = None,
-    dtype: Dtypes = None,
+    dtypes: Dtypes = None,
     tokens: Annotated[int | None, typer.Option(help="New tokens.")] = None,
     data_dir: DataDir = None,
-    threads: Threads = None,
-    repeats: Repeats = None,
-    warmup: Warmup = None,
-    device: DeviceOption = "auto",
-    out: Out = RESULTS,
 ) -> None:
-    """Greedy generation at batch 1, against the unquantized model."""
-    settings = {"recipes": recipe, "numerics": numerics, "dtypes": dtype, "tokens": tokens, "data_dir": data_dir}
-    _run("generate", out, device=device, model=model, threads=threads, repeats=repeats, warmup=warmup, **settings)
+    """Generate greedily at batch 1, against the unquantized model."""
 
 
-@app.command("lm-eval")
+@_benchmark("lm-eval")
 def lm_eval(
     model: Model = None,
-    recipe: Recipes = None,
-    limit: Annotated[int | None, typer.Option(help="Rows.")] = None,
+    recipes: Recipes = None,
+    limit: Limit = None,
     batch: Batch = None,
-    dtype: Annotated[str | None, typer.Option(help="What the model computes in.")] = None,
+    dtype: OneDtype = None,
     data_dir: DataDir = None,
-    threads: Threads = None,
-    repeats: Repeats = None,
-    warmup: Warmup = None,
-    device: DeviceOption = "auto",
-    out: Out = RESULTS,
 ) -> None:
-    """A short lm-eval run, against the baseline."""
-    settings = {"recipes": recipe, "limit": limit, "batch": batch, "dtype": dtype, "data_dir": data_dir}
-    _run("lm-eval", out, device=device, model=model, threads=threads, repeats=repeats, warmup=warmup, **settings)
+    """Run lm-eval on a few rows, against the baseline."""
 
 
-@app.command()
-def convert(
-    model: Model = None,
-    recipe: Recipes = None,
-    dtype: Dtypes = None,
-    threads: Threads = None,
-    repeats: Repeats = None,
-    warmup: Warmup = None,
-    device: DeviceOption = "auto",
-    out: Out = RESULTS,
+@_benchmark("memory")
+def memory(
+    model: Model = None, recipes: Recipes = None, limit: Limit = None, dtype: OneDtype = None, data_dir: DataDir = None
 ) -> None:
-    """mxlab.apply on fresh copies of a model."""
-    settings = {"recipes": recipe, "dtypes": dtype, "threads": threads, "repeats": repeats, "warmup": warmup}
-    _run("convert", out, device=device, model=model, **settings)
+    """Take the peak memory of an evaluation in a fresh process, against the baseline."""
 
 
-@app.command("import")
-def import_(repeats: Repeats = None, warmup: Warmup = None, out: Out = RESULTS) -> None:
+@_benchmark("convert")
+def convert(model: Model = None, recipes: Recipes = None, dtypes: Dtypes = None) -> None:
+    """Convert fresh copies of a model (mxlab.apply)."""
+
+
+@_benchmark("import")
+def import_() -> None:
     """Import mxlab in fresh processes."""
-    _run("import", out, device="cpu", repeats=repeats, warmup=warmup)
 
 
 @app.command()
@@ -221,14 +207,14 @@ def tables(
 
 def _run(name: str, out: Path, device: str, **given: Any) -> None:
     """Perform a benchmark, show it, write it."""
-    with progress(), Steps(f"bench {name}") as steps:
+    with progress():
         from mxlab.bench import suite
         from mxlab.bench.results import make_folder, write
 
         make_folder(out)
-        settings = suite.BENCHMARKS[name].settings.of(device, **given)
+        workload = suite.BENCHMARKS[name].of(device, **given)
         logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns at every run that the model is loaded already
-        document = suite.perform(name, settings, _command(), lambda case: steps.advance())
+        document = suite.perform(name, workload, _command())
     _show(document, suite.is_disturbed(document))
     path, replaced = write(document, out, suite.file_name(document))
     console.print(f"{'replaced' if replaced else 'written'}: {path}\n", soft_wrap=True)

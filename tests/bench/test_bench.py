@@ -11,11 +11,11 @@ from typing import ClassVar
 import pytest
 import torch
 
-from mxlab.bench import figures, mxpackage, results, settings, suite, tables, targets
-from mxlab.bench.results import Outcome, Row, read, write
-from mxlab.bench.settings import expand_formats, parse_shape
+from mxlab.bench import figures, mxpackage, results, suite, tables, targets, workload
+from mxlab.bench.results import Measurement, Row, Spread, ratios, read, spread, write
 from mxlab.bench.tables import grid
-from mxlab.bench.timing import Effort, Spread, Twin, alternate, clock_for, ratios, spread, threads
+from mxlab.bench.timing import Contender, Effort, Stopwatch, alternate, clock_for, threads
+from mxlab.bench.workload import expand_formats, parse_shape
 from mxlab.cli import main as cli
 from mxlab.errors import MxlabError, SourceError, SpecError
 
@@ -31,8 +31,8 @@ class FakeClock:
     def __init__(self):
         self.calls = []
 
-    def twin(self, name, **settings):
-        return Twin(name, lambda: self.calls.append(name), **settings)
+    def contender(self, name, **settings):
+        return Contender(name, lambda: self.calls.append(name), **settings)
 
     def seconds(self, call, number):
         for _ in range(number):
@@ -43,29 +43,29 @@ class FakeClock:
 # ---- timing and statistics
 
 
-def test_twins_take_turns():
+def test_contenders_take_turns():
     clock = FakeClock()
-    timings = alternate([clock.twin("A"), clock.twin("B")], ONCE, clock)
+    first, second = alternate([clock.contender("A"), clock.contender("B")], ONCE, clock)
     assert clock.calls == ["A", "B"] + ["A", "B"] * 3
-    assert timings.samples["A"] == pytest.approx([2.03, 2.05, 2.07])
-    assert timings.samples["B"] == pytest.approx([3.04, 3.06, 3.08])
-    assert timings.failures == {}
+    assert first.samples == pytest.approx([2.03, 2.05, 2.07])
+    assert second.samples == pytest.approx([3.04, 3.06, 3.08])
+    assert first.failure is second.failure is None
 
 
 def test_a_short_call_is_repeated_within_a_sample():
     clock = FakeClock()
-    alternate([clock.twin("A")], Effort(repeats=1, warmup=1, min_sample=5), clock)
+    alternate([clock.contender("A")], Effort(repeats=1, warmup=1, min_sample=5), clock)
     assert clock.calls == ["A"] * (1 + 3)  # three times two seconds make five
 
 
-def test_an_impatient_twin_leaves_and_the_others_go_on():
+def test_a_contender_leaves_when_its_time_is_up_and_the_others_go_on():
     clock = FakeClock()
-    timings = alternate([clock.twin("A"), clock.twin("B", patience=1)], ONCE, clock)
-    assert {name: len(samples) for name, samples in timings.samples.items()} == {"A": 3, "B": 2}
+    found = alternate([clock.contender("A"), clock.contender("B", time_limit=1)], ONCE, clock)
+    assert [len(series.samples) for series in found] == [3, 2]
 
 
 @pytest.mark.parametrize("works", [0, 1, 2])
-def test_an_optional_twin_may_fail(works):
+def test_an_optional_contender_may_fail(works):
     """In the warm-up, or in a later round."""
     clock = FakeClock()
 
@@ -74,17 +74,44 @@ def test_an_optional_twin_may_fail(works):
             raise RuntimeError("no such kernel")
         clock.calls.append("C")
 
-    timings = alternate([clock.twin("A"), Twin("C", call, optional=True), clock.twin("B")], ONCE, clock)
-    assert timings.failures == {"C": "RuntimeError: no such kernel"}
-    assert {name: len(samples) for name, samples in timings.samples.items()} == {"A": 3, "B": 3}
+    found = alternate([clock.contender("A"), Contender("C", call, optional=True), clock.contender("B")], ONCE, clock)
+    assert [series.failure for series in found] == [None, "RuntimeError: no such kernel", None]
+    assert [len(series.samples) for series in found] == [3, 0, 3]
 
 
-def test_another_twin_may_not():
+def test_a_stopwatch_takes_what_the_call_returns():
+    seconds = iter([9.0, 1.0, 2.0, 3.0])
+    [series] = alternate([Contender("A", lambda: next(seconds))], Effort(3, warmup=1, min_sample=0), Stopwatch())
+    assert series.samples == [1.0, 2.0, 3.0]
+
+
+def test_rounds_are_shown(monkeypatch):
+    from mxlab import progress
+
+    seen = []
+
+    class Seen:
+        def begin(self, steps):
+            seen.append((steps.description, steps.total))
+
+        def advance(self, steps):
+            seen.append(steps.done)
+
+        def end(self, steps):
+            seen.append("end")
+
+    with progress.shown_by(Seen()):
+        clock = FakeClock()
+        alternate([clock.contender("A")], ONCE, clock, "a case")
+    assert seen == [("a case", 3), 1, 2, 3, "end"]
+
+
+def test_another_contender_may_not():
     def call():
         raise RuntimeError("no such kernel")
 
     with pytest.raises(RuntimeError, match="no such kernel"):
-        alternate([Twin("A", call)], ONCE, FakeClock())
+        alternate([Contender("A", call)], ONCE, FakeClock())
 
 
 def test_threads_are_put_back():
@@ -179,8 +206,8 @@ def test_figures_of_instruction_sets_stand_apart():
 
 
 def test_slow_dtypes_come_last_and_are_measured_less(monkeypatch):
-    monkeypatch.setattr(settings, "is_native", lambda dtype, device: dtype == torch.float32)
-    chosen = settings.Settings(repeats=7)
+    monkeypatch.setattr(workload, "is_native", lambda dtype, device: dtype == torch.float32)
+    chosen = suite.BENCHMARKS["linear"].of("cpu", repeats=7)
     assert chosen.in_order(("bfloat16", "float32")) == ["float32", "bfloat16"]
     assert (chosen.effort_in("float32").repeats, chosen.effort_in("bfloat16").repeats) == (7, 3)
 
@@ -204,14 +231,15 @@ def no_mx(monkeypatch):
 
 
 def performed(name: str, **given) -> dict:
-    settings = suite.BENCHMARKS[name].settings.of("cpu", **{**QUICK, **given})
-    document = suite.perform(name, settings, f"mxlab bench {name}")
+    chosen = suite.BENCHMARKS[name].of("cpu", **{**QUICK, **given})
+    assert len(list(chosen.cases())) == len(chosen)
+    document = suite.perform(name, chosen, f"mxlab bench {name}")
     assert json.loads(json.dumps(document)) is not None
     return document
 
 
-def twins(document: dict) -> list[str]:
-    return [row["twin"] for row in document["rows"]]
+def contenders(document: dict) -> list[str]:
+    return [row["contender"] for row in document["rows"]]
 
 
 @pytest.mark.usefixtures("no_mx")
@@ -219,7 +247,7 @@ def test_quantize():
     given = {"shapes": ["3x64"], "dtypes": ["bfloat16"], "formats": ["int8", "fp4_e2m1@16"], "values": "random"}
     document = performed("quantize", blocks=[32], **given)
     names = ["clone", "exact", "microxcaling", "exact, in place", "microxcaling, in place"]
-    assert twins(document) == names * 2
+    assert contenders(document) == names * 2
     assert [row["case"]["format"] for row in document["rows"]] == ["int8@32"] * 5 + ["fp4_e2m1@16"] * 5
     clone, exact = document["rows"][:2]
     assert clone["reference"] is clone["ratio"] is clone["target"] is None
@@ -244,7 +272,7 @@ def test_quantize_activations():
 def test_the_share_of_the_copy_bandwidth():
     given = {"shapes": ["2x32"], "dtypes": ["float32"], "blocks": [32], "values": "random", "numerics": ["exact"]}
     *_, copy, exact = performed("quantize", copy_gib=2**-14, **given)["rows"]
-    assert (copy["twin"], copy["case"]["shape"]) == ("copy", "4x4096")
+    assert (copy["contender"], copy["case"]["shape"]) == ("copy", "4x4096")
     assert exact["target"]["figure"] == "fraction of copy"
     assert exact["figures"]["fraction of copy"] == pytest.approx(1 / exact["ratio"]["median"], rel=1e-4)
 
@@ -252,7 +280,7 @@ def test_the_share_of_the_copy_bandwidth():
 @pytest.mark.usefixtures("no_mx")
 def test_linear():
     document = performed("linear", shapes=["64x32"], tokens=[1, 3], dtypes=["float32"], recipe="ex2")
-    assert twins(document) == ["unquantized", "exact", "microxcaling"] * 2
+    assert contenders(document) == ["unquantized", "exact", "microxcaling"] * 2
     assert [row["case"]["tokens"] for row in document["rows"]] == [1] * 3 + [3] * 3
 
 
@@ -274,7 +302,7 @@ def test_a_linear_layer_quantizes_at_every_call(monkeypatch):
 @pytest.mark.usefixtures("no_mx")
 def test_forward():
     document = performed("forward", model="random-tiny", batch=2, tokens=8, dtypes=["float32"])
-    assert twins(document) == ["unquantized", *["exact", "microxcaling"] * 2] * 2
+    assert contenders(document) == ["unquantized", *["exact", "microxcaling"] * 2] * 2
     assert [row["case"]["attention"] for row in document["rows"]] == ["eager"] * 5 + ["sdpa"] * 5
     assert [row["case"]["recipe"] for row in document["rows"]] == ["baseline", "ex1", "ex1", "ex2", "ex2"] * 2
     first = document["rows"][0]
@@ -301,21 +329,48 @@ def test_forward_over_text(tiny_llama, tmp_path):
 
 def test_generate():
     document = performed("generate", model="random-tiny", tokens=3)
-    assert twins(document) == ["unquantized", "exact"]
+    assert contenders(document) == ["unquantized", "exact"]
     row = document["rows"][1]
     assert row["figures"]["ms/token"] == pytest.approx(row["seconds"]["median"] * 1000 / 3, rel=1e-4)
 
 
 def test_lm_eval(tiny_llama):
     document = performed("lm-eval", model=str(tiny_llama), limit=2, batch=2, dtype="float32", recipes=["ex2"], warmup=0)
-    assert twins(document) == ["baseline", "ex2"] * 2
+    assert contenders(document) == ["baseline", "ex2"] * 2
     assert [row["case"]["timed"] for row in document["rows"]] == ["whole run"] * 2 + ["forward passes"] * 2
     assert all(row["figures"]["examples/s"] > 0 for row in document["rows"])
 
 
+def test_memory(tiny_llama):
+    given = {"model": str(tiny_llama), "limit": 2, "dtype": "float32", "recipes": ["ex2"], "repeats": 1, "warmup": 0}
+    first, second = performed("memory", **given)["rows"]
+    assert [first["contender"], second["contender"]] == ["baseline", "ex2"]
+    assert first["figures"]["of the baseline's"] == 1
+    ratio = second["figures"]["peak MiB"] / first["figures"]["peak MiB"]
+    assert second["figures"]["of the baseline's"] == pytest.approx(ratio, rel=1e-4)
+    assert 100 < first["figures"]["peak MiB"] < 10_000  # torch alone takes more than the one
+
+
+def test_an_evaluation_that_dies_is_told(monkeypatch, tiny_llama):
+    from mxlab.bench import evaluation
+
+    monkeypatch.setattr(evaluation, "_ALONE", "raise SystemExit('no room')")
+    with pytest.raises(MxlabError, match=r"under baseline ended with 1:\nno room"):
+        performed("memory", model=str(tiny_llama), dtype="float32")
+
+
+def test_files_of_earlier_versions_are_read(tmp_path):
+    former = document()
+    former["rows"] = [
+        {"twin" if key == "contender" else key: value for key, value in row.items()} for row in former["rows"]
+    ]
+    results.write(former, tmp_path, "quantize")
+    assert read(tmp_path)["quantize"]["rows"] == document()["rows"]
+
+
 def test_convert_and_import():
     document = performed("convert", model="random-tiny", dtypes=["float32"])
-    assert twins(document) == ["mxlab.apply"]
+    assert contenders(document) == ["mxlab.apply"]
     assert len(document["rows"][0]["samples"]) == 2
     document = performed("import")
     assert document["rows"][0]["target"]["limit"] == 0.2
@@ -355,19 +410,21 @@ QUANTIZE = {"shapes": ["2x64"], "dtypes": ["float32"], "blocks": [32], "values":
 @pytest.mark.usefixtures("fake_mx")
 def test_microxcaling_is_timed_where_it_is():
     assert mxpackage.is_there()
-    assert twins(performed("quantize", **QUANTIZE))[-1] == "mx package"
-    assert twins(performed("linear", shapes=["64x32"], tokens=[2], dtypes=["float32"]))[-1] == "mx package"
+    assert contenders(performed("quantize", **QUANTIZE))[-1] == "mx package"
+    assert contenders(performed("linear", shapes=["64x32"], tokens=[2], dtypes=["float32"]))[-1] == "mx package"
     document = performed("forward", model="random-tiny", batch=1, tokens=4, dtypes=["float32"], attentions=["sdpa"])
-    guests = [row["case"]["recipe"] for row in document["rows"] if row["twin"] == "mx package"]
-    assert guests == ["ex1"]  # it has no quantized K and V
+    others = [row["case"]["recipe"] for row in document["rows"] if row["contender"] == "mx package"]
+    assert others == ["ex1"]  # it has no quantized K and V
     assert document["failures"] == []
 
 
 def test_a_microxcaling_that_fails_breaks_nothing(fake_mx):
     (fake_mx / "mx_ops.py").write_text("raise OSError('compiled for another torch')\n")
     document = performed("quantize", **QUANTIZE)
-    assert "mx package" not in twins(document)
-    assert document["failures"] == ["mx package, float32 fp6_e2m3@32: OSError: compiled for another torch"]
+    assert "mx package" not in contenders(document)
+    assert document["failures"] == [
+        "mx package, quantize 2x64 float32 fp6_e2m3@32: OSError: compiled for another torch"
+    ]
     assert "compiled for another torch" in tables.markdown({"x": document})
 
 
@@ -400,7 +457,7 @@ def test_no_shape(text):
         with pytest.raises(SpecError, match="write the lengths of its axes"):
             parse_shape(text)
     with pytest.raises(SpecError, match=r"like 2048x576|in x out"):
-        suite.BENCHMARKS["linear"].settings.of("cpu", shapes=[text])
+        suite.BENCHMARKS["linear"].of("cpu", shapes=[text])
 
 
 @pytest.mark.parametrize(
@@ -426,7 +483,7 @@ def test_no_shape(text):
 )
 def test_bad_settings(name, given, message):
     with pytest.raises(MxlabError, match=message):
-        suite.BENCHMARKS[name].settings.of("cpu", **given)
+        suite.BENCHMARKS[name].of("cpu", **given)
 
 
 def test_rows_that_are_no_json(tmp_path):
@@ -444,10 +501,10 @@ def document(name: str = "quantize", **changes) -> dict:
     rows = [Row({"shape": "8x32"}, "clone", reference, figures={"ns/element": 0.5})]
     for dtype in ("float32", "bfloat16"):
         case = {"shape": "8x32", "dtype": dtype, "format": "fp6_e2m3@32", "attention": "sdpa", "recipe": "ex1"}
-        for twin, factor in (("exact", 1.5), ("microxcaling", 6.0), ("mx package", 20.0)):
+        for contender, factor in (("exact", 1.5), ("microxcaling", 6.0), ("mx package", 20.0)):
             samples = [factor * s for s in reference]
-            target = targets.quantize_target(twin, "cpu", dtype, 1)
-            rows.append(Row(case, twin, samples, "clone", reference, {"ns/element": factor / 2}, target))
+            target = targets.quantize_target(contender, "cpu", dtype, 1)
+            rows.append(Row(case, contender, samples, "clone", reference, {"ns/element": factor / 2}, target))
     return {
         "benchmark": name,
         "standard": True,
@@ -478,7 +535,7 @@ def test_file_names_say_the_machine_and_other_settings():
 
 def test_the_standard_settings_are_those_of_the_device(monkeypatch, tmp_path):
     (tmp_path / "lambada_openai.jsonl").write_text('{"text": "x"}\n')
-    forward = suite.BENCHMARKS["forward"].settings
+    forward = suite.BENCHMARKS["forward"]
     settings = forward.of("cpu", data_dir=tmp_path)
     assert settings.to_dict() == settings.standard()
     assert str(tmp_path) not in json.dumps(settings.to_dict())  # where the data lies is nobody's affair
@@ -513,16 +570,16 @@ def test_files_that_cannot_be_used(tmp_path):
 
 
 def test_failures_are_told_once():
-    outcome = Outcome()
-    outcome.add(Outcome(failures=["x"]))
-    outcome.add(Outcome(failures=["x", "y"]))
-    assert outcome.failures == ["x", "y"]
+    measured = Measurement()
+    measured.add(Measurement(failures=["x"]))
+    measured.add(Measurement(failures=["x", "y"]))
+    assert measured.failures == ["x", "y"]
 
 
 def test_grid():
     found = grid(document())
     case = ["dtype", "format", "attention", "recipe"]
-    assert found.heads == [*case, "twin", "time (quartiles)", "ns/element", "ratio (quartiles)", "target"]
+    assert found.heads == [*case, "contender", "time (quartiles)", "ns/element", "ratio (quartiles)", "target"]
     assert found.common == "shape 8x32"
     assert found.rows[1][-5:] == ["exact", "1.65 s (1.57–1.73 s)", "0.75", "1.500 (1.500–1.500)", "≤ 2.5, met"]
     assert found.rows[2][-2:] == ["6.00 (6.00–6.00)", "≤ 5, missed"]
@@ -619,10 +676,10 @@ def test_without_a_name_all_are_run(mxlab, monkeypatch, arguments):
     from mxlab.cli import bench as command
 
     ran = []
-    monkeypatch.setattr(command, "_run", lambda name, out, **given: ran.append((name, given)))
+    monkeypatch.setattr(command, "_run", lambda name, **given: ran.append((name, given)))
     assert mxlab("bench", *arguments)[0] == 0
     assert [name for name, _ in ran] == list(suite.BENCHMARKS)
-    assert [name for name, given in ran if "data_dir" in given] == ["forward", "generate", "lm-eval"]
+    assert [name for name, given in ran if "data_dir" in given] == ["forward", "generate", "lm-eval", "memory"]
 
 
 def test_errors_are_told_in_a_line(mxlab, tmp_path):
@@ -661,5 +718,5 @@ def test_no_round_begins_after_the_time_limit(limit, rounds):
         time.sleep(0.05)
         clock.calls.append("A")
 
-    found = alternate([Twin("A", slow, patience=1000.0)], Effort(repeats=9, warmup=0, time_limit=limit), clock)
-    assert rounds[0] <= len(found.samples["A"]) <= rounds[1]
+    [series] = alternate([Contender("A", slow)], Effort(repeats=9, warmup=0, time_limit=limit), clock)
+    assert rounds[0] <= len(series.samples) <= rounds[1]

@@ -1,17 +1,20 @@
-"""What all benchmarks can be told, and how values from the command line are checked."""
+"""Describe what a benchmark measures: a workload yields cases, a case has contenders that take turns."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
 
-from mxlab.bench.timing import Effort
+from mxlab.bench.results import Measurement, Row, Spread
+from mxlab.bench.timing import Clock, Contender, Effort, Series, alternate, clock_for
 from mxlab.checks import check_choice, check_int
+from mxlab.compat.recipes import load_any_recipe
 from mxlab.errors import SpecError
 from mxlab.formats import NUMERICS, MXFormat
 from mxlab.sources import models
@@ -45,11 +48,64 @@ LAMBADA = "lambada_openai"
 ATTENTIONS = ("eager", "sdpa")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """How often, with how many threads, on which device (``cpu``, ``cuda``, ``cuda:1``).
+Figures = Callable[[str, Spread, Spread | None], dict[str, float]]
 
-    ``BY_DEVICE`` holds defaults that differ from the fields' own on a type of device.
+
+@dataclass(frozen=True)
+class Case:
+    """Contenders that take turns; all are compared with the first.
+
+    Attributes:
+        name: what it is called while it runs, and where a contender fails.
+        columns: what its rows of results have in common.
+        contenders: what is timed.
+        effort: how often.
+        figures: the further figures of a row, of a contender's name, its seconds and its ratio to the first.
+        clock: what takes the time; None is the device's own.
+    """
+
+    name: str
+    columns: Mapping[str, Any]
+    contenders: Sequence[Contender]
+    effort: Effort
+    figures: Figures = lambda name, seconds, ratio: {}
+    clock: Clock | None = None
+
+    def measure(self, device: torch.device) -> Measurement:
+        """Time the contenders, whose work is on ``device``."""
+        found = alternate(self.contenders, self.effort, self.clock or clock_for(device), self.name)
+        rows = [
+            self._row(contender, series, found[0])
+            for contender, series in zip(self.contenders, found, strict=True)
+            if series.samples
+        ]
+        failures = [
+            f"{contender.name}, {self.name}: {series.failure}"
+            for contender, series in zip(self.contenders, found, strict=True)
+            if series.failure
+        ]
+        return Measurement(rows, failures)
+
+    def _row(self, contender: Contender, series: Series, first: Series) -> Row:
+        is_first = series is first
+        reference = None if is_first else self.contenders[0].name
+        row = Row(
+            {**self.columns, **contender.columns},
+            contender.name,
+            series.samples,
+            reference,
+            () if is_first else first.samples,
+            target=contender.target,
+        )
+        return replace(row, figures=self.figures(contender.name, row.seconds, row.ratio))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload(ABC):
+    """What a benchmark measures: its fields are what it can be told, :meth:`cases` what follows from them.
+
+    All can be told how often (``repeats``, ``warmup``), with how many ``threads`` and on which ``device`` (``cpu``,
+    ``cuda``, ``cuda:1``). ``BY_DEVICE`` holds defaults that differ from the fields' own on a type of device.
     """
 
     BY_DEVICE: ClassVar[dict[str, dict[str, Any]]] = {}
@@ -60,13 +116,13 @@ class Settings:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        check_int("repeats", self.repeats, 1, None, "a whole number, 1 or more")
+        check_count("repeats", self.repeats)
         check_int("warmup", self.warmup, 0, None, "a whole number, 0 or more")
-        check_int("threads", self.threads, 1, None, "a whole number, 1 or more")
+        check_count("threads", self.threads)
 
     @classmethod
     def of(cls, device: str = "auto", **given: Any) -> Self:
-        """Return the settings for a device; what is None or empty is as the device has it.
+        """Return the workload for a device; what is None or empty is as the device has it.
 
         Raises:
             SpecError: a device this machine lacks.
@@ -76,6 +132,14 @@ class Settings:
         named = {name: value for name, value in given.items() if value not in (None, [], ())}
         plain = {name: tuple(value) if isinstance(value, list) else value for name, value in named.items()}
         return cls(device=str(place), **{**cls.BY_DEVICE.get(place.type, {}), **plain})
+
+    @abstractmethod
+    def cases(self) -> Iterator[Case]:
+        """Yield case after case; each is to be measured before the next is asked for."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Return how many cases there are."""
 
     @property
     def place(self) -> torch.device:
@@ -108,11 +172,11 @@ class Settings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextSettings(Settings):
-    """Settings of a benchmark that reads text: rows of LAMBADA in ``data_dir``, or else the embedded passages."""
+class TextWorkload(Workload):
+    """One that reads text: rows of LAMBADA in ``data_dir``, or else the embedded passages."""
 
     model: str = models.EMBEDDED
-    data_dir: Path | None = field(default=None, compare=False)  # where it lies does not matter
+    data_dir: Path | None = field(default=None, compare=False)  # no part of what was measured
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -124,19 +188,30 @@ class TextSettings(Settings):
         return data.PASSAGES if self.data_dir is None else LAMBADA
 
     def to_dict(self) -> dict[str, Any]:
-        """See :meth:`Settings.to_dict`."""
+        """See :meth:`Workload.to_dict`."""
         return {**super().to_dict(), "rows": self._rows(self.task)}
 
     def standard(self) -> dict[str, Any]:
-        """See :meth:`Settings.standard`."""
+        """See :meth:`Workload.standard`."""
         return {**super().standard(), "rows": self._rows(LAMBADA)}
 
     def _rows(self, text: str) -> str:
         return "random tokens" if self.model in RANDOM else text
 
 
+def check_count(name: str, value: int) -> None:
+    """Raise SpecError unless ``value`` is 1 or more."""
+    check_int(name, value, 1, None, "a whole number, 1 or more")
+
+
+def check_recipes(names: tuple[str, ...]) -> None:
+    """Raise SpecError unless all ``names`` are recipes."""
+    for name in names:
+        load_any_recipe(name)
+
+
 def parse_shape(text: str) -> tuple[int, ...]:
-    """``2048x576`` as (2048, 576).
+    """Return ``2048x576`` as (2048, 576).
 
     Raises:
         SpecError: not such a text.
@@ -147,7 +222,7 @@ def parse_shape(text: str) -> tuple[int, ...]:
 
 
 def shape_text(shape: tuple[int, ...]) -> str:
-    """``2048x576``."""
+    """Return a shape as ``2048x576``."""
     return "x".join(map(str, shape))
 
 

@@ -1,4 +1,4 @@
-"""What is measured on: models, token ids, and tensors of activations."""
+"""Make what is measured on: models, token ids, and tensors of activations."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mxlab.bench.settings import LAMBADA, RANDOM
+from mxlab.bench.workload import LAMBADA, RANDOM
 from mxlab.compat.recipes import load_any_recipe
 from mxlab.errors import SourceError
 from mxlab.model.apply import apply
@@ -32,7 +32,7 @@ class Subject:
 
 
 def load(name: str, dtype: str, device: str) -> Subject:
-    """Return a model of :data:`mxlab.bench.settings.RANDOM`, or one that :func:`mxlab.sources.models.load_model` knows.
+    """Return a model of :data:`mxlab.bench.workload.RANDOM`, or one that :func:`mxlab.sources.models.load_model` knows.
 
     Raises:
         SourceError: no such model.
@@ -44,7 +44,7 @@ def load(name: str, dtype: str, device: str) -> Subject:
 
 
 def tokens(subject: Subject, batch: int, length: int | None, data_dir: Path | None) -> tuple[Tensor, str]:
-    """Token numbers (batch, tokens), and what they are: rows of text, padded on the right as lm-eval pads them.
+    """Return token ids (batch, tokens), and what they are: rows of text, padded on the right as lm-eval pads them.
 
     Raises:
         SourceError: fewer rows than ``batch``.
@@ -87,7 +87,7 @@ def variant(name: str, numerics: str) -> Recipe:
 
 
 def converted(model: Any, recipe: Recipe) -> Any:
-    """Return a quantized copy of ``model``, which stays as it is."""
+    """Return a quantized copy of ``model``, which is not changed."""
     return apply(copy.deepcopy(model), recipe).model
 
 
@@ -106,7 +106,7 @@ RANDOM_NUMBERS = "normal random numbers"
 
 
 class Values:
-    """Gives tensors of any shape; ``is_real`` asks for activations where there are any of that width."""
+    """Tensors of any shape: recorded activations where ``is_real`` and some have that width, else random numbers."""
 
     def __init__(self, is_real: bool) -> None:
         self._recorded = _record() if is_real else {}
@@ -122,7 +122,7 @@ class Values:
 
 
 def _record() -> dict[int, tuple[str, Tensor]]:
-    """By width: what a query and a down projection in the middle of SmolLM2 read, a row a token of the passages."""
+    """Return, by width, the inputs of q_proj and down_proj in the middle of SmolLM2, a row for each token of passages."""
     try:
         loaded = models.load_model(models.EMBEDDED, "float32", "cpu")
     except SourceError:
