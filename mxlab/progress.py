@@ -25,7 +25,7 @@ class Reporter(Protocol):
         """Show new steps."""
 
     def advance(self, steps: Steps) -> None:
-        """Show that some are done."""
+        """Do nothing: the next line will say it."""
 
     def end(self, steps: Steps) -> None:
         """Show that they are over."""

@@ -88,7 +88,7 @@ def _draw(chart: Chart, documents: Mapping[str, Document], folder: Path) -> Path
 
 
 def _chosen(benchmark: str, documents: Mapping[str, Document]) -> list[Document]:
-    """Those in the standard settings, or where there is none, all that have something to draw."""
+    """Return those in the standard settings, or where there are none, all that have something to draw."""
     found = [d for d in documents.values() if d["benchmark"] == benchmark and _points(d)]
     return [d for d in found if d["standard"]] or found
 
@@ -140,7 +140,7 @@ def _limits(chart: Chart, rows: Sequence[Row]) -> dict[tuple[str, float], str]:
 
 
 def _scale(axes: Axes, values: Sequence[float]) -> None:
-    """From the smallest to the largest of the values."""
+    """Set the axis to reach from the smallest to the largest of the values."""
     low, high = min(values), max(values)
     if high <= _LOG_BEYOND:
         margin = 0.06 * (high - low)

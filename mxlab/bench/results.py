@@ -155,7 +155,7 @@ def make_folder(folder: Path) -> None:
     """Make the folder for results, before anything is measured for it.
 
     Raises:
-        SourceError: it cannot be made, or is none.
+        SourceError: it cannot be made, or is not a folder.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

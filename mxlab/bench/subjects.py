@@ -122,7 +122,7 @@ class Values:
 
 
 def _record() -> dict[int, tuple[str, Tensor]]:
-    """Return, by width, the inputs of q_proj and down_proj in the middle of SmolLM2, a row for each token of passages."""
+    """Return, by width, the inputs of q_proj and down_proj in the middle of SmolLM2, a row a token of the passages."""
     try:
         loaded = models.load_model(models.EMBEDDED, "float32", "cpu")
     except SourceError:

@@ -44,13 +44,13 @@ def grid(document: Document, hidden: Sequence[str] = ()) -> Grid:
 
 
 def time_text(seconds: float) -> str:
-    """Three digits and a unit."""
+    """Return three digits and a unit."""
     unit, size = next(((u, s) for u, s in _UNITS if seconds >= s), _UNITS[-1])
     return f"{number_text(seconds / size)} {unit}"
 
 
 def number_text(value: float) -> str:
-    """Three digits, without an exponent."""
+    """Return three digits, without an exponent."""
     if abs(value) >= 100:
         return f"{value:.0f}"
     return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}" if abs(value) >= 0.1 else f"{value:.3g}"
@@ -81,7 +81,7 @@ def _with_quartiles(spread: dict[str, float], text: Any) -> str:
 
 
 def target_text(target: dict[str, Any] | None) -> str:
-    """``≤ 2.5, met``; which figure is meant is said where it is not the ratio."""
+    """Return ``≤ 2.5, met``, with the name of the figure where it is not the ratio."""
     if target is None:
         return ""
     sign = "≤" if target["at_most"] else "≥"

@@ -66,7 +66,7 @@ class Clock(Protocol):
     """Times calls."""
 
     def seconds(self, call: Callable[[], object], number: int) -> float:
-        """Seconds that one of ``number`` calls in a row takes."""
+        """Return the seconds that one of ``number`` calls in a row takes."""
         ...
 
 

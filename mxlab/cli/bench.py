@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperGroup
 
-from mxlab.cli.console import console, print_table, progress
+from mxlab.cli.console import console, loading_libraries, print_table, progress
 from mxlab.cli.options import DeviceOption
 from mxlab.errors import SourceError
 
@@ -57,7 +57,7 @@ def _effort(
     device: DeviceOption = "auto",
     out: Out = RESULTS,
 ) -> None:
-    """What every benchmark can be told besides."""
+    """Carry the options of every benchmark; never called."""
 
 
 def _benchmark(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -82,8 +82,9 @@ def _benchmark(name: str) -> Callable[[Callable[..., None]], Callable[..., None]
 @app.command("all")
 def everything(data_dir: DataDir = None, device: DeviceOption = "auto", out: Out = RESULTS) -> None:
     """Run every benchmark in its standard settings."""
-    from mxlab.bench.suite import BENCHMARKS
-    from mxlab.bench.workload import TextWorkload
+    with progress(), loading_libraries():
+        from mxlab.bench.suite import BENCHMARKS
+        from mxlab.bench.workload import TextWorkload
 
     for name, workload in BENCHMARKS.items():
         given = {"data_dir": data_dir} if issubclass(workload, TextWorkload) else {}
@@ -190,7 +191,7 @@ def tables(
     results: Results = RESULTS,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="A file; else the screen.")] = None,
 ) -> None:
-    """Markdown tables of everything in the JSON files."""
+    """Write Markdown tables of everything in the JSON files."""
     from mxlab.bench.results import read
     from mxlab.bench.tables import markdown
 
@@ -208,8 +209,9 @@ def tables(
 def _run(name: str, out: Path, device: str, **given: Any) -> None:
     """Perform a benchmark, show it, write it."""
     with progress():
-        from mxlab.bench import suite
-        from mxlab.bench.results import make_folder, write
+        with loading_libraries():
+            from mxlab.bench import suite
+            from mxlab.bench.results import make_folder, write
 
         make_folder(out)
         workload = suite.BENCHMARKS[name].of(device, **given)
@@ -221,7 +223,7 @@ def _run(name: str, out: Path, device: str, **given: Any) -> None:
 
 
 def _command() -> str:
-    """The command as it was given, but for where the reader's data lies."""
+    """Return the command as it was given, without the folder of the reader's data."""
     words = ["mxlab", *sys.argv[1:]]
     return shlex.join(
         "DATA" if before == "--data-dir" else word for before, word in zip(["", *words], words, strict=False)

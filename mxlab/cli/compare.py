@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from mxlab.cli.console import console, print_error, progress, start_logging
+from mxlab.cli.console import console, loading_libraries, print_error, progress, start_logging
 from mxlab.cli.options import DataDirOption, DeviceOption, refuse_mx_specs
 
 
@@ -24,8 +24,9 @@ def compare(
     refuse_mx_specs("mxlab compare")
     command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     with progress():
-        from mxlab.experiments import format_study
-        from mxlab.report.format_study import write_study
+        with loading_libraries():
+            from mxlab.experiments import format_study
+            from mxlab.report.format_study import write_study
 
         study = format_study.load_study(file)
         start_logging()

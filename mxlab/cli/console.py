@@ -64,6 +64,11 @@ def progress() -> Iterator[None]:
         yield
 
 
+def loading_libraries() -> Steps:
+    """Return the step in which a command imports torch and the like: seconds, on a slow machine many."""
+    return Steps("loading libraries")
+
+
 class _Bars:
     """Shows a bar for all steps that run."""
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from mxlab.cli.console import console, print_line, progress, start_logging
+from mxlab.cli.console import console, loading_libraries, print_line, progress, start_logging
 from mxlab.cli.options import Dtype, DtypeOption, ModelArgument, RecipeArgument, SetOption
 from mxlab.cli.recipes import chosen_recipe
 from mxlab.errors import SpecError
@@ -34,9 +34,10 @@ def convert(
     if out is not None:
         start_logging()
     with progress():
-        from mxlab.hf.checkpoint import save_converted
-        from mxlab.model.apply import prepare
-        from mxlab.sources.models import skeleton
+        with loading_libraries():
+            from mxlab.hf.checkpoint import save_converted
+            from mxlab.model.apply import prepare
+            from mxlab.sources.models import skeleton
 
         if out is None:
             conversion = prepare(skeleton(model, dtype.value), chosen)

@@ -5,20 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 
 from mxlab import environment
-from mxlab.cli.console import print_line, progress, start_logging
+from mxlab.cli.console import loading_libraries, print_line, progress, start_logging
 from mxlab.cli.options import OutOption, refuse_mx_specs
 from mxlab.cli.sweep import finish
 
 
 def demo(out: OutOption = Path("demo")) -> None:
-    """Baseline, Ex1 and Ex2 on the embedded model and passages, then the report; no network."""
+    """Run the baseline, Ex1 and Ex2 on the embedded model and passages, then the report; no network."""
     refuse_mx_specs("mxlab demo")
     environment.go_offline()
     start_logging()
     with progress():
-        from mxlab.experiments.demo import run_demo
-        from mxlab.progress import Steps
-        from mxlab.report import write_report
+        with loading_libraries():
+            from mxlab.experiments.demo import run_demo
+            from mxlab.progress import Steps
+            from mxlab.report import write_report
 
         summary = run_demo(out / "results")
         with Steps("report"):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from mxlab.cli.console import console, print_line, progress, start_logging
+from mxlab.cli.console import console, loading_libraries, print_line, progress, start_logging
 from mxlab.cli.options import (
     BatchSizeOption,
     CompareOption,
@@ -55,8 +55,9 @@ def evaluate(
     chosen = chosen_recipe(recipe, set_ or [])
     start_logging()
     with progress():
-        from mxlab.eval.settings import request_from
-        from mxlab.experiments import runs
+        with loading_libraries():
+            from mxlab.eval.settings import request_from
+            from mxlab.experiments import runs
 
         settings = given(
             model=model,

@@ -10,7 +10,7 @@ from rich.box import SIMPLE
 from rich.markup import escape
 from rich.table import Table
 
-from mxlab.cli.console import print_line, print_table, progress
+from mxlab.cli.console import loading_libraries, print_line, print_table, progress
 from mxlab.cli.options import DataDirOption, DeviceOption, Dtype, DtypeOption, ModelArgument, refuse_mx_specs
 from mxlab.compat.recipes import load_any_recipe
 
@@ -37,10 +37,11 @@ def inspect(
     refuse_mx_specs("mxlab inspect", "takes a recipe (--recipe)")
     chosen = load_any_recipe(recipe)
     with progress():
-        from mxlab.eval.text import TextRequest
-        from mxlab.inspect import tables
-        from mxlab.inspect.run import run
-        from mxlab.inspect.write import WORST
+        with loading_libraries():
+            from mxlab.eval.text import TextRequest
+            from mxlab.inspect import tables
+            from mxlab.inspect.run import run
+            from mxlab.inspect.write import WORST
 
         request = TextRequest(
             recipe=chosen,

@@ -14,7 +14,7 @@ def report(
     results_dir: Annotated[Path, typer.Argument(help="A results folder: ours, or one of the published layout.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Where the report goes.")] = Path("report"),
 ) -> None:
-    """Tables, figures and one HTML page from run directories."""
+    """Make tables, figures and one HTML page from run directories."""
     from mxlab.progress import Steps
     from mxlab.report import write_report
 

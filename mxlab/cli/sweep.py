@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.box import SIMPLE
+from rich.markup import escape
 from rich.table import Table
 
-from mxlab.cli.console import print_error, print_line, print_table, progress, start_logging
+from mxlab import rundir
+from mxlab.cli.console import loading_libraries, print_error, print_line, print_table, progress, start_logging
 from mxlab.cli.options import (
     CompareOption,
     DataDirOption,
@@ -57,7 +60,8 @@ def sweep(
         device=device,
     ) | text_settings(text, window, stride, windows, compare)
     with progress():
-        from mxlab.experiments.sweep import load_sweep, run_sweep, with_settings
+        with loading_libraries():
+            from mxlab.experiments.sweep import load_sweep, run_sweep, with_settings
 
         chosen = with_settings(load_sweep(file), settings)
         start_logging()
@@ -71,24 +75,27 @@ def finish(summary: Summary, out: Path) -> None:
         print_table(results_table(summary.results))
     print_line(f"{summary}; results in {out}")
     if summary.failed:
-        print_error("failed runs:", f"see failures.jsonl in {out}")
+        folders = dict.fromkeys(r.point.stage_folder for r in summary.results if r.status == "failed")
+        print_error("failed runs:", f"see {' and '.join(str(folder / rundir.FAILURES) for folder in folders)}")
         raise typer.Exit(1)
 
 
 def results_table(results: tuple[PointResult, ...]) -> Table:
     """Return a table with a row for each run: what was varied, its metrics, its seconds, and how it ended."""
     rows = [(result, _metrics(result)) for result in results]
+    options = list(dict.fromkeys(name for result in results for name in result.point.values))
     metrics = list(dict.fromkeys(name for _, found in rows for name in found))
-    table = Table("stage", "run", *metrics, "", box=None)
+    table = Table(*map(escape, ["stage", *options, *metrics, "status"]), box=SIMPLE)
     for result, found in rows:
-        ending = {"made": "", "found": "found finished", "failed": f"failed: {result.error}"}[result.status]
-        stage = result.point.stage_folder.name
-        table.add_row(stage, result.point.name, *(found.get(name, "") for name in metrics), ending)
+        varied = [str(result.point.values.get(name, "")) for name in options]
+        measured = [found.get(name, "") for name in metrics]
+        ending = {"made": "finished", "found": "skipped", "failed": f"failed: {result.error}"}[result.status]
+        table.add_row(*map(escape, [result.point.stage_folder.name, *varied, *measured, ending]))
     return table
 
 
 def _metrics(result: PointResult) -> dict[str, str]:
-    """The metrics of a run by name, with their standard errors; the task before the name where there are several."""
+    """Return the metrics of a run by name, with standard errors; the task before the name where there are several."""
     from mxlab.experiments.runs import read_metrics, read_seconds
 
     if result.folder is None:

@@ -80,7 +80,7 @@ class TokenScores:
 
 
 def perplexity(cross_entropy: float) -> float:
-    """exp(``cross_entropy`` in nats per token); infinite where that leaves the range of a float."""
+    """Return exp(``cross_entropy`` in nats per token); infinite where that leaves the range of a float."""
     try:
         return math.exp(cross_entropy)
     except OverflowError:
@@ -122,7 +122,7 @@ def score_tokens(logits: Tensor, targets: Tensor, reference: Tensor | None = Non
 
 
 def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
-    """-log p(target) of each row: logits (N, vocabulary), targets (N,) -> (N,).
+    """Return -log p(target) of each row in nats: logits (N, vocabulary), targets (N,) -> (N,).
 
     Raises:
         MetricError: a row of logits holds NaN or plus infinity.
@@ -131,7 +131,7 @@ def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def kl_divergence(reference: Tensor, logits: Tensor) -> Tensor:
-    """KL(reference || model) of each row's distributions in nats: two (N, vocabulary) -> (N,).
+    """Return KL(reference || model) of each row's distributions in nats: two (N, vocabulary) -> (N,).
 
     Raises:
         MetricError: a row of logits holds NaN or plus infinity.
@@ -194,7 +194,7 @@ def _kl(reference: Tensor, logits: Tensor) -> Tensor:
 
 
 def _log_normalizer(logits: Tensor) -> Tensor:
-    """log sum exp of each row, which tells whether the row holds probabilities at all."""
+    """Return log sum exp of each row, which tells whether the row holds probabilities at all."""
     log_z = logits.logsumexp(-1)
     if bad := int((~log_z.isfinite()).sum()):
         raise MetricError(

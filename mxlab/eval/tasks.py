@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lm_eval.api.model import CacheHook
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.models import huggingface
@@ -86,7 +87,8 @@ def evaluate_tasks(request: TaskRequest, folder: Path, load: LoadModel = models.
     """
     # The tracker's clock starts with it; total_evaluation_time_seconds includes loading, as on lm-eval's command line.
     tracker = EvaluationTracker(output_path=str(folder / "metrics.json"))
-    tasks = load_tasks(request.tasks, request.data_dir)
+    with Steps("loading tasks"):
+        tasks = load_tasks(request.tasks, request.data_dir)
     loaded = request.load(load)
     conversion = apply(loaded.model, request.recipe)
     clamps = count_scale_clamps(conversion)
@@ -114,22 +116,32 @@ def evaluate_tasks(request: TaskRequest, folder: Path, load: LoadModel = models.
 
 
 class _TimedHFLM(_HFLM):
-    """lm-eval's HFLM, which counts the seconds inside the model's forward pass and reports progress."""
+    """lm-eval's HFLM, which counts the seconds inside the model's forward pass and reports progress.
+
+    A row is done when its answer is handed to lm-eval's cache: several rows may share one call of the model. Rolling
+    tasks hand over theirs at the end, so that windows are counted there as they go through the model.
+    """
 
     forward_seconds = 0.0
     _steps: Steps | None = None
 
+    def __init__(self, **given: Any) -> None:
+        super().__init__(**given)
+        self.cache_hook = _AnswerHook(self._answered)
+
     def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
-        return self._counted(super().loglikelihood, requests, len(requests), disable_tqdm)
+        return self._counted("rows", super().loglikelihood, requests, len(requests), disable_tqdm)
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> Any:
-        return self._counted(super().loglikelihood_rolling, requests, None, disable_tqdm)  # windows: not known yet
+        return self._counted("windows", super().loglikelihood_rolling, requests, None, disable_tqdm)
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
-        return self._counted(super().generate_until, requests, len(requests), disable_tqdm)
+        return self._counted("rows", super().generate_until, requests, len(requests), disable_tqdm)
 
-    def _counted(self, call: Callable[..., Any], requests: Any, total: int | None, disable_tqdm: bool) -> Any:
-        with Steps("rows", total) as steps:
+    def _counted(
+        self, what: str, call: Callable[..., Any], requests: Any, total: int | None, disable_tqdm: bool
+    ) -> Any:
+        with Steps(what, total) as steps:
             self._steps = steps
             try:
                 return call(requests, disable_tqdm=disable_tqdm or environment.inner_bars_are_hidden())
@@ -152,9 +164,24 @@ class _TimedHFLM(_HFLM):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.forward_seconds += time.perf_counter() - start
-        if self._steps is not None:
+        if self._steps is not None and self._steps.total is None:
             self._steps.advance(len(result))
         return result
+
+    def _answered(self) -> None:
+        if self._steps is not None and self._steps.total is not None:
+            self._steps.advance()
+
+
+class _AnswerHook(CacheHook):
+    """Tells of each answer that lm-eval hands to its cache; there is none."""
+
+    def __init__(self, answered: Callable[[], None]) -> None:
+        super().__init__(None)
+        self._answered = answered
+
+    def add_partial(self, attr: str, req: Any, res: Any) -> None:
+        self._answered()
 
 
 def _usable(limit: float) -> bool:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mxlab.experiments.sweep import Summary, Sweep, run_sweep
-from mxlab.progress import track
+from mxlab.experiments.sweep import Summary, Sweep, run_sweeps
 from mxlab.sources.models import EMBEDDED
 from mxlab.sources.tasks import PASSAGES
 
@@ -20,5 +19,5 @@ SWEEPS = (
 
 
 def run_demo(out: Path) -> Summary:
-    """Baseline, Ex1 and Ex2 over three block sizes, into ``out``; runs that are there already are kept."""
-    return sum((run_sweep(sweep, out) for sweep in track(SWEEPS, "demo")), Summary())
+    """Run the baseline, Ex1 and Ex2 over three block sizes into ``out``; runs that are there already are kept."""
+    return run_sweeps(SWEEPS, out, "demo")

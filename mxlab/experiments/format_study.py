@@ -100,7 +100,7 @@ def load_study(path: str | Path) -> FormatStudy:
 
 
 def recipe_of(fmt: MXFormat, role: str) -> Recipe:
-    """``fmt`` in that role of every decoder layer, MLP and attention; all else in high precision."""
+    """Return a recipe with ``fmt`` in that role of every decoder layer, MLP and attention, and nothing else."""
     linear, attention = _ROLES[role]
     rules = [Rule(part=part, **dict.fromkeys(linear, fmt)) for part in ("mlp", "attention") if linear]  # pyright: ignore
     if attention:

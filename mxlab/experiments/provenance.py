@@ -55,7 +55,7 @@ def describe() -> dict[str, Any]:
 
 
 def as_text(environment: dict[str, Any]) -> str:
-    """One ``name: value`` a line."""
+    """Return one ``name: value`` a line."""
     return "".join(f"{name}: {value}\n" for name, value in environment.items())
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -79,13 +79,20 @@ def run_sweep(sweep: Sweep, out: Path, data_dir: Path | None = None, workers: in
         SpecError: a point that no request can be made of, or too many workers; then nothing is run.
         RunError: a worker died.
     """
+    return run_sweeps([sweep], out, sweep.stage, data_dir, workers)
+
+
+def run_sweeps(
+    sweeps: Sequence[Sweep], out: Path, description: str, data_dir: Path | None = None, workers: int = 1
+) -> Summary:
+    """Run the points of several sweeps as :func:`run_sweep` those of one; progress shows ``description``."""
     check_int("workers", workers, 1, None, "a whole number, 1 or more")
-    points = [sweep.at(values, out, data_dir) for values in sweep.points()]
+    points = [sweep.at(values, out, data_dir) for sweep in sweeps for values in sweep.points()]
     if workers == 1:
         engine = Engine()
-        return sum((engine.run(point) for point in track(points, sweep.stage)), Summary())
+        return sum((engine.run(point) for point in track(points, description)), Summary())
     with started(points, workers) as futures:
-        return sum((future.result() for future in track(futures, sweep.stage)), Summary())
+        return sum((future.result() for future in track(futures, description)), Summary())
 
 
 def _parse(values: dict[str, Any], source: str) -> Sweep:
@@ -114,7 +121,7 @@ def _parse(values: dict[str, Any], source: str) -> Sweep:
 
 
 def with_settings(sweep: Sweep, settings: Mapping[str, Any]) -> Sweep:
-    """``sweep`` with these settings in place of its own; a key of the grid is no longer swept.
+    """Return ``sweep`` with these settings in place of its own; a key of the grid is no longer swept.
 
     Where they name a text, the sweep's own settings for tasks give way, and the reverse.
     """

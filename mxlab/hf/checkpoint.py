@@ -9,6 +9,7 @@ from mxlab import rundir
 from mxlab.errors import RunError
 from mxlab.model.apply import apply
 from mxlab.model.conversion import Conversion
+from mxlab.progress import Steps
 from mxlab.recipe import Recipe
 from mxlab.sources import models
 
@@ -29,8 +30,9 @@ def save_converted(model: str, recipe: Recipe, dtype: str, out: Path) -> Convers
         with rundir.partial(out.parent) as folder:
             loaded = models.load_model(model, dtype, "cpu")
             conversion = apply(loaded.model, recipe)
-            loaded.model.save_pretrained(folder)
-            loaded.tokenizer.save_pretrained(folder)
+            with Steps("saving"):
+                loaded.model.save_pretrained(folder)
+                loaded.tokenizer.save_pretrained(folder)
             inventory = json.dumps(conversion.inventory(), indent=1) + "\n"
             (folder / rundir.RECIPE).write_text(recipe.to_toml(), encoding="utf-8")
             (folder / rundir.INVENTORY).write_text(inventory, encoding="utf-8")

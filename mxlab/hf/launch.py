@@ -126,7 +126,7 @@ class _Relay:
 
 
 def _check_interpreter(command: list[str]) -> None:
-    """Ask the command's own Python, where it is one, whether its transformers is patched."""
+    """Check, where the command is a Python, that its own transformers is patched."""
     python = interpreter(command)
     if python is None:
         return

@@ -253,7 +253,7 @@ class _Installation:
                 Path(temporary).unlink(missing_ok=True)
 
     def clean(self) -> list[str]:
-        """Remove the leftovers, as far as that is possible; returns what was removed."""
+        """Remove the leftovers, as far as that is possible; return what was removed."""
         removed = []
         for name in self.leftovers:
             with suppress(OSError):
@@ -304,7 +304,7 @@ def _removed(leftovers: list[str]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """``python -m mxlab.hf.patch``: 0 done, sound; 1 for --status of an unsound transformers; 2 on an error."""
+    """Patch, unpatch or report; return 0 done, sound; 1 for --status of an unsound transformers; 2 on an error."""
     parser = argparse.ArgumentParser(prog="python -m mxlab.hf.patch", description=(__doc__ or "").split("\n")[0])
     action = parser.add_mutually_exclusive_group(required=True)
     action.add_argument("--patch", action="store_true", help="put the patched Llama in place")

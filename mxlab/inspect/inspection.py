@@ -56,7 +56,7 @@ class Inspection:
         return [role for role in ROLES if role in present]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON: histograms for each projection, other figures for each module."""
+        """Return plain values, for JSON: histograms for each projection, other figures for each module."""
         windows, window = self.rows
         kinds = self.by(lambda o: (o.projection, o.role, o.format))
         return {
@@ -78,7 +78,7 @@ class Inspection:
 
 
 def inspect(model: Any, recipe: Recipe | str | Path, rows: Tensor) -> Inspection:
-    """Inspect ``model`` under ``recipe`` on calibration text; the model stays as it is.
+    """Inspect ``model`` under ``recipe`` on calibration text; the model is not changed.
 
     Every pass is a prefill: formats for decode alone do not take part. Where the recipe has attention computed eagerly,
     so it is in all passes, that of the unquantized model too.

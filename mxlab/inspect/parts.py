@@ -16,7 +16,7 @@ from mxlab.recipe.rule import ROLES
 from mxlab.recipe.subset import ELEMENTWISE, only_modules, only_roles, without_modules, without_roles
 
 GROUPS = ("role", "layer", "projection")  # the ways to cut a recipe into parts
-OUTSIDE = "outside"  # the layer of a module that lies in none
+OUTSIDE = "outside"  # the layer of a module outside the layers
 
 # What a role is called where it is to blame; K and V share the blame.
 _ROLE_NAMES = {"weight": "weights", "activation": "activations", "k": "KV", "v": "KV"}

@@ -108,7 +108,7 @@ class Sensitivity:
 
 
 def sensitivity(model: nn.Module, recipe: Recipe, rows: Tensor) -> Sensitivity:
-    """Score ``model`` under every part of ``recipe``, each time on a fresh copy; the model stays as it is.
+    """Score ``model`` under every part of ``recipe``, each time on a fresh copy; the model is not changed.
 
     The cost of a part alone, summed over the parts of a group, need not be the cost of the whole: errors interact.
 

@@ -113,7 +113,7 @@ def measure(x: Tensor, fmt: NumberFormat, numerics: Numerics, axis: int = -1) ->
 
 
 def _unscaled(x: Tensor, fmt: NumberFormat, axis: int) -> Statistics:
-    """Of a format that is not microscaling: what can be said without a scale."""
+    """Return what can be said of a format without a scale."""
     exact, quantized = x.double(), quantize(x, fmt, axis=axis).double()
     lost = quantized.isnan()
     noise = (exact - quantized).square_().masked_fill_(lost, 0.0)

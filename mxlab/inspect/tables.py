@@ -55,7 +55,7 @@ def operands(inspection: Inspection) -> Table:
 
 
 def worst_operands(inspection: Inspection, count: int) -> Table:
-    """Those with the lowest SQNR, of each role."""
+    """List the operands with the lowest SQNR, of each role."""
     rows = [_row(operand) for role in inspection.roles for operand in inspection.worst(role, count)]
     return _statistics("worst_operands", f"The {count} operands of each role with the lowest SQNR", ["module"], rows)
 
@@ -91,7 +91,7 @@ def _measured(estimate: Estimate) -> Measured:
 
 
 def _share(part: Estimate, whole: Estimate) -> float | None:
-    """In percent; none of what costs nothing."""
+    """Return a share in percent; none of what costs nothing."""
     return _rounded(100 * part.value / whole.value) if whole.value > 0 else None
 
 
@@ -118,5 +118,5 @@ def _percent(share: float | None) -> float | None:
 
 
 def _rounded(value: float) -> float:
-    """Four digits: what is printed is what a file holds."""
+    """Round to four digits: what is printed is what a file holds."""
     return float(f"{value:.4g}")

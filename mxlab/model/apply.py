@@ -31,6 +31,7 @@ from mxlab.model.nn.phase import PassPhase
 from mxlab.model.nn.shared_input import SharedInput
 from mxlab.model.observe import count_weight_clamps
 from mxlab.model.plan import Plan, QuantizedSite, make_plan
+from mxlab.progress import track
 from mxlab.recipe import Phase, Recipe
 
 logger = logging.getLogger("mxlab")
@@ -54,7 +55,7 @@ def apply(model: nn.Module, recipe: Recipe | str | Path) -> Conversion:
     clamps = count_weight_clamps(plan.sites)
     conversion = _install(plan)
     conversion = replace(conversion, weight_clamps=clamps, remarks=(*conversion.remarks, *_meta_remarks(plan)))
-    _freeze(model)
+    _freeze(plan)
     logger.info(conversion.summary())
     conversion.write_inventory(environment.inventory_file())
     return conversion
@@ -155,9 +156,9 @@ def linear_operands(recipe: Recipe, formats: Mapping[str, NumberFormat]) -> Line
     return LinearOperands(**formats, elementwise=recipe.elementwise, numerics=recipe.numerics)
 
 
-def _freeze(model: nn.Module) -> None:
+def _freeze(plan: Plan) -> None:
     """Quantize the weights of all converted modules in place, as far as they can be."""
-    for module in model.modules():
+    for module in track(list(dict.fromkeys(site.module for site in plan.sites)), "quantizing weights"):
         if isinstance(module, QuantizedLayer):
             module.freeze()
         elif isinstance(experts := override_of(module), QuantizedExperts):

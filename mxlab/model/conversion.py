@@ -48,10 +48,10 @@ class Conversion:
 
     @cached_property
     def bits_per_parameter(self) -> float:
-        """Average storage of the model's parameters in bits: quantized weights with their scales, others as they are.
+        """Average storage of the parameters in bits: quantized weights with their scales, others in their dtype.
 
         A parameter that is used in several places (tied embeddings) counts once, and where a quantized copy of it is
-        kept, that copy as well. Biases are rounded as they are used, and stored as they are.
+        kept, that copy as well. Biases are rounded as they are used, and stored unchanged.
         """
         in_place = {id(p) for site in self.linears for p in site.stored_parameters()}
         parameters = list(self.model.parameters())
@@ -77,7 +77,7 @@ class Conversion:
             for (kind, role, length, block), count in uneven.items()
         ]
         tied = [
-            f"the weight of {site.name} is tied to {site.tied_to}, which stays as it is: {site.name} computes with a "
+            f"the weight of {site.name} is tied to {site.tied_to}, which stays unchanged: {site.name} computes with a "
             "quantized copy"
             for site in self.sites
             if site.tied_to
@@ -85,7 +85,7 @@ class Conversion:
         return [*partial, *tied, *self.remarks]
 
     def summary(self) -> str:
-        """One line: how many layers, which formats, KV or not."""
+        """Return one line: how many layers, which formats, KV or not."""
         if not self.sites:
             return f"recipe {self.recipe.name}: nothing is quantized"
         parts = [
@@ -183,7 +183,7 @@ def quantized_rows(conversion: Conversion) -> list[InventoryRow]:
 
 
 def high_precision_rows(conversion: Conversion) -> list[InventoryRow]:
-    """Return a row for each kind of parameter that stays as it is; one that is used in two places is named once."""
+    """Return a row for each kind of parameter that stays unquantized; one that is used in two places is named once."""
     stored = {id(p) for site in conversion.sites for p in site.stored_parameters()}
     found = (
         (name, tuple(p.shape), "parameter", str(p.dtype).removeprefix("torch."), p.element_size() * 8)
@@ -201,7 +201,7 @@ def _grouped(found: Iterable[tuple[str, tuple[int, ...], str, str, float]]) -> l
 
 
 def _layers(names: list[str]) -> str:
-    """Return the layers of these names, as ranges; nothing for what lies outside of them."""
+    """Return the layers of these names, as ranges; nothing outside of them."""
     numbers = sorted({int(match[0]) for name in names if (match := _NUMBER.search(name))})
     runs: list[list[int]] = []
     for number in numbers:

@@ -19,6 +19,7 @@ from mxlab.model.nn.forward import override_of
 from mxlab.model.nn.operands import Observable
 from mxlab.model.plan import QuantizedSite
 from mxlab.numerics import scale_clamps
+from mxlab.progress import track
 
 # Told of an operand before it is rounded: its site, its role, the tensor, and the axis along which its blocks lie.
 SiteObserver = Callable[[QuantizedSite, str, Tensor, int], None]
@@ -71,7 +72,7 @@ def count_scale_clamps(conversion: Conversion) -> dict[str, Counter[str]]:
 def count_weight_clamps(sites: Iterable[QuantizedSite]) -> dict[str, int]:
     """Count clamped and overflowed shared scales over the weights of ``sites``, before they are quantized."""
     total = Counter(_COUNTS)
-    for site in sites:
+    for site in track(sites, "counting clamped scales"):
         fmt = site.formats.get("weight")
         if isinstance(fmt, MXFormat) and not site.weight.is_meta:
             total.update(scale_clamps(site.weight, fmt, site.input_axis))

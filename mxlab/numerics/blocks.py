@@ -61,7 +61,7 @@ class Blocks:
 
 
 def floor_log2(x: Tensor) -> Tensor:
-    """floor(log2 x) of positive finite float32 values, as int32, exact for subnormals; -126 where x is 0.
+    """Return floor(log2 x) of positive finite float32 values, as int32, exact for subnormals; -126 where x is 0.
 
     Read off the bits (frexp): a floating-point log2 rounds up just below a power of two.
     """

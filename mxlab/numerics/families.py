@@ -32,7 +32,7 @@ _SQRT2 = 0x6A09E667F3BCC  # the mantissa bits of the square root of two, rounded
 
 
 def quantize(x: Tensor, fmt: FormatFamily, axes: tuple[int, ...], seed: int) -> Tensor:
-    """``x`` rounded to ``fmt``, its blocks along ``axes`` (non-negative); same shape and dtype, contiguous."""
+    """Round ``x`` to ``fmt``, its blocks along ``axes`` (non-negative); same shape and dtype, contiguous."""
     cut = Blocks(tuple(x.shape), axes, fmt.block_size)
     blocks = cut.split(x.to(torch.float64))  # (rest..., n_blocks, block)
     lost = ~_amax(blocks).isfinite() if fmt.shared_bits else blocks.isnan()
@@ -71,7 +71,7 @@ def _compute(x: Tensor, fmt: FormatFamily, noise: Tensor | None) -> Tensor:
 
 
 def integer(x: Tensor, width: int, frac: int) -> Tensor:
-    """Fixed point with ``frac`` bits behind the point."""
+    """Round to fixed point with ``frac`` bits behind the point."""
     return (x * 2.0**frac).round_().clamp_(-(2 ** (width - 1)), 2 ** (width - 1) - 1).mul_(2.0**-frac)
 
 
@@ -100,19 +100,19 @@ def block_fp(x: Tensor, mantissa_bits: int, lowest: float, highest: float) -> Te
 
 
 def block_minifloat(x: Tensor, exponent_bits: int, mantissa_bits: int, bias_limits: tuple[int, int]) -> Tensor:
-    """:func:`minifloat_ieee` whose top binade is that of the block's largest magnitude."""
+    """Round as :func:`minifloat_ieee`, whose top binade is that of the block's largest magnitude."""
     bias = _shared_bias(power_below(_amax(x)), exponent_bits, bias_limits)
     return minifloat_ieee(x, mantissa_bits, exp2(1 - bias), exp2(2**exponent_bits - 1 - bias))
 
 
 def block_log(x: Tensor, exponent_bits: int, bias_limits: tuple[int, int]) -> Tensor:
-    """:func:`log` whose top code is that of the block's largest magnitude."""
+    """Round as :func:`log`, whose top code is that of the block's largest magnitude."""
     bias = _shared_bias(power_near(_amax(x)), exponent_bits, bias_limits)
     return log(x, exp2(-bias), exp2(2**exponent_bits - 1 - bias))
 
 
 def binary(x: Tensor, scaled: bool, noise: Tensor | None) -> Tensor:
-    """Signs, or with ``noise`` in [0, 1) drawn signs, times the mean magnitude if ``scaled``."""
+    """Return signs, or with ``noise`` in [0, 1) drawn signs, times the mean magnitude if ``scaled``."""
     scale = _mean(x.abs()) if scaled else x.new_ones(())
     if noise is None:
         return _sign(x).mul_(scale)
@@ -130,7 +130,7 @@ def binary_residual(x: Tensor, levels: int) -> Tensor:
 
 
 def ternary(x: Tensor) -> Tensor:
-    """Zero up to 0.75 of the mean magnitude, above it the mean of the magnitudes that are."""
+    """Return zero up to 0.75 of the mean magnitude, above it the mean of the magnitudes that are."""
     magnitude = x.abs()
     above = magnitude > 0.75 * magnitude.mean(-1, keepdim=True)
     total, count = (magnitude * above).sum(-1, keepdim=True), above.sum(-1, keepdim=True)
@@ -141,22 +141,22 @@ def ternary(x: Tensor) -> Tensor:
 
 
 def power_below(x: Tensor) -> Tensor:
-    """2^floor(log2 x)."""
+    """Return 2^floor(log2 x)."""
     return (x.view(torch.int64) & _EXPONENT).view(torch.float64)
 
 
 def power_above(x: Tensor) -> Tensor:
-    """2^ceil(log2 x): any mantissa but 0 carries into the exponent."""
+    """Return 2^ceil(log2 x): any mantissa but 0 carries into the exponent."""
     return ((x.view(torch.int64) + (2**52 - 1)) & _EXPONENT).view(torch.float64)
 
 
 def power_near(x: Tensor) -> Tensor:
-    """2^round(log2 x): a mantissa above that of the square root of two carries into the exponent."""
+    """Return 2^round(log2 x): a mantissa above that of the square root of two carries into the exponent."""
     return ((x.view(torch.int64) + (2**52 - 1 - _SQRT2)) & _EXPONENT).view(torch.float64)
 
 
 def exp2(exponent: Tensor) -> Tensor:
-    """2^exponent as float64 for int64 exponents; 0 below -1022, 2^1023 from 1023 on."""
+    """Return 2^exponent as float64 for int64 exponents; 0 below -1022, 2^1023 from 1023 on."""
     return ((exponent + 1023).clamp(0, 2046) << 52).view(torch.float64)
 
 
@@ -192,5 +192,5 @@ def _as_float32(x: Tensor) -> Tensor:
 
 
 def _sign(x: Tensor) -> Tensor:
-    """1, of zero too, or -1."""
+    """Return 1, of zero too, or -1."""
     return torch.ones_like(x).copysign_(x + 0.0)

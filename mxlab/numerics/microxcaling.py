@@ -35,7 +35,7 @@ _NO_EXPONENT = -(2**20)
 
 
 def quantize(x: Tensor, fmt: MXFormat, axes: tuple[int, ...], seed: int) -> Tensor:
-    """``x`` rounded to ``fmt`` in blocks along ``axes`` (non-negative); same shape and dtype, contiguous.
+    """Round ``x`` to ``fmt`` in blocks along ``axes`` (non-negative); same shape and dtype, contiguous.
 
     Raises:
         FormatError: as :func:`check`.
@@ -84,7 +84,7 @@ def check(fmt: MXFormat, dtype: torch.dtype) -> None:
 
 
 def shared_exponent(amax: Tensor) -> Tensor:
-    """floor(log2 amax) as the emulator computes it, before the element's emax is taken off; int32."""
+    """Return floor(log2 amax) as the emulator computes it, before the element's emax is taken off; int32."""
     x = amax.to(torch.float32)
     exponent = floor_log2(x)
     mantissa = torch.frexp(x).mantissa  # in [0.5, 1)
@@ -97,7 +97,7 @@ def shared_exponent(amax: Tensor) -> Tensor:
 
 
 def round_to_grid(y: Tensor, element: ElementFormat, rounding: Rounding, noise: Tensor | None) -> Tensor:
-    """Values rounded to the grid of ``element``, each step in the dtype of ``y``; a new tensor."""
+    """Round values to the grid of ``element``, each step in the dtype of ``y``; a new tensor."""
     steps = 2.0**element.mantissa_bits
     if element.is_int:
         return round_to_integer(y * steps, rounding, noise).div_(steps)
@@ -106,7 +106,7 @@ def round_to_grid(y: Tensor, element: ElementFormat, rounding: Rounding, noise: 
 
 
 def round_to_integer(v: Tensor, rounding: Rounding, noise: Tensor | None) -> Tensor:
-    """sign(v) times |v| rounded to an integer, in the dtype of ``v``; sign(-0) is +0."""
+    """Return sign(v) times |v| rounded to an integer, in the dtype of ``v``; sign(-0) is +0."""
     magnitude = v.abs()
     if rounding == "nearest":
         integer = (magnitude + 0.5).floor_()
@@ -128,7 +128,7 @@ def _noise(x: Tensor, seed: int) -> Tensor:
 
 
 def _binade(y: Tensor, element: ElementFormat) -> Tensor:
-    """2^e in the dtype of ``y``, e the emulator's exponent of each element, at least emin."""
+    """Return 2^e in the dtype of ``y``, e the emulator's exponent of each element, at least emin."""
     if y.element_size() > 2:
         return _binade_of_bits(y.view(torch.int32) & 0x7FFFFFFF, y.dtype, element)
     index = (y.view(torch.int16) & 0x7FFF).to(torch.int32)
@@ -143,7 +143,7 @@ def _binade_table(dtype: torch.dtype, element: ElementFormat, device: torch.devi
 
 
 def _binade_of_bits(bits: Tensor, dtype: torch.dtype, element: ElementFormat) -> Tensor:
-    """As :func:`_binade`, from the bits of the magnitudes as float32."""
+    """Return the same as :func:`_binade`, from the bits of the magnitudes as float32."""
     field = bits >> 23
     # A promoted mantissa carries into the exponent field. Subnormals land below every emin either way.
     carry = _carry(dtype, bits.device).index_select(0, field.flatten()).view(bits.shape)
@@ -167,6 +167,6 @@ def _promotion(dtype: torch.dtype, device: torch.device) -> Tensor:
 
 @functools.cache
 def _carry(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """For each float32 exponent field, what to add to the bits so that promoted mantissas carry; int32."""
+    """Return, for each float32 exponent field, what to add to the bits so that promoted mantissas carry; int32."""
     exponents = torch.arange(256, device=device) - 127
     return (_promotion_of(exponents, dtype) * 2.0 ** (23 - _MANTISSA_BITS[dtype])).to(torch.int32)

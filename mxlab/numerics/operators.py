@@ -135,7 +135,7 @@ def _like(x: Tensor, *_: Any) -> Tensor:
 
 
 def _laid_out(x: Tensor, result: Tensor) -> Tensor:
-    """``result`` with the strides that :func:`_like` promises."""
+    """Return ``result`` with the strides that :func:`_like` promises."""
     return result if x.is_contiguous() else torch.empty_like(x).copy_(result)
 
 

@@ -14,7 +14,7 @@ _MASK = 0xFFFFFFFF
 
 
 def uniform(shape: torch.Size | tuple[int, ...], seed: int, device: torch.device) -> Tensor:
-    """float32 numbers in [0, 1), multiples of 2^-24, one per element of ``shape``.
+    """Draw float32 numbers in [0, 1), multiples of 2^-24, one per element of ``shape``.
 
     Element i of the flattened tensor gets word i mod 4 of the counter floor(i / 4) under the key ``seed`` (64 bits).
     """
@@ -27,7 +27,7 @@ def uniform(shape: torch.Size | tuple[int, ...], seed: int, device: torch.device
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
-    """Ten rounds on 32-bit words held in int64 tensors."""
+    """Compute ten rounds on 32-bit words held in int64 tensors."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):

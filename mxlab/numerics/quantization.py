@@ -80,7 +80,7 @@ def quantize_(
     backend: str = "auto",
     seed: int | None = None,
 ) -> Tensor:
-    """As :func:`quantize`, in place: ``x`` itself is overwritten and returned.
+    """Quantize as :func:`quantize`, in place: ``x`` itself is overwritten and returned.
 
     Raises:
         FormatError: as :func:`quantize`; or ``x`` requires a gradient, which cannot pass through what is overwritten.

@@ -27,7 +27,7 @@ _SMALLEST_TENSOR_SCALE = 2.0**-117
 
 
 def quantize(x: Tensor, fmt: MXFormat, axes: tuple[int, ...], seed: int) -> Tensor:
-    """``x`` rounded to ``fmt`` in blocks along ``axes`` (non-negative); same shape and dtype, contiguous."""
+    """Round ``x`` to ``fmt`` in blocks along ``axes`` (non-negative); same shape and dtype, contiguous."""
     cut = block_layout(x, fmt, axes)
     blocks = cut.split(x.to(torch.float32))  # (..., n_blocks, block)
     noise = cut.split(philox.uniform(x.shape, seed, x.device)) if fmt.is_random else None
@@ -197,7 +197,7 @@ def scales(blocks: Tensor, fmt: MXFormat) -> Tensor:
 
 
 def round_to_element(y: Tensor, fmt: MXFormat, noise: Tensor | None) -> Tensor:
-    """Multiples of the scale rounded to the element, and clamped to its range. Overwrites ``y``."""
+    """Round multiples of the scale to the element, and clamp them to its range. Overwrites ``y``."""
     return round_to_grid(y, fmt.grid, fmt.rounding, noise).clamp_(*fmt.limits)
 
 
@@ -220,7 +220,7 @@ def round_to_grid(y: Tensor, element: ElementFormat, rounding: Rounding, noise: 
 
 
 def round_to_integer(v: Tensor, rounding: Rounding, noise: Tensor | None = None) -> Tensor:
-    """float32 values rounded to integers; magnitudes below 2^22. Overwrites ``v``."""
+    """Round float32 values to integers; magnitudes below 2^22. Overwrites ``v``."""
     if rounding == "nearest":
         return v.add_(torch.full_like(v, _HALF).copysign_(v)).trunc_()
     if rounding == "even":

@@ -152,7 +152,7 @@ OPTIONS = {f.name: f for f in fields(MxSpecs)}
 
 
 def override(recipe: Recipe, options: Mapping[str, Any]) -> Recipe:
-    """``recipe`` with microxcaling's ``options`` laid over it; what is not named stays as it is.
+    """Return ``recipe`` with microxcaling's ``options`` in place of its own; what is not named stays unchanged.
 
     Raises:
         SpecError: an unknown option, a value that it does not take, or an option that changes nothing here.
@@ -174,7 +174,7 @@ def override(recipe: Recipe, options: Mapping[str, Any]) -> Recipe:
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:
-    """``block_size=16`` as a name and a value; the value is read as JSON where it is JSON, else as text.
+    """Return ``block_size=16`` as a name and a value, read as JSON where it is JSON, else as text.
 
     Raises:
         SpecError: no ``=``.

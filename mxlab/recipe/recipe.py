@@ -135,7 +135,7 @@ class Recipe:
         return replace(self, rules=rules)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as in the TOML file."""
+        """Return plain values, as in the TOML file."""
         values = {
             "name": self.name,
             "numerics": self.numerics,

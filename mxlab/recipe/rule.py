@@ -28,7 +28,7 @@ _LAYERS = re.compile(r"(?P<first>[0-9]+)(-(?P<last>[0-9]+))?|(?P<from_end>-[0-9]
 
 @dataclass(frozen=True)
 class Rule:
-    """Formats for the modules that one selector, and ``layers`` where given, choose. None leaves a role as it is.
+    """Formats for the modules that one selector, and ``layers`` where given, choose. None leaves a role unchanged.
 
     The selector is one of four:
 
@@ -136,7 +136,7 @@ class Rule:
         return frozenset(numbers)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as in the TOML file; what is None or false is left out."""
+        """Return plain values, as in the TOML file; what is None or false is left out."""
         keys = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ROLES}
         return {k: v for k, v in keys.items() if v not in (None, False)} | {r: str(f) for r, f in self.formats.items()}
 

@@ -19,7 +19,7 @@ ALL_ROLES = (*ROLES, ELEMENTWISE)
 
 
 def only_roles(recipe: Recipe, roles: Collection[str]) -> Recipe:
-    """Only these of :data:`ALL_ROLES` are quantized."""
+    """Return what keeps only these of :data:`ALL_ROLES`."""
     rounds = ELEMENTWISE in roles and recipe.elementwise.is_used
     rules = tuple(
         kept
@@ -35,7 +35,7 @@ def without_roles(recipe: Recipe, roles: Collection[str]) -> Recipe:
 
 
 def only_modules(recipe: Recipe, names: Collection[str]) -> Recipe:
-    """Only the modules of these qualified names are quantized."""
+    """Return what keeps only the modules of these qualified names."""
     return replace(recipe, rules=tuple(rule for rule in _spelled_out(recipe) if rule.name in names))
 
 

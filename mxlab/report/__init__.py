@@ -33,7 +33,7 @@ def write_report(results_dir: Path, out_dir: Path) -> ReportPaths:
     """Report on every run below ``results_dir``: report.md, index.html, tables/*.csv and figs/*.png in ``out_dir``.
 
     Files of an earlier report are written anew. Raises ReportError where ``results_dir`` holds no run, or where
-    ``out_dir`` cannot be made or lies in a run directory.
+    ``out_dir`` cannot be made or is inside a run directory.
     """
     tree = read_tree(results_dir)
     _make_folders(out_dir)

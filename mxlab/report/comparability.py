@@ -131,7 +131,7 @@ def identity_sentence(group: Sequence[Result]) -> str:
 
 
 def metrics_text(result: Result) -> str:
-    """Accuracy and perplexity in a sentence."""
+    """Return accuracy and perplexity in a sentence."""
     return f"acc {cell_text(result.acc)}, ppl {cell_text(result.ppl)}"
 
 

@@ -46,7 +46,7 @@ def _compared(tree: Tree) -> Iterator[list[Result]]:
 
 
 def plot(results: Sequence[Result], baselines: Sequence[Result]) -> Figure:
-    """Accuracy to the left, perplexity (logarithmic) to the right, a row for each result."""
+    """Plot accuracy to the left, perplexity (logarithmic) to the right, a row for each result."""
     figure = Figure(figsize=(8.0, 1.5 + 0.38 * len(results)), dpi=DPI, layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     _draw(left, ACCURACY, results, baselines)

@@ -19,7 +19,7 @@ from mxlab.report.style import DPI, SHAPES, STYLE
 from mxlab.report.tables import stage_title
 
 EXERCISES = ("ex1", "ex2")
-DODGE = 0.07  # of the distance of two block sizes: identical series lie side by side instead of on each other
+DODGE = 0.07  # of the distance of two block sizes: identical series stand side by side, not on each other
 MAX_DODGE = 0.7  # what all the series of a block size may take together
 
 # scale_bits chooses the stroke and the fill, the other options the colour and the marker: grey prints keep them apart.

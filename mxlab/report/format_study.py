@@ -79,5 +79,5 @@ def _draw(rows: Sequence[StudyRow], file: Path) -> None:
 
 
 def _offset(rule: str, rules: Sequence[str]) -> float:
-    """Rules of one format lie beside each other, not on each other."""
+    """Return where a rule of one format stands: beside the others, not on them."""
     return (rules.index(rule) - (len(rules) - 1) / 2) * 0.1

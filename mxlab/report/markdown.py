@@ -47,7 +47,7 @@ def _cell(text: str) -> str:
 
 
 def _inline(text: str) -> str:
-    """One line in which "<" is no tag: an error message may hold both."""
+    """Return one line in which "<" is no tag: an error message may hold both."""
     return " ".join(text.split()).replace("<", "&lt;")
 
 

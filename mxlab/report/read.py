@@ -1,4 +1,4 @@
-"""A results tree: its runs, and what looks like a run and is none."""
+"""A results tree: its runs, and what looks like a run and is not."""
 
 import json
 import os
@@ -20,7 +20,7 @@ LOG_TAIL = 160  # characters of a log's last line: enough for an exception, not 
 
 @dataclass(frozen=True)
 class Incomplete:
-    """A directory which should be a run, and why it is none."""
+    """A directory that should be a run, and why it is not."""
 
     folder: str
     why: str

@@ -55,7 +55,7 @@ class Run:
 
     @property
     def stage_folder(self) -> Path:
-        """The folder of the stage: the run's parent, unless the metrics lie in ``baseline/`` itself."""
+        """The folder of the stage: the run's parent, unless the metrics are in ``baseline/`` itself."""
         return _stage_folder(self.folder)
 
     @property
@@ -65,7 +65,7 @@ class Run:
 
     @property
     def in_baseline_stage(self) -> bool:
-        """Whether the run lies where baselines belong."""
+        """Whether the run is where baselines belong."""
         return self.stage.rpartition("/")[2] == BASELINE
 
 
@@ -171,7 +171,7 @@ def _effective(count: _Fields) -> int:
 
 
 def _result(run: Run, task: str, scores: _Fields, count: _Fields | None, seconds: float, speed: float | None) -> Result:
-    """One task's row. A group of tasks has scores, but no count of its own."""
+    """Return one task's row. A group of tasks has scores, but no count of its own."""
     perplexity = next((name for name in PERPLEXITIES if _measured(scores, name)), PERPLEXITIES[0])
     return Result(
         run=run,
@@ -229,7 +229,7 @@ def _read_directory(folder: Path, metrics: dict[str, Any]) -> Run:
 
 
 def _read_record(path: Path) -> dict[str, Any]:
-    """run.json, checked as far as it is used; empty for a tree of another origin, which has none."""
+    """Read run.json, checked as far as it is used; empty for a tree of another origin, which lacks it."""
     if not path.exists():
         return {}
     record = _load(path)
@@ -272,7 +272,7 @@ def _device(name: str | None, environment: str) -> str | None:
 
 
 def _environment(path: Path, metrics: dict[str, Any]) -> str:
-    """env.txt, else the metrics' own account; without the date, so that equal environments are equal."""
+    """Return env.txt, else the metrics' own account; without the date, so that equal environments are equal."""
     text = _read_if_there(path)
     if text is not None:
         return "\n".join(line for line in text.splitlines() if not line.startswith("date:"))

@@ -139,7 +139,7 @@ def _eligibility(result: Result) -> tuple[bool, bool]:
 
 
 def _goodness(result: Result) -> float:
-    """Accuracy, or else perplexity turned round; a missing one and NaN lose."""
+    """Return accuracy, or else perplexity turned round; a missing one and NaN lose."""
     goodness = result.acc.value if result.acc else -result.ppl.value if result.ppl else -math.inf
     return -math.inf if math.isnan(goodness) else goodness
 

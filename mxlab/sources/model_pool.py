@@ -21,7 +21,7 @@ class ModelPool:
         self._kept: LoadedModel | None = None
 
     def load(self, name: str, dtype: str, device: str) -> LoadedModel:
-        """As :func:`mxlab.sources.models.load_model`."""
+        """Load as :func:`mxlab.sources.models.load_model`."""
         key = (name, dtype, device)
         if self._kept is None or self._key != key:
             self._forget()

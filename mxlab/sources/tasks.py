@@ -86,7 +86,7 @@ class _LoadedManager(TaskManager):
 
 
 def digests(names: Sequence[str], data_dir: Path | None) -> dict[str, str]:
-    """sha256 of the data file behind each task; ``hub`` for those that come from there.
+    """Return the sha256 of the data file behind each task; ``hub`` for those that come from there.
 
     Raises:
         SourceError: a file is missing from the data folder.
@@ -129,7 +129,7 @@ def _file(name: str, data_dir: Path | None) -> Path | None:
 
 
 def _definition(name: str, file: Path) -> dict[str, Any]:
-    """lm-eval's own task with ``file`` as its test split."""
+    """Return lm-eval's own task with ``file`` as its test split."""
     local = LOCAL.get(name, LOCAL["lambada_openai"])  # the passages are scored as LAMBADA is
     return {
         "include": str(_LM_EVAL_TASKS / local.yaml),

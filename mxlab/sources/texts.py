@@ -68,7 +68,7 @@ def label(name: str) -> str:
 
 
 def digest(name: str, data_dir: Path | None = None) -> str:
-    """sha256 of the text; ``hub`` for one that comes from there.
+    """Return the sha256 of the text; ``hub`` for one that comes from there.
 
     Raises:
         SourceError: as :func:`load_text`, but for the hub's.

@@ -34,7 +34,7 @@ class BinaryResidual(nn.Module):
 
     @classmethod
     def from_data(cls, x: Tensor, levels: int = 2, axis: int | Sequence[int] = -1) -> BinaryResidual:
-        """With the means that the format ``binary_residual`` takes from ``x`` along ``axis``.
+        """Make one with the means that the format ``binary_residual`` takes from ``x`` along ``axis``.
 
         An axis whose length changes from call to call, such as that of the tokens of an activation, belongs to
         ``axis``, too: ``axis=range(x.ndim)`` gives one mean a level, as in the paper.
@@ -46,7 +46,7 @@ class BinaryResidual(nn.Module):
         return cls(torch.stack(means))
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x`` on the grid of its signs; same shape and dtype.
+        """Return ``x`` on the grid of its signs; same shape and dtype.
 
         Raises:
             FormatError: the means do not fit the shape of ``x``.

@@ -1,16 +1,23 @@
 """The mxlab command: exit codes, and one-line messages instead of tracebacks."""
 
+import functools
+import io
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from mxlab import rundir
+from mxlab.cli import console
 from mxlab.cli import main as cli
+from mxlab.progress import Steps
 from mxlab.recipe import load_recipe
 
 from support.paths import ROOT
@@ -190,6 +197,32 @@ def test_out_is_a_file(mxlab, tiny_llama, tmp_path):
         assert "Traceback" not in err
 
 
+def test_progress_off_a_terminal(mxlab, tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(console, "LineReporter", functools.partial(console.LineReporter, interval=0.01))
+    code, _, err = mxlab("eval", "--model", tiny_llama, *QUICK, "--recipe", "ex1", "--out", tmp_path)
+    assert code == 0
+    lines = err.splitlines()
+    begun = [line for line in lines if line.endswith(" ...")]
+    assert begun[0] == "loading libraries ..."
+    assert "loading tasks ..." in begun
+    assert any(re.match(r"quantizing weights \(\d+\) \.\.\.", line) for line in begun)
+    assert any(re.match(r"rows: \d of 2, 0:\d\d passed", line) for line in lines)
+    assert not any("it/s" in line for line in lines)  # no bar of tqdm's
+
+
+def test_progress_on_a_terminal(monkeypatch):
+    screen = Console(file=io.StringIO(), force_terminal=True, width=120)
+    monkeypatch.setattr(console, "stderr", screen)
+    with console.progress(), Steps("a sweep", 2) as outer:
+        outer.advance()
+        with Steps("rows", 4) as rows:
+            rows.advance(3)
+            time.sleep(0.3)  # bars are drawn ten times a second
+    drawn = screen.file.getvalue()
+    for part in ("a sweep", "1/2", "rows", "3/4"):
+        assert part in drawn
+
+
 # ---- sweep and report
 
 
@@ -203,14 +236,19 @@ def test_sweep_report_and_resume(mxlab, tiny_llama, tmp_path):
     arguments = ["sweep", file, "--tasks", "mxlab_passages", *QUICK, "--out", out]
     code, printed, err = mxlab(*arguments)
     assert (code, "0 runs made, 0 found finished, 4 failed" in printed) == (1, True)
-    assert "failures.jsonl" in err
+    assert f"see {out / 'ex1' / rundir.FAILURES}" in err
+    assert sum("failed: SourceError" in line or "failed: no model" in line for line in printed.splitlines()) == 4
     assert "no model folder /no/such" in err
     assert len((out / "ex1" / rundir.FAILURES).read_text(encoding="utf-8").splitlines()) == 4
 
     code, printed, _ = mxlab(*arguments, "--model", tiny_llama)
     assert (code, "4 runs made, 0 found finished, 0 failed" in printed) == (0, True)
+    head, *rows = [line.split() for line in printed.splitlines() if " acc" in line or "finished" in line.split()[-1:]]
+    assert head[:3] == ["stage", "block_size", "custom_cuda"]
+    assert [row[:3] for row in rows] == [["ex1", size, cuda] for size in ("8", "16") for cuda in ("True", "False")]
     code, printed, _ = mxlab(*arguments, "--model", tiny_llama)
     assert (code, "0 runs made, 4 found finished, 0 failed" in printed) == (0, True)
+    assert sum("skipped" in line for line in printed.splitlines()) == 4
     assert len(list((out / "ex1").glob("2*"))) == 4
 
     code, printed, _ = mxlab("report", out, "-o", tmp_path / "report")

@@ -197,3 +197,39 @@ def test_bad_requests(change, message):
 @pytest.mark.parametrize("limit", [None, 1, 1.0, 256, 0.25, 1e-9])
 def test_good_limits(limit):
     assert TaskRequest(Recipe("r"), limit=limit).limit == limit
+
+
+def test_rows_that_share_a_call_of_the_model_are_counted_each(tiny_llama):
+    """Multiple choice with answers of one token: lm-eval calls the model once for a question."""
+    from lm_eval.api.instance import Instance
+
+    from mxlab.eval import tasks
+    from mxlab.progress import Steps, shown_by
+    from mxlab.sources.models import load_model
+
+    class Seen:
+        def __init__(self):
+            self.done = {}
+
+        def begin(self, steps: Steps):
+            self.done[steps.description] = 0, steps.total
+
+        def advance(self, steps: Steps):
+            self.done[steps.description] = steps.done, steps.total
+
+        def end(self, steps: Steps):
+            pass
+
+    loaded = load_model(str(tiny_llama), "float32", "cpu")
+    lm = tasks._TimedHFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=2, max_length=64)
+    pairs = [(question, answer) for question in ("one", "two", "six") for answer in ("a", "b", "c", "d")]
+    requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
+    seen = Seen()
+    with shown_by(seen):
+        answers = lm.loglikelihood(requests, disable_tqdm=True)
+        lm.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, ("word " * 100,), 0)], disable_tqdm=True)
+    assert len(answers) == 12
+    assert seen.done["rows"] == (12, 12)
+    windows, total = seen.done["windows"]
+    assert windows > 1
+    assert total is None

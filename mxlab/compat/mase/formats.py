@@ -37,7 +37,7 @@ class Family:
         needs: the keys of an operand without which MASE stops.
         spell: the text of the format from its keys.
         may: keys that it also reads.
-        decides: those of ``needs`` without which MASE leaves an optional operand as it is.
+        decides: those of ``needs`` without which MASE leaves an optional operand unchanged.
         required: the operands of a linear layer that must have keys.
         optional: those that may have keys; of any other, MASE reads none.
         note: what the format here does otherwise than MASE's published code.

@@ -42,7 +42,7 @@ _MATMUL_TYPES = (
 )
 # Tables that are no selectors, either.
 _IGNORED = {
-    "default": "MASE's pass over modules has no default: what no selector names stays as it is",
+    "default": "MASE's pass over modules has no default: what no selector names stays unchanged",
     "token_collector": "it collects calibration text, and quantizes nothing",
 }
 
@@ -182,7 +182,7 @@ def _gptq_weight(table: Table, source: str, notes: list[str]) -> str:
 
 
 def _algorithms(tables: dict[str, Table], by: str, selectors: list[Selector], notes: list[str]) -> dict[str, Any]:
-    """Return the tables as they are; ``modules`` says which layers [gptq] is for, as patterns. So for clip_search."""
+    """Return the tables unchanged; ``modules`` says which layers [gptq] is for, as patterns. So for clip_search."""
     searched = _patterns(by, [s for s in selectors if s.is_searched])
     algorithms: dict[str, Any] = {"clip_search": {"modules": searched}} if searched else {}
     for name, table in tables.items():
@@ -195,7 +195,7 @@ def _algorithms(tables: dict[str, Table], by: str, selectors: list[Selector], no
 
 
 def _patterns(by: str, selectors: list[Selector]) -> list[str]:
-    """Regular expressions for the names of the layers that the selectors choose."""
+    """Return regular expressions for the names of the layers that the selectors choose."""
     if by == "type":
         return [".*" for _ in selectors]
     return [s.name if by == "regex_name" else re.escape(s.name) for s in selectors]

@@ -74,7 +74,7 @@ class Selector:
         return formats
 
     def _operand(self, prefix: str, keys: Keys) -> str | None:
-        """Return the text of the format of an operand; None where MASE leaves it as it is."""
+        """Return the text of the format of an operand; None where MASE leaves it unchanged."""
         if prefix == "weight" and self._family.decides:
             return self._weight(keys)
         if prefix in self._family.optional:
@@ -101,7 +101,7 @@ class Selector:
         if searches:
             self._note("clip_search is not read where gptq = true")
         if not self._gptq_weight:
-            self._note("gptq = true, but there is no table [gptq]: the weights stay as they are, as in MASE")
+            self._note("gptq = true, but there is no table [gptq]: the weights stay unquantized, as in MASE")
             return None
         self.is_gptq = True
         if keys and (own := self._spelled(self._family, "weight", keys)) != self._gptq_weight:

@@ -62,7 +62,7 @@ class _Rounder:
 
 
 def product(in1: Tensor, in2: Tensor, bias: Tensor | None, specs: MxSpecs, plan: Plan) -> Tensor:
-    """``in1 @ in2 + bias`` as ``plan`` says.
+    """Return ``in1 @ in2 + bias`` as ``plan`` says.
 
     Args:
         in1: (..., M, K); a vector is one row.
@@ -120,14 +120,14 @@ class _Product(torch.autograd.Function):
 
 
 def _grad_in1(grad: Tensor, in2: Tensor, rounder: _Rounder, plan: Plan) -> Tensor:
-    """(..., M, N) and (..., K, N) to (..., M, K)."""
+    """Return the gradient of ``in1`` (..., M, K) from that of the product (..., M, N) and ``in2`` (..., K, N)."""
     grad = rounder.mx(grad, plan.grad_for_in1, -1)
     in2 = _widened(rounder.mx(in2, plan.in2_backward, -1), grad.dtype)
     return rounder.elementwise(plan.multiply(grad, in2.mT), "round_grad_input")
 
 
 def _grad_in2(grad: Tensor, in1: Tensor, rounder: _Rounder, plan: Plan) -> Tensor:
-    """(..., M, N) and (..., M, K) to (..., K, N)."""
+    """Return the gradient of ``in2`` (..., K, N) from that of the product (..., M, N) and ``in1`` (..., M, K)."""
     grad = rounder.mx(grad, plan.grad_for_in2, -2)
     in1 = rounder.mx(in1, plan.in1_backward, -2)
     if plan.sums_first:
@@ -136,7 +136,7 @@ def _grad_in2(grad: Tensor, in1: Tensor, rounder: _Rounder, plan: Plan) -> Tenso
 
 
 def _grad_bias(grad: Tensor, rounder: _Rounder) -> Tensor:
-    """(..., N) to (N,)."""
+    """Return the gradient of the bias (N,) from that of the product (..., N)."""
     return rounder.elementwise(grad.flatten(0, -2).sum(0), "round_grad_weight")
 
 

@@ -17,7 +17,7 @@ _BMM = replace(PLANS["aa"], multiply=torch.bmm)
 
 
 def bmm(in1: Tensor, in2: Tensor, mx_specs: Mapping[str, Any] | None = None, name: str | None = None) -> Tensor:
-    """``torch.bmm`` of two rounded activations; torch's own where ``mx_specs`` is None.
+    """Return ``torch.bmm`` of two rounded activations; torch's own where ``mx_specs`` is None.
 
     Args:
         in1: (B, M, K).

@@ -55,7 +55,7 @@ def quantize_elemwise_op(A: Tensor, mx_specs: Mapping[str, Any] | None, round: R
 def _quantize_bfloat(
     A: Tensor, bfloat: int, round: Rounding = "nearest", custom_cuda: bool = False, allow_denorm: bool = True
 ) -> Tensor:
-    """``A`` rounded to 8 exponent bits and ``bfloat`` bits in all; 0 and 32 leave it as it is."""
+    """Round ``A`` to 8 exponent bits and ``bfloat`` bits in all; 0 and 32 leave it unchanged."""
     if bfloat in (0, 32):
         return A
     return _quantize_elemwise_core(
@@ -71,7 +71,7 @@ def _quantize_fp(
     custom_cuda: bool = False,
     allow_denorm: bool = True,
 ) -> Tensor:
-    """``A`` rounded to an IEEE format; ``mantissa_bits`` are the explicit ones."""
+    """Round ``A`` to an IEEE format; ``mantissa_bits`` are the explicit ones."""
     if exp_bits is None or mantissa_bits is None:
         return A
     max_norm = _get_max_norm(exp_bits, mantissa_bits + 2)
@@ -88,7 +88,7 @@ def _quantize_elemwise(
     saturate_normals: bool = False,
     allow_denorm: bool = True,
 ) -> Tensor:
-    """``A`` rounded to an element format, without a scale."""
+    """Round ``A`` to an element format, without a scale."""
     if elem_format is None:
         return A
     exp_bits, bits, _, max_norm, _ = _get_format_params(elem_format)

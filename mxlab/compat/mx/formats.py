@@ -17,7 +17,7 @@ class RoundingMode(IntEnum):
 
     @staticmethod
     def string_enums() -> list[str]:
-        """Their names."""
+        """Return the names of all members."""
         return [mode.name for mode in RoundingMode]
 
 

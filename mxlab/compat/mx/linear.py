@@ -109,7 +109,7 @@ class Linear(torch.nn.Linear):
         self.prequantized_weights = True
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """[..., in] to [..., out]."""
+        """Return [..., out] of [..., in]."""
         if self.mx_none:
             return super().forward(inputs)
         if self.prequantized_weights and self.training:

@@ -37,7 +37,7 @@ def matmul(
     name: str | None = None,
     mode_config: str = "aa",
 ) -> Tensor:
-    """``in1 @ in2 + bias`` with rounded operands; torch's own where ``mx_specs`` is None.
+    """Return ``in1 @ in2 + bias`` with rounded operands; torch's own where ``mx_specs`` is None.
 
     Args:
         in1: (..., M, K).

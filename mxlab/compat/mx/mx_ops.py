@@ -27,7 +27,7 @@ def quantize_mx_op(
     round: Rounding = "nearest",
     expand_and_reshape: bool = False,
 ) -> Tensor:
-    """``A`` rounded to an MX format, in its own dtype; ``A`` itself where ``elem_format`` is None.
+    """Round ``A`` to an MX format, in its own dtype; return ``A`` itself where ``elem_format`` is None.
 
     Args:
         A: float32, bfloat16 or float16, any shape.
@@ -74,7 +74,7 @@ def _quantize_mx(
     flush_fp32_subnorms: bool = False,
     custom_cuda: bool = False,
 ) -> Tensor:
-    """As :func:`quantize_mx_op`, each option an argument."""
+    """Quantize as :func:`quantize_mx_op`, each option an argument."""
     if elem_format is None:
         return A
     if axes is None:

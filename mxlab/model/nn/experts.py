@@ -107,7 +107,7 @@ class QuantizedExperts(Observable):
         return True
 
     def _forget(self, *_: Any) -> None:
-        """Weights were loaded: they are not quantized."""
+        """Forget what is frozen: weights were loaded, which are not quantized."""
         self._frozen.clear()
 
     def __getstate__(self) -> dict[str, Any]:

@@ -25,7 +25,7 @@ class _Workspace(threading.local):
         self._memory: dict[Hashable, Tensor] = {}
 
     def lend(self, borrower: SharedInput, x: Tensor) -> Tensor | None:
-        """Contiguous memory for a tensor like ``x``, until it is lent again; None where it must be the caller's own."""
+        """Return memory for a contiguous tensor like ``x`` until it is lent again; None where it must be new."""
         size = x.numel() * x.element_size()
         if (
             torch.is_grad_enabled()
@@ -62,7 +62,7 @@ class SharedInput:
         parent.register_forward_hook(self._end, always_call=True)
 
     def get(self, x: Tensor, kind: Hashable, function: Callable[[Tensor, Tensor | None], Tensor]) -> Tensor:
-        """``function(x, out)``, ``out`` being memory for the result or None.
+        """Return ``function(x, out)``, ``out`` being memory for the result or None.
 
         It is not computed again for the same unchanged tensor and an equal ``kind``. The result is good until the next
         call of any SharedInput of this thread.
