@@ -41,7 +41,7 @@ def test_the_embedding_stays(name, recipe):
     assert torch.equal(head.weight, raw.lm_head.weight)
     assert head.weight is model.get_input_embeddings().weight
     [site] = [site for site in conversion.linears if site.name == "lm_head"]
-    assert f"the weight of lm_head is tied to {site.tied_to}, which stays as it is" in conversion.summary()
+    assert f"the weight of lm_head is tied to {site.tied_to}, which stays unchanged" in conversion.summary()
     x = torch.randn(3, 32)
     formats = site.formats
     expected = F.linear(mxlab.quantize(x, formats["activation"]), mxlab.quantize(raw.lm_head.weight, formats["weight"]))

@@ -398,10 +398,10 @@ KV = "kv_cache = { data_in_block_size = 32, data_in_width = 4 }\n"
         # [gptq] and clip_search
         (
             selector(LINEAR + "gptq = true"),
-            "gptq = true, but there is no table [gptq]: the weights stay as they are, as in MASE",
+            "gptq = true, but there is no table [gptq]: the weights stay unquantized, as in MASE",
             [{"weight": None, "activation": mxint(4, 32)}],
         ),
-        (selector("gptq = true"), "the weights stay as they are", []),
+        (selector("gptq = true"), "the weights stay unquantized", []),
         (GPTQ + selector("gptq = true"), None, [{"weight": mxint(4, 32)}]),
         (
             GPTQ + selector(LINEAR.replace("4", "8") + "gptq = true"),
