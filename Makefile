@@ -2,7 +2,7 @@
 # make test   every test, on both supported versions of transformers
 # make lint   style, types and the direction of imports
 # make figs   docs/results.md's tables and figs/ again, from results/; docs/formats.md and figs/formats/, from the code
-# make bench  every benchmark, ten minutes on two cores; its tables and figures: docs/bench.md, figs/bench_*.png
+# make bench  every benchmark, some ten minutes on two cores; its tables and figures: docs/bench.md, figs/bench_*.png
 # Each sets up what it needs on a machine with Python 3.11; a second time is quick.
 
 PYTHON := .venv/bin/python
