@@ -31,6 +31,7 @@ from mxlab.model.nn.phase import PassPhase
 from mxlab.model.nn.shared_input import SharedInput
 from mxlab.model.observe import count_weight_clamps
 from mxlab.model.plan import Plan, QuantizedSite, make_plan
+from mxlab.model.structure import cache_argument
 from mxlab.progress import track
 from mxlab.recipe import Phase, Recipe
 
@@ -126,7 +127,7 @@ class _Installer:
     def install(self, site: QuantizedSite) -> None:
         """Convert the module of a site."""
         if site.kind == "attention":
-            argument = sites.cache_argument(site.module)
+            argument = cache_argument(site.module)
             assert argument is not None  # or it would not be an attention
             QuantizedAttention(
                 site.name, site.module, argument, site.by_phase, self.recipe.numerics, self.phase, self.is_passive
@@ -140,7 +141,7 @@ class _Installer:
     def _experts(self, site: QuantizedSite) -> QuantizedExperts:
         name, module = site.module_name, site.module
         if name not in self.experts:
-            weights = sites.multiplied_parameters(module)
+            weights = sites.multiplied_parameters(module, site.part)
             self.experts[name] = QuantizedExperts(name, module, weights, site.input_axis == -2, self.phase)
             self.experts[name].install()
         return self.experts[name]

@@ -18,6 +18,7 @@ from mxlab.model import sites
 from mxlab.model.nn.attention import ROPE_ARGUMENT
 from mxlab.model.nn.linear import is_convertible
 from mxlab.model.sites import Site
+from mxlab.model.structure import CACHE_ARGUMENTS, Structure, takes_argument, writes_cache
 from mxlab.numerics import DTYPES
 from mxlab.recipe import PHASES, Phase, Recipe, Rule
 
@@ -144,10 +145,11 @@ class _Matcher:
     """Finds the rules of one site after the other, and remembers which rules were of use."""
 
     def __init__(self, model: nn.Module, recipe: Recipe) -> None:
-        self.sites = {site.name: site for site in sites.find_sites(model)}
+        self._structure = Structure(model)
+        self.sites = {site.name: site for site in sites.find_sites(model, self._structure)}
         self._model, self._recipe = model, recipe
         self._unused = set(range(len(recipe.rules)))
-        count = sites.layer_count(model)
+        count = self._structure.layer_count
         try:
             self._layers = [rule.layer_numbers(count) for rule in recipe.rules]
         except SpecError as e:
@@ -156,7 +158,8 @@ class _Matcher:
     @property
     def names(self) -> list[str]:
         """Names of all sites, and of modules without one, in module order: a rule may name any module."""
-        by_module: dict[str, list[str]] = {name: [] for name, _ in self._model.named_modules()}
+        wrapped = {name for name, module in self._model.named_modules() if sites.adapter_names(module)}
+        by_module: dict[str, list[str]] = {name: [] for name, _ in self._model.named_modules() if name not in wrapped}
         for site in self.sites.values():
             by_module[site.module_name].append(site.name)
         return [name for module, found in by_module.items() for name in found or [module]]
@@ -185,28 +188,34 @@ class _Matcher:
             self._unused.discard(number)
             if rule.skip:
                 return None
-            self.sites[name] = _serving_site(self._model, name, site, rule)
+            self.sites[name] = _serving_site(self._model, name, site, rule, self._structure)
             return rule
         return None
 
     def _selects(self, number: int, rule: Rule, name: str, site: Site | None) -> bool:
         layers = self._layers[number]
-        if layers is not None and sites.layer_of(name) not in layers:
+        if layers is not None and self._structure.layer_of(name) not in layers:
             return False
         if site is None:  # no site yet: the rule may still name the module, and learn that it cannot serve
             return not rule.skip and rule.matches(name, type(self._model.get_submodule(name)).__name__)
         # A rule that names a part speaks of linear layers or of attentions, by the roles it gives.
         speaks_of_it = rule.skip or rule.is_attention == (site.kind == "attention")
         class_name = type(site.module).__name__
-        return rule.matches(name, class_name, site.part if speaks_of_it else "") or rule.matches(
-            site.module_name, class_name
+        return rule.matches(name, class_name, site.part if speaks_of_it else "") or any(
+            rule.matches(other, class_name) for other in (site.module_name, self._adapted(site))
         )
 
+    def _adapted(self, site: Site) -> str:
+        """Return the name that a layer had before PEFT wrapped it, which is the wrapper's; else its own."""
+        outer = site.module_name.rpartition(".")[0]
+        is_wrapped = sites.adapter_names(self._model.get_submodule(outer)) and site.part
+        return outer if is_wrapped else site.module_name
 
-def _serving_site(model: nn.Module, name: str, site: Site | None, rule: Rule) -> Site:
+
+def _serving_site(model: nn.Module, name: str, site: Site | None, rule: Rule, structure: Structure) -> Site:
     """Return the site that serves the roles of the rule which names it; raises ConversionError where it cannot."""
     if rule.is_attention:
-        return _serving_attention(model, site.module_name if site else name, rule)
+        return _serving_attention(model, site.module_name if site else name, rule, structure)
     if site is None or site.kind == "attention":
         class_name = type(model.get_submodule(name)).__name__
         raise ConversionError(
@@ -216,8 +225,8 @@ def _serving_site(model: nn.Module, name: str, site: Site | None, rule: Rule) ->
     module_name = site.module_name
     if site.obstacle:
         raise ConversionError(
-            f"{module_name} is a {type(site.module).__name__} ({site.obstacle}), which mxlab cannot convert: put a "
-            f"rule with name = '{module_name}' and skip = true before {rule}"
+            f"{module_name} is a {type(site.module).__name__} ({site.obstacle}), which mxlab cannot convert: put one "
+            f"rule with type = '{type(site.module).__name__}' and skip = true before {rule}, for all of its kind"
         )
     if site.kind == "experts" and (rule.bias or rule.output):
         raise ConversionError(
@@ -231,19 +240,19 @@ def _serving_site(model: nn.Module, name: str, site: Site | None, rule: Rule) ->
     return site
 
 
-def _serving_attention(model: nn.Module, name: str, rule: Rule) -> Site:
+def _serving_attention(model: nn.Module, name: str, rule: Rule, structure: Structure) -> Site:
     module = model.get_submodule(name)
-    if sites.cache_argument(module) is None:
+    if not writes_cache(module):
         raise ConversionError(
-            f"{name} is a {type(module).__name__}, whose forward takes no {sites.CACHE_ARGUMENTS[0]}: it is not an "
-            f"attention that {', '.join(rule.formats)} can be quantized in; change {rule}"
+            f"{name} is a {type(module).__name__}, whose forward hands no K and V to a {CACHE_ARGUMENTS[0]}: it is not "
+            f"an attention that {', '.join(rule.formats)} can be quantized in; change {rule}"
         )
-    if rule.rope and not sites.takes_argument(module, ROPE_ARGUMENT):
+    if rule.rope and not takes_argument(module, ROPE_ARGUMENT):
         raise ConversionError(
             f"{name} is a {type(module).__name__}, whose forward takes no {ROPE_ARGUMENT}: it has no rope to quantize; "
             f"take that role out of {rule}"
         )
-    return sites.attention_site(name, module)
+    return sites.attention_site(name, module, structure)
 
 
 def _check_biases(recipe: Recipe, chosen: Sequence[tuple[Site, Rules]]) -> None:

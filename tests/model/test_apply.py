@@ -97,7 +97,10 @@ def description(model: nn.Module) -> list:
         ),
         ([LINEARS, mxlab.Rule("conv", weight=FP4)], r"conv is a Conv1d: only torch\.nn\.Linear"),
         ([LINEARS, mxlab.Rule(r"blocks\.1", weight=FP4)], r"blocks\.1 is a ModuleDict: only"),
-        ([LINEARS, KV, mxlab.Rule("embed", k=FP4)], "embed is a Embedding, whose forward takes no past_key_values"),
+        (
+            [LINEARS, KV, mxlab.Rule("embed", k=FP4)],
+            "embed is a Embedding, whose forward hands no K and V to a past_key_values",
+        ),
     ],
     ids=["no match", "taken by an earlier rule", "convolution", "container", "no attention"],
 )
@@ -130,7 +133,8 @@ def test_an_unknown_recipe(toy):
 
 def test_a_model_with_another_layer_behind_the_name():
     class Scaled(nn.Linear):
-        pass
+        def forward(self, x):
+            return 2 * super().forward(x)
 
     model = nn.Sequential(Scaled(8, 8))
     with pytest.raises(ConversionError, match="0 is a Scaled"):

@@ -191,14 +191,17 @@ def test_masked_scores_take_part_in_no_block(name, dtype):
 
 
 class Ignoring(nn.Module):
-    """An attention that takes a cache and never uses it, and multiplies by einsum."""
+    """An attention that would write to its cache and never does, and multiplies by einsum."""
 
     def __init__(self) -> None:
         super().__init__()
         self.proj = nn.Linear(8, 8)
+        self.is_cached = False
 
     def forward(self, x: Tensor, past_key_values=None) -> Tensor:
         x = self.proj(x)
+        if self.is_cached:
+            past_key_values.update(x, x, 0)
         return torch.einsum("bik,bjk->bij", x, x) @ x
 
 
@@ -231,7 +234,7 @@ def test_an_attention_that_hides_an_operand(roles, message):
 def test_rotary_tables_of_another_kind():
     class Complex(Ignoring):
         def forward(self, x, position_embeddings=None, past_key_values=None):
-            return self.proj(x)
+            return past_key_values.update(x, x, 0) if self.is_cached else self.proj(x)
 
     model = Computing(Complex())
     mxlab.apply(model, recipe(r"layers\.0", rope=FP4))

@@ -342,14 +342,16 @@ def test_experts_that_mxlab_does_not_know():
     class OtherExperts(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.gate_up_proj = nn.Parameter(torch.zeros(4, 8, 8))
+            self.gate_up_proj = nn.Parameter(torch.zeros(4, 64, 32))
 
-    model = nn.ModuleList([OtherExperts(), nn.Linear(8, 8)])
+    model = build("llama")
+    for layer in model.model.layers:
+        layer.mlp.experts = OtherExperts()
     mlp = mxlab.Rule(part="mlp", weight=GATE_UP["weight"])
-    with pytest.raises(
-        ConversionError, match=r"0 is a OtherExperts \(mxlab does not know its products.*name = '0' and skip = true"
-    ):
+    reason = r"0\.mlp\.experts is a OtherExperts \(mxlab does not know its products"
+    with pytest.raises(ConversionError, match=rf"{reason}.*type = 'OtherExperts' and skip = true"):
         mxlab.apply(model, mxlab.Recipe("test", (mlp,)))
-    conversion = mxlab.apply(model, mxlab.Recipe("test", (mxlab.Rule(name="0", skip=True), mlp)))
-    assert [site.name for site in conversion.linears] == ["1"]
-    assert conversion.linears_in_high_precision == ["0.gate_up_proj"]
+    conversion = mxlab.apply(model, mxlab.Recipe("test", (mxlab.Rule(type="OtherExperts", skip=True), mlp)))
+    assert len(conversion.linears) == 6
+    left = [name for name in conversion.linears_in_high_precision if ".mlp." in name]
+    assert left == [f"model.layers.{n}.mlp.experts.gate_up_proj" for n in range(2)]
