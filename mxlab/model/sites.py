@@ -130,10 +130,10 @@ def _own_weights(name: str, module: nn.Module, part: Part | Literal[""], layer: 
 
 
 def _is_like_experts(module: nn.Module, part: str) -> bool:
-    """Return whether a module of an MLP or a router multiplies by parameters of its own."""
-    if part not in ("mlp", "router") or isinstance(module, nn.Embedding):
+    """Return whether a module multiplies by parameters of its own: a matrix for each expert, or a router's."""
+    if part not in ("mlp", "router", "attention") or isinstance(module, nn.Embedding):
         return False
-    return bool(stacked_weights(module)) or own_matrices(module) > (part == "mlp")
+    return bool(stacked_weights(module)) or (part != "attention" and own_matrices(module) > (part == "mlp"))
 
 
 def _kv_shape(attention: nn.Module) -> tuple[int, ...]:

@@ -223,9 +223,7 @@ def test_torchs_own_attention_multiplies_by_parameters_and_is_refused():
     model = HomeMade(Block(), Attending())
     message = r"blocks\.1\.attention is a MultiheadAttention .*cannot convert: .*type = 'MultiheadAttention' and skip"
     refused(model, recipe(Rule(part="all", weight=INT8)), message)
-    message = (
-        r"blocks\.1\.attention\.out_proj is a NonDynamicallyQuantizableLinear \(its weight is read"
-    )
+    message = r"blocks\.1\.attention\.out_proj is a NonDynamicallyQuantizableLinear \(its weight is read"
     refused(model, recipe(Rule(r".*out_proj", weight=INT8)), message)
     refused(model, recipe(Rule(type="MultiheadAttention", k=FP4)), "hands no K and V to a past_key_values")
     conversion = mxlab.apply(model, recipe(Rule(part="attention", skip=True), Rule(part="all", weight=INT8)))
