@@ -25,6 +25,7 @@ from mxlab.model.nn import linear
 from mxlab.model.nn.attention import EAGER_ROLES, INNER_ROLES, QuantizedAttention
 from mxlab.model.nn.experts import QuantizedExperts
 from mxlab.model.nn.forward import override_of
+from mxlab.model.nn.guard import WeightGuard
 from mxlab.model.nn.linear import QuantizedLayer
 from mxlab.model.nn.operands import LinearOperands
 from mxlab.model.nn.phase import PassPhase
@@ -111,6 +112,8 @@ def _install(plan: Plan, is_passive: bool = False) -> Conversion:
         shared.install(model.get_submodule(parent))
     if any(site.by_phase["prefill"] != site.by_phase["decode"] for site in plan.sites):
         installer.phase.install(model)
+    if plan.sites and not is_passive:
+        WeightGuard().install(model)
     return Conversion(model, recipe, plan.sites, remarks=tuple(remarks))
 
 

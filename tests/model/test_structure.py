@@ -219,3 +219,29 @@ def test_the_page_shows_what_the_code_finds():
     if f"transformers {transformers.__version__};" not in page:
         pytest.skip("the page was made with another transformers")
     assert load_tool("docs/parts_table").page() == page
+
+
+# ---- adapters
+
+
+@pytest.fixture
+def adapted():
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+    return peft.get_peft_model(build("llama"), config).eval()
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # between PEFT and transformers
+def test_adapters_are_no_sites_of_part_rules(adapted):
+    """What was adapted is: it keeps its part, its layer, and the name that the recipes know."""
+    found = chosen(adapted, part="all", weight=FP4)
+    assert len(found) == len(chosen(build("llama"), part="all", weight=FP4))
+    assert not any("lora_" in name for name in found)
+    assert {site.layer for site in find_sites(adapted) if ".q_proj.base_layer" in site.name} == {0, 1}
+    assert len(chosen(adapted, modules=r".*\.(q|up)_proj", weight=FP4)) == 4
+    assert len(chosen(adapted, modules=r".*lora_A\.default", weight=FP4)) == 4
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_recipe_of_patterns_fits_an_adapted_model(adapted):
+    assert len(mxlab.apply(adapted, "ex1").linears) == len(mxlab.apply(build("llama"), "ex1").linears)
