@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -92,6 +93,12 @@ class QuantizedExperts(Observable):
             self._show(name, "activation", x, axis)
             return mx.on_activation(x, axis=axis)
         return x if name in frozen else mx.on_weight(x, axis)
+
+    def replicated(self, module: nn.Module) -> QuantizedExperts:
+        """Return the same for a replica, whose weights are on another device."""
+        replica = copy.copy(self)
+        replica._module, replica._frozen = module, copy.deepcopy(self._frozen)
+        return replica
 
     def _loaded(self, *_: Any) -> None:
         """Notice at once that other values were loaded, also for compiled code."""

@@ -7,8 +7,10 @@ is rounded.
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -29,35 +31,79 @@ _GROUPED = tuple(f for f in (getattr(F, "grouped_mm", None), getattr(torch, "_gr
 _FALLBACK = "grouped_mm_fallback"  # transformers' own operator
 
 
+class _Entered(threading.local):
+    """The products that the present thread looks at, outermost first."""
+
+    def __init__(self) -> None:
+        self.stack: list[AttentionProducts] = []
+
+
+_entered = _Entered()
+
+
+@contextmanager
+def unseen() -> Iterator[None]:
+    """Leave the matmuls alone that a module inside an attention computes: they are none of the attention's own."""
+    present = _entered.stack[-1:]
+    for products in present:
+        products.is_paused = True
+    try:
+        yield
+    finally:
+        for products in present:
+            products.is_paused = False
+
+
 class AttentionProducts(TorchFunctionMode):
     """Rounds the query, what goes into the softmax, and the probabilities, in one call of an attention.
 
     The matmul before the softmax is QKᵀ, the one after it PV; a fused attention shows its query only. ``seen`` counts
-    the operands met, by role.
+    the operands met, by role. Where ``with_keys``, K and V are met here as well, rather than on their way to a cache.
     """
 
-    def __init__(self, round: Round, seen: Counter[str]) -> None:
+    def __init__(self, round: Round, seen: Counter[str], with_keys: bool = False) -> None:
         super().__init__()
+        self.is_paused = False
         self._round = round
         self._seen = seen
+        self._with_keys = with_keys
+
+    def __enter__(self) -> Any:
+        _entered.stack.append(self)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        _entered.stack.pop()
+        super().__exit__(*error)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
+        given = kwargs or {}
+        return func(*args, **given) if self.is_paused else self._call(func, args, given)
+
+    def _call(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         if func is F.scaled_dot_product_attention:
             args, kwargs = self._with(args, kwargs, 0, "query", "q")
-        elif func in _MATMULS:
-            args, kwargs = self._with(args, kwargs, 0, "input", "p" if self._seen["softmax"] else "q")
-        elif func in _ADDED_MATMULS:
-            args, kwargs = self._with(args, kwargs, 1, "batch1", "p" if self._seen["softmax"] else "q")
+            args, kwargs = self._with_key(args, kwargs, 1, "key", "k")
+            args, kwargs = self._with_key(args, kwargs, 2, "value", "v")
+        elif func in _MATMULS or func in _ADDED_MATMULS:
+            first, name = (1, "batch1") if func in _ADDED_MATMULS else (0, "input")
+            other = "batch2" if func in _ADDED_MATMULS else "mat2" if func in _BMMS else "other"
+            roles = ("p", "v") if self._seen["softmax"] else ("q", "k")
+            args, kwargs = self._with(args, kwargs, first, name, roles[0])
+            # The blocks of both run along head_dim, which is the last axis of V but the last but one of Kᵀ.
+            args, kwargs = self._with_key(args, kwargs, first + 1, other, roles[1], -1 if roles[1] == "v" else -2)
         elif func in _SOFTMAXES:
             args, kwargs = self._with(args, kwargs, 0, "input", "softmax")
         return func(*args, **kwargs)
 
-    def _with(self, args: tuple, kwargs: dict, index: int, name: str, role: str) -> tuple[tuple, dict]:
+    def _with(self, args: tuple, kwargs: dict, index: int, name: str, role: str, axis: int = -1) -> tuple[tuple, dict]:
         self._seen[role] += 1
-        return replaced(args, kwargs, index, name, lambda x: self._round(role, x, -1))
+        return replaced(args, kwargs, index, name, lambda x: self._round(role, x, axis))
+
+    def _with_key(self, args: tuple, kwargs: dict, index: int, name: str, role: str, axis: int = -1) -> tuple:
+        return self._with(args, kwargs, index, name, role, axis) if self._with_keys else (args, kwargs)
 
 
 class ParameterProducts(TorchFunctionMode):

@@ -9,12 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.overrides import _len_torch_function_stack
+from transformers import DynamicCache
 
 import mxlab
 from mxlab.errors import ConversionError
 from mxlab.model.nn.forward import override_of
 
 from support.architectures import HEADS, HIDDEN, LAYERS, build, run, tokens
+from support.hybrids import small
 from support.llama import checkpointed
 
 HEAD_DIM = HIDDEN // HEADS
@@ -393,3 +395,101 @@ def test_gradients_pass_straight_through_and_survive_checkpointing():
         assert one is not None
         assert one.any()
         torch.testing.assert_close(one, other)
+
+
+# ---- attentions that ask more of their cache, or less
+
+
+def logits_of(model, **more) -> Tensor:
+    ids = torch.randint(3, 60, (2, 12), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        return model(input_ids=ids, **more).logits
+
+
+HYBRIDS = ["deepseek_v32", "minimax", "olmo_hybrid", "gemma3n_text", "longcat_flash", "jamba"]
+
+
+@pytest.mark.parametrize("model_type", HYBRIDS)
+def test_k_and_v_are_quantized_with_a_cache_and_without(model_type):
+    """Evaluations have none. What is computed is the same, and not what the unquantized model computes."""
+    raw = small(model_type)
+    model = copy.deepcopy(raw)
+    mxlab.apply(model, mxlab.Recipe("test", (mxlab.Rule(part="attention", k=FP4, v=FP4),)))
+    with_cache, without = logits_of(model, use_cache=True), logits_of(model, use_cache=False)
+    plain = [logits_of(raw, use_cache=use_cache) for use_cache in (True, False)]
+    assert not torch.allclose(without, plain[1], atol=1e-3)
+    if torch.allclose(*plain):  # else the model itself computes something else without a cache
+        torch.testing.assert_close(with_cache, without)
+    else:
+        assert not torch.allclose(with_cache, plain[0], atol=1e-3)
+
+
+def test_layers_that_reuse_keys_get_quantized_ones():
+    """The last two of four layers read what the first two wrote: what a rule says of them has no effect."""
+    raw = small("gemma3n_text")
+    first = mxlab.Rule(part="attention", layers="0-1", k=FP4, v=FP4)
+    last = mxlab.Rule(part="attention", layers="2-3", k=FP4, v=FP4)
+    both, head, tail = copy.deepcopy(raw), copy.deepcopy(raw), copy.deepcopy(raw)
+    mxlab.apply(both, mxlab.Recipe("test", (first, last)))
+    mxlab.apply(head, mxlab.Recipe("test", (first,)))
+    mxlab.apply(tail, mxlab.Recipe("test", (last,)))
+    assert torch.equal(logits_of(both, use_cache=True), logits_of(head, use_cache=True))
+    assert torch.equal(logits_of(tail, use_cache=True), logits_of(raw, use_cache=True))
+
+
+def test_a_nested_scorer_chooses_the_same_keys():
+    """DeepSeek-V3.2's indexer multiplies, too; which tokens it picks is no part of the attention."""
+    raw = small("deepseek_v32")
+
+    def choices(model) -> Tensor:
+        seen: list[Tensor] = []
+        indexer = next(m for m in model.modules() if hasattr(m, "index_topk"))
+        handle = indexer.register_forward_hook(lambda *call: seen.append(call[2]))
+        logits_of(model, use_cache=True)
+        handle.remove()
+        return seen[0]
+
+    model = copy.deepcopy(raw)
+    mxlab.apply(model, mxlab.Recipe("test", (mxlab.Rule(part="attention", layers="0", q=FP4),)))
+    assert torch.equal(choices(model), choices(raw))
+    assert not torch.allclose(logits_of(model), logits_of(raw), atol=1e-3)
+
+
+def test_a_cross_attention_reads_in_decode_what_prefill_wrote():
+    class Cross(nn.Module):
+        """Writes the keys of a state that is given once, as Llama 3.2 Vision's does those of the image."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.proj = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor, state: Tensor | None = None, past_key_values=None) -> Tensor:
+            if state is not None:
+                keys, _ = past_key_values.update(state[:, None], state[:, None], 0)
+            else:
+                keys = past_key_values.layers[0].keys
+            return self.proj(x) @ keys[:, 0].transpose(1, 2)
+
+    model = Computing(Cross())
+    mxlab.apply(model, recipe(r"layers\.0", k=FP4, v=FP4))
+    cache, state = DynamicCache(), torch.randn(1, 4, 8)
+    with torch.no_grad():
+        prefill = model(torch.ones(1, 3, 8), state=state, past_key_values=cache)
+        decode = model(torch.ones(1, 1, 8), past_key_values=cache)
+    assert torch.equal(cache.layers[0].keys[:, 0], mxlab.quantize(state, FP4))
+    torch.testing.assert_close(decode, prefill[:, :1])
+
+
+def test_a_replica_computes_with_its_own_weights():
+    """torch.nn.DataParallel, which Trainer makes on several GPUs."""
+    model = build("llama")
+    mxlab.apply(model, mxlab.Recipe("test", (mxlab.Rule(part="attention", k=FP4, v=FP4),)))
+    attention = model.model.layers[0].self_attn
+    replica = attention._replicate_for_data_parallel()
+    replica._modules = {name: copy.deepcopy(module) for name, module in attention._modules.items()}
+    nn.init.zeros_(replica.o_proj.weight)
+    x = torch.randn(1, 4, HIDDEN)
+    tables = model.model.rotary_emb(x, torch.arange(4)[None])
+    with torch.no_grad():
+        assert not replica(hidden_states=x, position_embeddings=tables, attention_mask=None)[0].any()
+        assert attention(hidden_states=x, position_embeddings=tables, attention_mask=None)[0].any()
