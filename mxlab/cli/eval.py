@@ -52,7 +52,7 @@ def evaluate(
     out: OutOption = Path("results"),
 ) -> None:
     """Evaluate one model under one recipe, on tasks or on a text; the run directory goes to OUT/<recipe>/."""
-    chosen = chosen_recipe(recipe, set_ or [])
+    chosen = chosen_recipe(recipe, set_ or [], model)
     start_logging()
     with progress():
         with loading_libraries():

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from mxlab.checks import check_bool, check_int
-from mxlab.errors import RunError
+from mxlab.errors import RunError, SpecError
 from mxlab.eval.metrics import TOP_K, TokenScores
 from mxlab.eval.request import EvaluationRequest, LoadModel, Outcome, check_name
 from mxlab.eval.scorer import Predictor, Scorer, check_context
 from mxlab.eval.windows import sliding_windows
 from mxlab.model.observe import count_scale_clamps
+from mxlab.model.saved import conversion_of
 from mxlab.sources import devices, models, texts
 from mxlab.sources.texts import CorpusText
 
@@ -96,6 +97,11 @@ def evaluate_text(request: TextRequest, folder: Path, load: LoadModel = models.l
     start = time.perf_counter()
     text = texts.load_text(request.text, request.data_dir)
     loaded = request.load(load)
+    if request.compare and (carried := conversion_of(loaded.model)) is not None:
+        raise SpecError(
+            f"{request.model} is quantized already, under recipe {carried.recipe.name}: there is no unquantized model "
+            "to compare with; leave the comparison out, or name the model it was made from"
+        )
     check_context(loaded.model, request.window)
     ids = texts.encode(loaded.tokenizer, text)
     windows = sliding_windows(len(ids), request.window, request.stride, request.windows)

@@ -54,6 +54,10 @@ class QuantizedExperts(Observable):
         self._operands[weight] = operands
         self._frozen[weight] = FrozenWeight(operands, self._axis)
 
+    def frozen_weight(self, parameter: str) -> FrozenWeight:
+        """Return what knows of the parameter whether it is frozen."""
+        return self._frozen[parameter]
+
     def freeze(self) -> None:
         """Quantize the weights, as far as they can be."""
         for name, frozen in self._frozen.items():

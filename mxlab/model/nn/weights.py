@@ -129,6 +129,10 @@ class FrozenWeight:
         """Take the present values for quantized ones."""
         self._mark = TensorVersion(weight)
 
+    def expect(self, version: TensorVersion) -> None:
+        """Take values that ``version`` recognises for quantized ones, once the weight has them."""
+        self._mark = version
+
     def is_frozen(self, weight: Tensor) -> bool:
         """Return whether the weight is frozen and has not changed since."""
         if weight.is_meta:  # its values are elsewhere, until accelerate brings them

@@ -363,7 +363,7 @@ def test_hooks_of_accelerate_around_it(order):
         add_hook_to_module(attention, ModelHook())
     assert torch.equal(run(model), run(expected))
     with pytest.raises(ConversionError, match="quantized already"):
-        mxlab.apply(model, recipe(**FORMATS))
+        mxlab.apply(model, recipe(k=FP4))
     remove_hook_from_module(attention)
     assert torch.equal(run(model), run(expected))
 
