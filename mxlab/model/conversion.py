@@ -56,7 +56,7 @@ class Conversion:
         in_place = {id(p) for site in self.linears for p in site.stored_parameters()}
         parameters = list(self.model.parameters())
         bits = sum(p.numel() * p.element_size() * 8 for p in parameters if id(p) not in in_place)
-        bits += sum(fmt.storage_bits(_blocks_last(site)) for site in self.linears for fmt in site.weight_formats)
+        bits += sum(site.storage_bits() for site in self.linears)
         return bits / max(sum(p.numel() for p in parameters), 1)
 
     @property
@@ -132,13 +132,6 @@ class Conversion:
         """Write the inventory as JSON; nothing where there is no file to write."""
         if file is not None:
             file.write_text(json.dumps(self.inventory(), indent=1), encoding="utf-8")
-
-
-def _blocks_last(site: QuantizedSite) -> tuple[int, ...]:
-    """Return the shape of a weight, the axis of its blocks last."""
-    shape = list(site.shape)
-    shape.append(shape.pop(site.input_axis))
-    return tuple(shape)
 
 
 def _axis_length(site: QuantizedSite) -> int:

@@ -75,7 +75,9 @@ def count_weight_clamps(sites: Iterable[QuantizedSite]) -> dict[str, int]:
     for site in track(sites, "counting clamped scales"):
         fmt = site.formats.get("weight")
         if isinstance(fmt, MXFormat) and not site.weight.is_meta:
-            total.update(scale_clamps(site.weight, fmt, site.input_axis))
+            for role, matrix, axis in site.quantized_parameters():
+                if role == "weight":
+                    total.update(scale_clamps(matrix, fmt, axis))
     return dict(total)
 
 

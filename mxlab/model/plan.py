@@ -80,10 +80,22 @@ class QuantizedSite(Site):
         """Return the parameters whose storage is counted in the bits of a format instead of those of their dtype."""
         return [self.weight] if self.is_in_place else []
 
+    def storage_bits(self) -> int:
+        """Return what the quantized weight takes, in each of its formats."""
+        shape = list(self.shape)
+        shape.append(shape.pop(self.input_axis))
+        matrices, matrix = (shape[0], shape[1:]) if len(shape) == 3 else (1, shape)
+        return sum(matrices * fmt.storage_bits(tuple(matrix)) for fmt in self.weight_formats)
+
     def quantized_parameters(self) -> Iterator[tuple[str, Tensor, int]]:
-        """Yield role, tensor and axis of the blocks of the weight and the bias, as far as they are quantized."""
+        """Yield role, tensor and axis of the blocks of the weight and the bias, as far as they are quantized.
+
+        The weights of experts come one by one where each has a scale of its own.
+        """
         if "weight" in self.roles:
-            yield "weight", self.weight, self.input_axis
+            is_stack = self.weight.ndim == 3 and any(fmt.tensor_bits for fmt in self.weight_formats)
+            for matrix in self.weight if is_stack else (self.weight,):
+                yield "weight", matrix, self.input_axis
         if "bias" in self.roles:
             yield "bias", self.bias, -1
 

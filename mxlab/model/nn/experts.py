@@ -7,13 +7,14 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from mxlab.errors import ConversionError
 from mxlab.model.nn.forward import ForwardOverride
 from mxlab.model.nn.operands import LinearOperands, Observable
 from mxlab.model.nn.phase import PassPhase
-from mxlab.model.nn.products import ParameterProducts
+from mxlab.model.nn.products import ParameterProducts, ProductOperand
 from mxlab.model.nn.weights import FrozenWeight
 from mxlab.recipe.rule import Phase
 
@@ -22,6 +23,9 @@ Operands = Mapping[Phase, LinearOperands]
 
 class QuantizedExperts(Observable):
     """Takes the place of the forward of an experts module, or of a router, and quantizes its products' operands.
+
+    A tensor, where a scale belongs to one, is the weight of one expert, and the tokens of a batch that go to one,
+    however transformers computes them.
 
     Weights are quantized once, in evaluation (:class:`mxlab.model.nn.weights.FrozenWeight`). One that is trained, or
     has a format of its own for each phase, is quantized on the fly.
@@ -77,7 +81,8 @@ class QuantizedExperts(Observable):
         # Before the forward, which may take its slices of a weight long before it multiplies by them.
         is_training = self._module.training
         frozen = [name for name, of in self._frozen.items() if of.settle(getattr(self._module, name), is_training)]
-        products = ParameterProducts(partial(self._round, frozen), len(self._weights))
+        chosen = next((x for x in (*args, *kwargs.values()) if _is_choice(x)), None)
+        products = ParameterProducts(partial(self._round, frozen, chosen), len(self._weights))
         with products:
             output = forward(*args, **kwargs)
         is_nothing = isinstance(output, Tensor) and not output.numel()
@@ -88,15 +93,18 @@ class QuantizedExperts(Observable):
             )
         return output
 
-    def _round(self, frozen: list[str], operand: str, product: int, x: Tensor, axis: int) -> Tensor:
-        name = self._weights[product]
+    def _round(self, frozen: list[str], chosen: Tensor | None, operand: ProductOperand) -> Tensor:
+        name, x, axis = self._weights[operand.product], operand.tensor, operand.axis
         if name not in self._operands:
             return x
         mx = self._operands[name][self._phase.current]
-        if operand == "input":
-            self._show(name, "activation", x, axis)
+        if operand.is_weight:
+            return x if name in frozen else mx.on_weight(x, axis)
+        self._show(name, "activation", x, axis)
+        rows = _experts_of_rows(x, chosen, operand.ends)
+        if rows is None or mx.activation is None or not mx.activation.tensor_bits:
             return mx.on_activation(x, axis=axis)
-        return x if name in frozen else mx.on_weight(x, axis)
+        return _by_expert(mx, x, axis, rows)
 
     def replicated(self, module: nn.Module) -> QuantizedExperts:
         """Return the same for a replica, whose weights are on another device."""
@@ -108,3 +116,29 @@ class QuantizedExperts(Observable):
         """Notice at once that other values were loaded, also for compiled code."""
         for name, frozen in self._frozen.items():
             frozen.is_frozen(getattr(self._module, name))
+
+
+def _is_choice(x: Any) -> bool:
+    """Return whether an argument of experts says which of them each token goes to."""
+    return isinstance(x, Tensor) and not x.is_floating_point()
+
+
+def _experts_of_rows(x: Tensor, chosen: Tensor | None, ends: Tensor | None) -> Tensor | None:
+    """Return the expert of each row of an input that several share; None where all rows go to one.
+
+    Args:
+        x: (rows, in), or (rows, 1, in) and (rows, in, 1) where each row has a weight of its own.
+        chosen: (tokens, experts of a token), what the router chose.
+        ends: (experts,), where the rows of each expert end, sorted by expert.
+    """
+    if ends is not None:
+        return torch.searchsorted(ends.to(torch.int64), torch.arange(x.shape[0], device=x.device), right=True)
+    return chosen.reshape(-1) if x.ndim == 3 and chosen is not None and chosen.numel() == x.shape[0] else None
+
+
+def _by_expert(mx: LinearOperands, x: Tensor, axis: int, rows: Tensor) -> Tensor:
+    """Quantize the tokens of each expert as the tensor that they are where experts are called one by one."""
+    out = x.clone()
+    for expert in rows.unique():
+        out[rows == expert] = mx.on_activation(x[rows == expert], axis=axis)
+    return out

@@ -64,7 +64,13 @@ class LinearOperands:
         object.__setattr__(self, "untouched", untouched)
 
     def on_weight(self, weight: Tensor, axis: int = -1) -> Tensor:
-        """Return the weight as the matmul sees it, same shape and dtype; ``axis`` is the one that it sums over."""
+        """Return the weight as the matmul sees it, same shape and dtype; ``axis`` is the one that it sums over.
+
+        Of experts' weights [experts, ..., ...] each matrix is a tensor of its own, as in a checkpoint that has a layer
+        for each: a scale of a whole tensor is that of one expert.
+        """
+        if weight.ndim == 3 and self.weight is not None and self.weight.tensor_bits:
+            return torch.stack([self.on_weight(matrix, axis) for matrix in weight])
         return self._quantized(self._rounded(weight, self.elementwise.weight_rounding), self.weight, axis)
 
     def on_activation(self, x: Tensor, out: Tensor | None = None, axis: int = -1) -> Tensor:

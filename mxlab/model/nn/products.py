@@ -11,6 +11,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -106,14 +107,33 @@ class AttentionProducts(TorchFunctionMode):
         return self._with(args, kwargs, index, name, role, axis) if self._with_keys else (args, kwargs)
 
 
+@dataclass(frozen=True)
+class ProductOperand:
+    """One operand of a product with a parameter.
+
+    Attributes:
+        is_weight: it is the parameter, or slices of it, rather than what that is multiplied by.
+        product: which of the module's projections it belongs to.
+        tensor: the operand.
+        axis: the one that the product sums over.
+        ends: (experts,), where the rows of each expert end, in a grouped product; else None.
+    """
+
+    is_weight: bool
+    product: int
+    tensor: Tensor
+    axis: int
+    ends: Tensor | None = None
+
+
 class ParameterProducts(TorchFunctionMode):
     """Rounds both operands of the products in one call of a module that multiplies by parameters of its own.
 
     Whichever way transformers computes a mixture of experts (expert by expert, batched or grouped), its ``count``
-    projections take turns. ``round`` is told ``input`` or ``weight`` and which projection it is.
+    projections take turns.
     """
 
-    def __init__(self, round: Callable[[str, int, Tensor, int], Tensor], count: int) -> None:
+    def __init__(self, round: Callable[[ProductOperand], Tensor], count: int) -> None:
         super().__init__()
         self.seen = 0
         self._round = round
@@ -126,7 +146,10 @@ class ParameterProducts(TorchFunctionMode):
         is_grouped = func in _GROUPED or (isinstance(func, OpOverloadPacket) and func.__name__ == _FALLBACK)
         if func is F.linear:
             args = self._pair(args, inputs=0, input_axis=-1, weight_axis=-1)
-        elif is_grouped or (func in _BMMS and args[0].shape[-2] == 1):  # (S, 1, in) @ (S, in, out)
+        elif is_grouped:
+            ends = kwargs["offs"] if "offs" in kwargs else args[2]
+            args = self._pair(args, inputs=0, input_axis=-1, weight_axis=-2, ends=ends)
+        elif func in _BMMS and args[0].shape[-2] == 1:  # (S, 1, in) @ (S, in, out)
             args = self._pair(args, inputs=0, input_axis=-1, weight_axis=-2)
         elif func in _BMMS:  # (S, out, in) @ (S, in, 1)
             args = self._pair(args, inputs=1, input_axis=-2, weight_axis=-1)
@@ -134,12 +157,14 @@ class ParameterProducts(TorchFunctionMode):
             args = self._pair(args, inputs=0, input_axis=-1, weight_axis=-2)
         return func(*args, **kwargs)
 
-    def _pair(self, args: tuple, inputs: int, input_axis: int, weight_axis: int) -> tuple:
+    def _pair(
+        self, args: tuple, inputs: int, input_axis: int, weight_axis: int, ends: Tensor | None = None
+    ) -> tuple[Any, ...]:
         product = self.seen % self._count
         self.seen += 1
         pair = list(args)
-        pair[inputs] = self._round("input", product, pair[inputs], input_axis)
-        pair[1 - inputs] = self._round("weight", product, pair[1 - inputs], weight_axis)
+        pair[inputs] = self._round(ProductOperand(False, product, pair[inputs], input_axis, ends))
+        pair[1 - inputs] = self._round(ProductOperand(True, product, pair[1 - inputs], weight_axis, ends))
         return tuple(pair)
 
 
