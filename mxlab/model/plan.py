@@ -6,6 +6,8 @@ not at all.
 
 from __future__ import annotations
 
+import heapq
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -146,7 +148,8 @@ def make_plan(model: nn.Module, recipe: Recipe) -> Plan:
     matcher.check_every_rule_used()
     chosen = [(matcher.sites[name], rules) for name, rules in matched.items() if any(rules.values())]
     _check_biases(recipe, chosen)
-    found = tuple(_quantized_site(model, site, rules) for site, rules in chosen)
+    holders = _holders(model)
+    found = tuple(_quantized_site(site, rules, holders) for site, rules in chosen)
     for site in found:
         if site.kind == "experts" and site.tied_to:
             raise ConversionError(f"the weight of {site.name} is shared with {site.tied_to}: untie it")
@@ -161,6 +164,12 @@ class _Matcher:
         self.sites = {site.name: site for site in sites.find_sites(model, self._structure)}
         self._model, self._recipe = model, recipe
         self._unused = set(range(len(recipe.rules)))
+        rules = list(enumerate(recipe.rules))
+        self._unnamed = [number for number, rule in rules if rule.name is None]
+        self._by_name: defaultdict[str, list[int]] = defaultdict(list)
+        for number, rule in rules:
+            if rule.name is not None:
+                self._by_name[rule.name].append(number)
         count = self._structure.layer_count
         try:
             self._layers = [rule.layer_numbers(count) for rule in recipe.rules]
@@ -194,7 +203,8 @@ class _Matcher:
 
     def _first_rule(self, name: str, phase: Phase) -> Rule | None:
         site = self.sites.get(name)
-        for number, rule in enumerate(self._recipe.rules):
+        for number in self._candidates(name, site):
+            rule = self._recipe.rules[number]
             if rule.phase not in (None, phase) or not self._selects(number, rule, name, site):
                 continue
             self._unused.discard(number)
@@ -203,6 +213,12 @@ class _Matcher:
             self.sites[name] = _serving_site(self._model, name, site, rule, self._structure)
             return rule
         return None
+
+    def _candidates(self, name: str, site: Site | None) -> Iterator[int]:
+        """Yield the numbers of the rules that may select a module: those for one other name are left out."""
+        names = {name} if site is None else {name, site.module_name, self._adapted(site)}
+        named = [numbers for name in names if (numbers := self._by_name.get(name))]
+        return heapq.merge(self._unnamed, *named)
 
     def _selects(self, number: int, rule: Rule, name: str, site: Site | None) -> bool:
         layers = self._layers[number]
@@ -280,7 +296,7 @@ def _has_bias(site: Site) -> bool:
     return getattr(site.module, "bias", None) is not None
 
 
-def _quantized_site(model: nn.Module, site: Site, rules: Rules) -> QuantizedSite:
+def _quantized_site(site: Site, rules: Rules, holders: Mapping[int, list[str]]) -> QuantizedSite:
     by_phase: dict[Phase, dict[str, NumberFormat]] = {
         phase: {role: fmt for role, fmt in rule.formats.items() if role != "bias" or _has_bias(site)} if rule else {}
         for phase, rule in rules.items()
@@ -294,17 +310,17 @@ def _quantized_site(model: nn.Module, site: Site, rules: Rules) -> QuantizedSite
             f"the weight of {site.name} is a {type(weight.data).__name__} of {weight.dtype}: mxlab quantizes "
             "float32, bfloat16 and float16; load the unquantized checkpoint in one of them"
         )
-    return replace(found, tied_to=_sharing_module(model, found)) if "weight" in found.roles else found
+    others = (name for name in holders[id(found.weight)] if name != found.module_name)
+    return replace(found, tied_to=next(others, None)) if "weight" in found.roles else found
 
 
-def _sharing_module(model: nn.Module, site: QuantizedSite) -> str | None:
-    """Return the name of another module that holds the same weight."""
-    holders = (
-        name
-        for name, module in model.named_modules()
-        if module is not site.module and any(p is site.weight for p in module.parameters(recurse=False))
-    )
-    return next(holders, None)
+def _holders(model: nn.Module) -> dict[int, list[str]]:
+    """Return the names of the modules that hold each parameter, by the parameter's id."""
+    found: defaultdict[int, list[str]] = defaultdict(list)
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            found[id(parameter)].append(name)
+    return found
 
 
 def _distinct_phases(site: QuantizedSite) -> list[tuple[Phase | None, Mapping[str, NumberFormat]]]:
