@@ -15,7 +15,7 @@ from typing import Any
 from mxlab.checks import check_bool, check_int
 from mxlab.errors import RunError, SpecError
 from mxlab.eval.metrics import TOP_K, TokenScores
-from mxlab.eval.request import EvaluationRequest, LoadModel, Outcome, check_name
+from mxlab.eval.request import EvaluationRequest, LoadModel, Outcome, check_name, check_rules_acted
 from mxlab.eval.scorer import Predictor, Scorer, check_context
 from mxlab.eval.windows import sliding_windows
 from mxlab.model.observe import count_scale_clamps
@@ -109,6 +109,7 @@ def evaluate_text(request: TextRequest, folder: Path, load: LoadModel = models.l
     clamps: dict[str, Counter[str]] = {}
     scorer = Scorer(lambda: loaded.model, ids, windows, request.batch_size, reference)
     score = scorer.score(request.recipe, lambda conversion: clamps.update(count_scale_clamps(conversion)))
+    check_rules_acted(score.conversion)
     results = {text.name: _results(score.tokens)}
     every_window = sliding_windows(len(ids), request.window, request.stride)
     record = {

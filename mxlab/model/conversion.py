@@ -14,8 +14,10 @@ from typing import Any
 from torch import nn
 
 from mxlab.model import sites
+from mxlab.model.nn.forward import override_of
+from mxlab.model.nn.operands import Observable
 from mxlab.model.plan import QuantizedSite
-from mxlab.recipe import Recipe
+from mxlab.recipe import Phase, Recipe, Rule
 from mxlab.recipe.rule import PHASES
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
@@ -106,6 +108,22 @@ class Conversion:
             site.name for site in sites.find_sites(self.model) if site.kind != "attention" and site.name not in replaced
         ]
 
+    def acted(self, site: QuantizedSite) -> list[Phase]:
+        """Return the phases in which a site has computed since the conversion."""
+        computer = computer_of(site)
+        return [phase for phase in PHASES if computer is not None and (site.parameter, phase) in computer.acted]
+
+    def idle_rules(self) -> list[Rule]:
+        """Return the rules under which nothing has computed since the conversion."""
+        busy = {site.rules[phase] for site in self.sites for phase in self._phases_acted(site) if phase in site.rules}
+        return [self.recipe.rules[n] for n in sorted({n for s in self.sites for n in s.rules.values()} - busy)]
+
+    def _phases_acted(self, site: QuantizedSite) -> list[Phase]:
+        # Where no site differs between the phases, nothing tells them apart.
+        is_told = any(s.by_phase["prefill"] != s.by_phase["decode"] for s in self.sites)
+        acted = self.acted(site)
+        return acted if is_told or not acted else list(PHASES)
+
     def inventory(self) -> dict[str, Any]:
         """Return what was replaced and what was left, as plain values for JSON."""
         return {
@@ -121,10 +139,12 @@ class Conversion:
                     "shape": list(site.shape),
                     "formats": {role: str(fmt) for role, fmt in site.all_formats.items()},
                     "bits_per_element": {role: fmt.bits_per_element for role, fmt in site.all_formats.items()},
+                    "acted": self._phases_acted(site),
                 }
                 for site in self.sites
             ],
             "linear_layers_in_high_precision": self.linears_in_high_precision,
+            "idle_rules": [str(rule) for rule in self.idle_rules()],
             "notes": self.notes,
         }
 
@@ -132,6 +152,11 @@ class Conversion:
         """Write the inventory as JSON; nothing where there is no file to write."""
         if file is not None:
             file.write_text(json.dumps(self.inventory(), indent=1), encoding="utf-8")
+
+
+def computer_of(site: QuantizedSite) -> Observable:
+    """Return what treats the operands of a site: a quantized layer, or what took the place of its module's forward."""
+    return site.module if isinstance(site.module, Observable) else override_of(site.module)
 
 
 def _axis_length(site: QuantizedSite) -> int:

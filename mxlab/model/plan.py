@@ -33,10 +33,12 @@ class QuantizedSite(Site):
 
     Attributes:
         by_phase: the formats by role, for each phase of generation.
+        rules: the number of the rule that gave them, for each phase that has one.
         tied_to: name of a module that shares the weight; None where there is none.
     """
 
     by_phase: Mapping[Phase, Mapping[str, NumberFormat]] = field(default_factory=dict)
+    rules: Mapping[Phase, int] = field(default_factory=dict)
     tied_to: str | None = None
 
     @property
@@ -149,7 +151,8 @@ def make_plan(model: nn.Module, recipe: Recipe) -> Plan:
     chosen = [(matcher.sites[name], rules) for name, rules in matched.items() if any(rules.values())]
     _check_biases(recipe, chosen)
     holders = _holders(model)
-    found = tuple(_quantized_site(site, rules, holders) for site, rules in chosen)
+    numbers = {id(rule): number for number, rule in enumerate(recipe.rules)}
+    found = tuple(_quantized_site(site, rules, holders, numbers) for site, rules in chosen)
     for site in found:
         if site.kind == "experts" and site.tied_to:
             raise ConversionError(f"the weight of {site.name} is shared with {site.tied_to}: untie it")
@@ -296,12 +299,15 @@ def _has_bias(site: Site) -> bool:
     return getattr(site.module, "bias", None) is not None
 
 
-def _quantized_site(site: Site, rules: Rules, holders: Mapping[int, list[str]]) -> QuantizedSite:
+def _quantized_site(
+    site: Site, rules: Rules, holders: Mapping[int, list[str]], numbers: Mapping[int, int]
+) -> QuantizedSite:
     by_phase: dict[Phase, dict[str, NumberFormat]] = {
         phase: {role: fmt for role, fmt in rule.formats.items() if role != "bias" or _has_bias(site)} if rule else {}
         for phase, rule in rules.items()
     }
-    found = QuantizedSite(**vars(site), by_phase=by_phase)
+    by_number: dict[Phase, int] = {phase: numbers[id(rule)] for phase, rule in rules.items() if rule}
+    found = QuantizedSite(**vars(site), by_phase=by_phase, rules=by_number)
     if site.kind == "attention":
         return found
     weight = found.weight

@@ -11,15 +11,19 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from mxlab.errors import ConversionError, FormatError, MetricError, SourceError, SpecError
-from mxlab.eval.request import Outcome
-from mxlab.eval.text import TextRequest
+import mxlab
+from mxlab.errors import ConversionError, FormatError, MetricError, RunError, SourceError, SpecError
+from mxlab.eval.request import Outcome, check_rules_acted
+from mxlab.eval.text import TextRequest, evaluate_text
 from mxlab.experiments import runs
 from mxlab.formats import MXFormat
 from mxlab.recipe import Recipe, Rule, load_recipe
 from mxlab.report import read
 from mxlab.sources import models, texts
 from mxlab.sources.model_pool import ModelPool
+from mxlab.sources.models import load_model
+
+from support.architectures import build, run
 
 SETTINGS = {"text": "passages", "window": 64, "windows": 4, "dtype": "float32", "device": "cpu", "batch_size": 3}
 
@@ -201,3 +205,50 @@ def test_a_model_that_gives_no_numbers(tiny_llama, tmp_path):
 def test_bad_requests(change, message):
     with pytest.raises((SpecError, FormatError), match=re.escape(message)):
         TextRequest(Recipe("r"), **change)
+
+
+# ---- rules that never act
+
+
+def test_a_rule_for_decode_is_not_scored_by_a_text(tiny_llama, tmp_path):
+    """It would be the baseline's perplexity, with int2 in the inventory."""
+    int2 = MXFormat.parse("int2@32")
+    idle = Recipe("idle", (Rule(part="mlp", phase="decode", weight=int2, activation=int2),))
+    request = TextRequest(idle, str(tiny_llama), text="passages", window=32, windows=1, dtype="float32", device="cpu")
+    with pytest.raises(RunError, match=r"phase = 'decode' never acted.*nothing was generated.*choose a task"):
+        evaluate_text(request, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_inventory_says_which_sites_acted(tiny_llama, tmp_path):
+    fp4 = MXFormat.parse("fp4_e2m1@32")
+    prefill, decode = Rule(part="mlp", phase="prefill", weight=fp4), Rule(part="mlp", phase="decode", activation=fp4)
+    both = Recipe("both", (prefill, decode))
+    loaded = load_model(str(tiny_llama), "float32", "cpu")
+    conversion = mxlab.apply(loaded.model, both)
+    assert {tuple(site["acted"]) for site in conversion.inventory()["sites"]} == {()}
+    assert len(conversion.idle_rules()) == 2
+    ids = torch.ones(1, 4, dtype=torch.long)
+    with torch.no_grad():
+        loaded.model(ids)
+    assert {tuple(site["acted"]) for site in conversion.inventory()["sites"]} == {("prefill",)}
+    assert conversion.inventory()["idle_rules"] == ["the rule for part = 'mlp', phase = 'decode'"]
+    loaded.model.generate(ids, max_new_tokens=3, min_new_tokens=3, do_sample=False, pad_token_id=0)
+    assert {tuple(site["acted"]) for site in conversion.inventory()["sites"]} == {("prefill", "decode")}
+    assert conversion.idle_rules() == []
+
+
+def test_an_expert_that_no_token_goes_to_makes_no_rule_idle():
+    model = build("mixtral")
+    conversion = mxlab.apply(model, Recipe("test", (Rule(part="mlp", weight=MXFormat.parse("fp4_e2m1@8")),)))
+    run(model)
+    assert conversion.idle_rules() == []
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own
+def test_compiled_code_hides_who_acts(tiny_llama, caplog):
+    model = load_model(str(tiny_llama), "float32", "cpu").model
+    conversion = mxlab.apply(model, "ex1")
+    model.model = torch.compile(model.model)
+    check_rules_acted(conversion)
+    assert "never acted" in caplog.text

@@ -119,7 +119,7 @@ def test_a_tied_layer_may_quantize_its_input(toy):
 @pytest.mark.parametrize("rule", [LINEARS, KV], ids=["linear", "kv"])
 def test_converting_twice_is_refused(toy, ids, rule):
     mxlab.apply(toy, recipe(rule))
-    before, expected = description(toy), run(toy, ids)
+    expected, before = run(toy, ids), description(toy)
     with pytest.raises(ConversionError, match=r"quantized already.*not both"):
         mxlab.apply(toy, recipe(LINEARS, KV))
     assert description(toy) == before
@@ -241,6 +241,7 @@ def test_inventory(toy):
         "shape": [1, 24],
         "formats": {"k": "fp4_e2m1@32", "v": "fp6_e2m3@32"},
         "bits_per_element": {"k": 4.25, "v": 6.25},
+        "acted": [],
     }
     assert inventory["sites"][1] == {
         "module": "blocks.0.self_attn.q_proj",
@@ -248,6 +249,7 @@ def test_inventory(toy):
         "shape": [48, 40],
         "formats": {"weight": "fp4_e2m1@32", "activation": "fp6_e2m3@32"},
         "bits_per_element": {"weight": 4.25, "activation": 6.25},
+        "acted": [],
     }
 
 

@@ -93,6 +93,7 @@ class QuantizedAttention(Observable):
         """
         seen: Counter[str] = Counter()
         meets_keys = False
+        self._note("", self.phase.current)
         if not self._roles.isdisjoint(KV_ROLES):
             meets_keys = self._computes_keys_anew(args, kwargs)
             if not meets_keys:

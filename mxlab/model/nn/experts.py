@@ -97,7 +97,9 @@ class QuantizedExperts(Observable):
         name, x, axis = self._weights[operand.product], operand.tensor, operand.axis
         if name not in self._operands:
             return x
-        mx = self._operands[name][self._phase.current]
+        phase = self._phase.current
+        self._note(name, phase)
+        mx = self._operands[name][phase]
         if operand.is_weight:
             return x if name in frozen else mx.on_weight(x, axis)
         self._show(name, "activation", x, axis)
