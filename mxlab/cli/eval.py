@@ -9,6 +9,7 @@ from rich.table import Table
 from mxlab.cli.console import console, loading_libraries, print_line, progress, start_logging
 from mxlab.cli.options import (
     BatchSizeOption,
+    BosOption,
     CompareOption,
     DataDirOption,
     DeviceOption,
@@ -44,6 +45,7 @@ def evaluate(
     stride: StrideOption = None,
     windows: WindowsOption = None,
     compare: CompareOption = False,
+    bos: BosOption = False,
     batch_size: BatchSizeOption = None,
     dtype: DtypeOption = Dtype.auto,
     device: DeviceOption = "auto",
@@ -68,7 +70,7 @@ def evaluate(
             device=device,
             max_length=max_length,
         )
-        request = request_from(chosen, settings | text_settings(text, window, stride, windows, compare), data_dir)
+        request = request_from(chosen, settings | text_settings(text, window, stride, windows, compare, bos), data_dir)
         folder = runs.run(request, out / chosen.name, {**chosen.options, **assigned(set_ or [])})
     table = Table("task", "metric", "value", "stderr")
     for row in runs.read_metrics(folder):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import datetime
 import json
+import logging
 import time
 from collections import Counter
 from collections.abc import Hashable
@@ -23,6 +24,8 @@ from mxlab.model.saved import conversion_of
 from mxlab.sources import devices, models, texts
 from mxlab.sources.texts import CorpusText
 
+logger = logging.getLogger("mxlab")
+
 
 @dataclass(frozen=True)
 class TextRequest(EvaluationRequest):
@@ -34,6 +37,7 @@ class TextRequest(EvaluationRequest):
         stride: tokens from one window to the next; None for disjoint windows.
         windows: the first so many windows; None for the whole text.
         compare: whether to run the unquantized model as well, for KL divergence and top-1 agreement.
+        bos: whether the model sees its token for the beginning of a text before each window; that is not scored.
 
     Raises:
         SpecError, FormatError: a value out of range.
@@ -45,6 +49,7 @@ class TextRequest(EvaluationRequest):
     stride: int | None = None
     windows: int | None = None
     compare: bool = False
+    bos: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -57,6 +62,7 @@ class TextRequest(EvaluationRequest):
         if self.windows is not None:
             check_int("windows", self.windows, 1, None, "a whole number, 1 or more")
         check_bool("compare", self.compare)
+        check_bool("bos", self.bos)
 
     @property
     def sources(self) -> tuple[Hashable, ...]:
@@ -74,6 +80,7 @@ class TextRequest(EvaluationRequest):
             "stride": self.stride or self.window,
             "windows": self.windows,
             "compare": self.compare,
+            **({"bos": True} if self.bos else {}),  # runs of before --bos are still found
         }
 
     def evaluate(self, folder: Path, load: LoadModel = models.load_model) -> Outcome:
@@ -102,12 +109,13 @@ def evaluate_text(request: TextRequest, folder: Path, load: LoadModel = models.l
             f"{request.model} is quantized already, under recipe {carried.recipe.name}: there is no unquantized model "
             "to compare with; leave the comparison out, or name the model it was made from"
         )
-    check_context(loaded.model, request.window)
+    bos = _bos(request, loaded.tokenizer)
+    check_context(loaded.model, request.window + request.bos)
     ids = texts.encode(loaded.tokenizer, text)
     windows = sliding_windows(len(ids), request.window, request.stride, request.windows)
-    reference = Predictor(_copy(loaded.model)) if request.compare else None
+    reference = Predictor(_copy(loaded.model), bos) if request.compare else None
     clamps: dict[str, Counter[str]] = {}
-    scorer = Scorer(lambda: loaded.model, ids, windows, request.batch_size, reference)
+    scorer = Scorer(lambda: loaded.model, ids, windows, request.batch_size, reference, bos)
     score = scorer.score(request.recipe, lambda conversion: clamps.update(count_scale_clamps(conversion)))
     check_rules_acted(score.conversion)
     results = {text.name: _results(score.tokens)}
@@ -120,6 +128,23 @@ def evaluate_text(request: TextRequest, folder: Path, load: LoadModel = models.l
         "total_evaluation_time_seconds": time.perf_counter() - start,
     }
     return Outcome(_write(folder, record), results, score.conversion, score.forward_seconds, clamps)
+
+
+def _bos(request: TextRequest, tokenizer: Any) -> int | None:
+    """Return the token to put before each window; warn where the model is used to one and gets none."""
+    bos = tokenizer.bos_token_id
+    if request.bos:
+        if bos is None:
+            raise SpecError(f"the tokenizer of {request.model} has no token for a text's beginning: leave --bos out")
+        return bos
+    if bos is not None and tokenizer("a")["input_ids"][:1] == [bos]:
+        logger.warning(
+            "%s is used to %s at the beginning of a text, and the windows have none: the perplexity may be far too "
+            "high; put it there with --bos",
+            request.model,
+            tokenizer.bos_token,
+        )
+    return None
 
 
 def _copy(model: Any) -> Any:
@@ -147,6 +172,7 @@ def _config(request: TextRequest, text: CorpusText, model: Any) -> dict[str, Any
         "windows": request.windows,
         "top_k": TOP_K,
         "compare": request.compare,
+        "bos": request.bos,
     }
 
 

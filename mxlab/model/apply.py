@@ -133,7 +133,7 @@ def _install(
     conversion = Conversion(model, recipe, plan.sites, dict(clamps or {}), remarks)
     if plan.sites and not is_passive:
         saved.expect_frozen(conversion, saved.frozen_versions(saved.carried_config(model)))
-        WeightGuard().install(model)
+        WeightGuard([site.name for site in plan.sites if site.kind == "linear"]).install(model)
         saved.SavePretrained(conversion).install()
     return conversion
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -252,3 +253,56 @@ def test_compiled_code_hides_who_acts(tiny_llama, caplog):
     model.model = torch.compile(model.model)
     check_rules_acted(conversion)
     assert "never acted" in caplog.text
+
+
+# ---- the beginning of a text
+
+
+@pytest.fixture
+def with_bos(tiny_llama, tmp_path):
+    """A model whose tokenizer begins every text with a token."""
+    folder = tmp_path / "bos"
+    shutil.copytree(tiny_llama, folder)
+    file = folder / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    first = tokenizer["added_tokens"][0]
+    template = {"SpecialToken": {"id": first["content"], "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+    tokens = {first["content"]: {"id": first["content"], "ids": [first["id"]], "tokens": [first["content"]]}}
+    tokenizer["post_processor"] = {
+        "type": "TemplateProcessing", "single": template, "pair": template, "special_tokens": tokens,
+    }  # fmt: skip
+    file.write_text(json.dumps(tokenizer))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "bos_token": first["content"]}))
+    return folder, first["id"]
+
+
+def test_a_text_may_begin_with_the_token_that_a_model_is_used_to(with_bos, tmp_path, caplog):
+    """Against the definition: the token before each window, the same tokens scored."""
+    folder, bos = with_bos
+    given = {"text": "passages", "window": 16, "windows": 2, "dtype": "float32", "device": "cpu"}
+    plain = evaluate_text(TextRequest(load_recipe("baseline"), str(folder), **given), tmp_path)
+    assert "is used to" in caplog.text
+    assert "--bos" in caplog.text
+    caplog.clear()
+    found = evaluate_text(TextRequest(load_recipe("baseline"), str(folder), **given, bos=True), tmp_path)
+    assert "is used to" not in caplog.text
+    loaded = load_model(str(folder), "float32", "cpu")
+    ids = texts.encode(loaded.tokenizer, texts.load_text("passages", None))[:32].view(2, 16)
+    with torch.no_grad():
+        logits = loaded.model(torch.cat([torch.full((2, 1), bos), ids], 1)).logits[:, 1:-1]
+    loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+    results, without = found.results["passages"], plain.results["passages"]
+    assert results["cross_entropy,none"] == pytest.approx(loss.item(), rel=1e-5)
+    assert results["tokens"] == without["tokens"] == 30
+    assert results["cross_entropy,none"] != without["cross_entropy,none"]
+
+
+def test_a_tokenizer_without_such_a_token(tiny_llama, tmp_path, monkeypatch):
+    loaded = load_model(str(tiny_llama), "float32", "cpu")
+    loaded.tokenizer.bos_token = None
+    request = TextRequest(load_recipe("baseline"), str(tiny_llama), text="passages", window=16, windows=1, bos=True)
+    with pytest.raises(SpecError, match="has no token for a text's beginning: leave --bos out"):
+        evaluate_text(request, tmp_path, lambda *_: loaded)
+    assert "bos" in request.key()
+    assert "bos" not in replace(request, bos=False).key()

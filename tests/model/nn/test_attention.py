@@ -7,6 +7,7 @@ import threading
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.overrides import _len_torch_function_stack
 from transformers import DynamicCache
@@ -14,6 +15,7 @@ from transformers import DynamicCache
 import mxlab
 from mxlab.errors import ConversionError
 from mxlab.model.nn.forward import override_of
+from mxlab.model.observe import observe
 
 from support.architectures import HEADS, HIDDEN, LAYERS, build, run, tokens
 from support.hybrids import small
@@ -493,3 +495,43 @@ def test_a_replica_computes_with_its_own_weights():
     with torch.no_grad():
         assert not replica(hidden_states=x, position_embeddings=tables, attention_mask=None)[0].any()
         assert attention(hidden_states=x, position_embeddings=tables, attention_mask=None)[0].any()
+
+
+# ---- where blocks begin
+
+
+def test_pads_on_the_left_shift_the_blocks_of_scores_and_probabilities():
+    """Blocks run along the keys from the first one, pads included: pads on the right leave a row as it is alone."""
+    model = build("llama")
+    mxlab.apply(model, mxlab.Recipe("test", (mxlab.Rule(part="attention", softmax=FP4, p=FP4),)))
+    ids = tokens(10, 1)
+    alone = run(model, ids)
+    right = torch.cat([ids, torch.zeros(1, 2, dtype=torch.long)], 1)
+    left = torch.cat([torch.zeros(1, 2, dtype=torch.long), ids], 1)
+    torch.testing.assert_close(run(model, right, attention_mask=(right > 0).long())[:, :10], alone)
+    mask, positions = (left > 0).long(), torch.tensor([[0, 0, *range(10)]])
+    shifted = run(model, left, attention_mask=mask, position_ids=positions)[:, 2:]
+    assert not torch.allclose(shifted, alone, atol=1e-3)
+    raw = build("llama")
+    torch.testing.assert_close(
+        run(raw, left, attention_mask=mask, position_ids=positions)[:, 2:], run(raw, ids), atol=1e-4, rtol=1e-4
+    )
+
+
+@pytest.mark.skipif("gpt_oss" not in transformers.CONFIG_MAPPING, reason="this transformers has no gpt-oss")
+def test_sinks_are_scores_among_others():
+    """gpt-oss appends one to the scores of each head: the softmax reads it, so that it is in its last block."""
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssForCausalLM
+
+    config = transformers.GptOssConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, head_dim=8,
+        num_key_value_heads=2, num_local_experts=2, num_experts_per_tok=1, attn_implementation="eager", pad_token_id=0,
+    )  # fmt: skip
+    model = GptOssForCausalLM(config).eval()
+    with torch.no_grad():
+        model.model.layers[0].self_attn.sinks.fill_(1.3)
+    seen = []
+    conversion = mxlab.apply(model, mxlab.Recipe("test", (mxlab.Rule(part="attention", softmax=FP4),)))
+    with torch.no_grad(), observe(conversion, lambda _, role, x, axis: seen.append(x.clone())):
+        model(torch.randint(1, 60, (1, 6)))
+    assert seen[0].shape == (1, 4, 6, 7)

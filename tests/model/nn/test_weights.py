@@ -228,3 +228,17 @@ def test_a_weight_of_inference_mode():
         frozen = FrozenWeight(dict.fromkeys(PHASES, operands), -1)
         assert frozen.settle(weight, is_training=False)
         assert torch.equal(weight, mxlab.quantize(raw, FP4))
+
+
+# ---- layers that are replaced
+
+
+def test_a_replaced_head_is_told(caplog):
+    model = build("llama")
+    mxlab.apply(model, Recipe("test", (Rule(part="all", weight=FP4),)))
+    run(model)
+    assert not caplog.text
+    model.resize_token_embeddings(72)
+    for _ in range(2):
+        run(model)
+    assert caplog.text.count("lm_head: converted, but no quantized layer any more") == 1
