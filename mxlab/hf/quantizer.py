@@ -27,6 +27,9 @@ class MxlabQuantizer(HfQuantizer):
 
     requires_calibration = False
 
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        return model
+
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         from mxlab.model.apply import apply
 

@@ -213,10 +213,12 @@ def expert_count(module: nn.Module) -> int:
     """Return how many experts a module holds: equal modules in a list, or slices of its 3-D parameters; 0: none."""
     if (own := stacked_weights(module)) or (own_matrices(module) > 1 and hasattr(module, "moe_num_experts")):
         return own[0].shape[0] if own else module.moe_num_experts  # pyright: ignore[reportReturnType]
-    if isinstance(module, nn.ModuleList) and len(module) > 1:
-        shapes = {tuple((n, tuple(p.shape)) for n, p in child.named_parameters()) for child in module}
-        is_equal = len(shapes) == 1 and next(iter(shapes)) and not any(_takes(child, _CERTAIN) for child in module)
-        return len(module) if is_equal and any(_is_projection(m) for m in module[0].modules()) else 0
+    if isinstance(module, nn.ModuleList):
+        # LongCat's have experts among them that do nothing, and so hold nothing.
+        shapes = [s for child in module if (s := [(n, tuple(p.shape)) for n, p in child.named_parameters()])]
+        is_equal = len(shapes) > 1 and all(s == shapes[0] for s in shapes)
+        is_multiplied = is_equal and any(len(shape) > 1 for _, shape in shapes[0])
+        return len(module) if is_multiplied and not any(_takes(child, _CERTAIN) for child in module) else 0
     return max((expert_count(child) for child in module.children()), default=0) if _is_shell(module) else 0
 
 

@@ -10,7 +10,6 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mxlab
-from mxlab.cli import main as cli
 from mxlab.errors import ConversionError, SpecError
 from mxlab.eval.text import TextRequest, evaluate_text
 from mxlab.hf.checkpoint import save_converted
@@ -18,7 +17,7 @@ from mxlab.model.saved import conversion_of
 from mxlab.recipe import Recipe, Rule
 from mxlab.sources.models import load_model
 
-from support.architectures import IS_OLD
+from support.architectures import IS_OLD, build
 from support.hybrids import SMALL, small
 
 # Under each of these, quantizing a quantized weight once more changes it.
@@ -47,8 +46,10 @@ def logits(model) -> torch.Tensor:
 
 
 @pytest.fixture
-def source(tiny_llama) -> str:
-    return str(tiny_llama)
+def source(request) -> str:
+    if IS_OLD:
+        pytest.skip("transformers 4 does not read the embedded model's tokenizer")
+    return str(request.getfixturevalue("tiny_llama"))
 
 
 def converted(source: str, fmt: str):
@@ -87,8 +88,9 @@ def test_every_way_to_load_gives_what_was_saved(how, fmt, source, tmp_path):
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
-def test_saving_a_loaded_model_again_changes_nothing(fmt, source, tmp_path):
-    model = converted(source, fmt)
+def test_saving_a_loaded_model_again_changes_nothing(fmt, tmp_path):
+    model = build("llama")
+    mxlab.apply(model, recipe(fmt))
     for name in ("one", "two", "three"):
         expected = logits(model)
         model.save_pretrained(tmp_path / name)
@@ -209,6 +211,9 @@ def test_there_is_nothing_to_compare_with(folder, tmp_path):
 
 
 def test_an_evaluation_without_a_recipe_is_one_under_its_own(folder, tmp_path, monkeypatch, capfd):
+    pytest.importorskip("typer")
+    from mxlab.cli import main as cli
+
     out = tmp_path / "results"
     arguments = ["eval", "--model", folder, "--text", "passages", "--window", 32, "--windows", 1, "--device", "cpu"]
     monkeypatch.setattr(sys, "argv", ["mxlab", *map(str, arguments), "--dtype", "float32", "--out", str(out)])

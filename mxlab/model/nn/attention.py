@@ -212,16 +212,26 @@ class _QuantizingCache:
             raise AttributeError(name)
         if name in _STORED:
             self._seen.update(KV_ROLES)
+        return getattr(self._real(), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _OWN:
+            object.__setattr__(self, name, value)
+        else:  # Gemma keeps K and V for later layers in an attribute of the cache
+            setattr(self._real(), name, value)
+
+    def _real(self) -> Any:
         if self._cache is None:  # an attention without a cache would not have asked: it gets an empty one
             self._cache = _PassingCache(config=self._config) if self._config is not None else _PassingCache()
-        return getattr(self._cache, name)
+        return self._cache
 
 
 class _PassingCache(DynamicCache):
     """An empty cache for one call of one attention, which the model is not told of."""
 
 
-_STORED = ("layers", "key_cache", "value_cache")  # where caches keep K and V
+_STORED = ("layers", "shared_layers", "key_cache", "value_cache")  # where caches keep K and V
+_OWN = ("_cache", "_attention", "_seen", "_config")
 
 
 class _Aside:
