@@ -40,18 +40,22 @@ def metrics_files(folder: Path) -> list[Path]:
 def partial(parent: Path) -> Iterator[Path]:
     """Yield a new hidden folder in ``parent``, to be filled; it is gone afterwards, unless it was renamed.
 
-    What killed processes of this machine left in ``parent`` is removed. Raises OSError where it cannot be written.
+    So are the folders that had to be made for it, where nothing else is in them. What killed processes of this machine
+    left in ``parent`` is removed. Raises OSError where it cannot be written.
     """
-    parent.mkdir(parents=True, exist_ok=True)
+    missing = [place for place in (parent, *parent.parents) if not place.exists()]
     _remove_leftovers(parent)
     folder = parent / f"{_PREFIX}{os.getpid()}-{secrets.token_hex(4)}"
-    folder.mkdir()
+    folder.mkdir(parents=True)
     _being_filled.add(folder)
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         _being_filled.discard(folder)
+        with contextlib.suppress(OSError):  # one that is not empty stays, and those above it
+            for place in missing:
+                place.rmdir()
 
 
 def publish(folder: Path, parent: Path, label: str) -> Path:

@@ -15,6 +15,7 @@ Kind = Literal["recipe", "sweep", "study"]
 PACKAGE = Path(__file__).resolve().parent
 _PACKED = PACKAGE / "_packed"
 _ROOT = _PACKED if _PACKED.is_dir() else PACKAGE.parent
+_BYTE_ORDER_MARK = "\ufeff"  # Windows' editors write it first; TOML and its readers do not know it
 PATCHED_LLAMA = _ROOT / "modeling_llama.py"
 
 _FOLDERS: dict[Kind, Path] = {
@@ -55,6 +56,6 @@ def read_toml(file: Path, source: str) -> dict[str, Any]:
 def parse_toml(text: str, source: str) -> dict[str, Any]:
     """Return the values in a TOML text. Raises SpecError where it is not TOML; ``source`` names it there."""
     try:
-        return tomllib.loads(text)
+        return tomllib.loads(text.removeprefix(_BYTE_ORDER_MARK))
     except tomllib.TOMLDecodeError as e:
         raise SpecError(f"{source} is not valid TOML: {e}") from None

@@ -21,6 +21,7 @@ from mxlab.bench.workload import LAMBADA, Case, TextWorkload, check_count, check
 from mxlab.compat.recipes import load_any_recipe
 from mxlab.errors import MxlabError
 from mxlab.eval.tasks import TaskRequest, evaluate_tasks
+from mxlab.experiments.provenance import quiet_git
 from mxlab.sources.tasks import PASSAGES
 
 BASELINE = "baseline"
@@ -76,7 +77,7 @@ class LmEvalWorkload(TextWorkload):
             data_dir=self.data_dir,
         )
         # lm-eval prints while it works; the screen belongs to the results.
-        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()), quiet_git():
             forward[name].append(evaluate_tasks(request, Path(folder)).forward_seconds)
 
     def _columns(self, what: str) -> dict[str, Any]:

@@ -33,6 +33,11 @@ def print_line(text: Any) -> None:
     console.print(escape(str(text)), soft_wrap=True)
 
 
+def print_text(text: Any) -> None:
+    """Print a sentence to standard output, broken between words where a terminal is too narrow for it."""
+    console.print(escape(str(text)), soft_wrap=not console.is_terminal)
+
+
 def print_error(head: str, text: Any) -> None:
     """Print a line to standard error, its head in red."""
     stderr.print(f"[bold red]{head}[/] {escape(str(text))}", soft_wrap=True)

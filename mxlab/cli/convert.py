@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from mxlab.cli.console import console, loading_libraries, print_line, progress, start_logging
+from mxlab.cli.console import loading_libraries, print_table, print_text, progress, start_logging
 from mxlab.cli.options import Dtype, DtypeOption, ModelArgument, RecipeArgument, SetOption
 from mxlab.cli.recipes import chosen_recipe
 from mxlab.errors import SpecError
@@ -47,17 +46,16 @@ def convert(
 
 
 def print_inventory(conversion: Conversion) -> None:
-    """Print what is quantized and what is not, layers that are alike in one row."""
-    from mxlab.model.conversion import high_precision_rows, quantized_rows
+    """Print what is quantized and what is not, layers that are alike in one row, and what it comes to."""
+    from mxlab.model.conversion import high_precision_rows, left_names, quantized_rows, totals
 
-    table = Table("module", "layers", "shape", "role", "format", "bits", box=None)
+    table = Table(box=None)
+    for head in ("module", "layers", "shape", "role", "format", "bits"):
+        table.add_column(head, overflow="fold")  # names are for copying into a recipe: folded rather than cut
     for row in [*quantized_rows(conversion), *high_precision_rows(conversion)]:
         shape = " x ".join(map(str, row.shape)) or "-"
-        table.add_row(escape(row.name), row.layers, shape, row.role, row.format, f"{row.bits:g}")
-    # Names are for copying into a recipe: wider than the screen rather than cut.
-    Console(width=max(console.width, Console(width=1000).measure(table).maximum)).print(table)
-    left = conversion.linears_in_high_precision
-    print_line(f"linear layers in high precision: {', '.join(left) or 'none'}")
-    for note in conversion.notes:
-        print_line(f"note: {note}")
-    print_line(f"average bits per parameter: {conversion.bits_per_parameter:.4f}")
+        table.add_row(*map(escape, (row.name, row.layers, shape, row.role, row.format, f"{row.bits:g}")))
+    print_table(table)
+    print_text(f"linear layers in high precision: {', '.join(left_names(conversion)) or 'none'}")
+    for line in [*(f"note: {note}" for note in conversion.notes), *totals(conversion)]:
+        print_text(line)

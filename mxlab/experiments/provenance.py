@@ -8,6 +8,8 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -66,15 +68,37 @@ def _version(package: str) -> str:
         return "not installed"
 
 
+@contextmanager
+def quiet_git() -> Iterator[None]:
+    """Keep git's complaint off the screen where lm-eval asks it for a commit and the working directory is no checkout.
+
+    What lm-eval records stays the same.
+    """
+    from lm_eval import evaluator
+    from lm_eval.loggers.utils import get_commit_from_path
+
+    asks = evaluator.get_git_commit_hash
+    evaluator.get_git_commit_hash = lambda: _git(Path.cwd(), "describe", "--always") or get_commit_from_path(Path.cwd())
+    try:
+        yield
+    finally:
+        evaluator.get_git_commit_hash = asks
+
+
 def _commit() -> str:
     """Return the commit of the checkout that mxlab runs from, ``-dirty`` where files differ from it."""
     if not (_ROOT.parent / ".git").exists():
         return "not a checkout"
-    command = ["git", "-C", str(_ROOT.parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    return _git(_ROOT.parent, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*") or "unknown"
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    """Return what git prints in a folder; None where it fails, or is not there."""
     try:
+        command = ["git", "-C", str(folder), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return None
 
 
 def _cpu() -> str:

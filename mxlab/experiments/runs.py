@@ -10,6 +10,7 @@ import contextlib
 import datetime
 import json
 import logging
+import re
 import shlex
 import sys
 import traceback
@@ -26,6 +27,9 @@ from mxlab.recipe import Recipe
 from mxlab.sources import devices, models
 
 logger = logging.getLogger("mxlab")
+
+_EXERCISES = ("baseline", "ex1", "ex2")  # stages whose run directories other tools know by their options
+_LONGEST = 40  # characters of a name in a folder's, which file systems limit to 255 bytes
 
 
 def run(
@@ -58,14 +62,15 @@ def run(
         key = {**key, "revision": models.revision(request.model)}  # this run may have fetched the model
         record = {"stage": stage_folder.name, "options": options, "quantized": bool(request.recipe.rules), "key": key}
         _write_after(folder, outcome, {**record, "batch_size": batch_size})
-        return rundir.publish(folder, stage_folder, label(request.recipe))
+        return rundir.publish(folder, stage_folder, label(request.recipe, request.model, stage_folder.name))
 
 
 def _evaluate(request: EvaluationRequest, folder: Path, load: LoadModel) -> tuple[Outcome, int]:
     """Return the outcome and the batch size it took: half as large each time that memory ran out."""
     while True:
         try:
-            return request.evaluate(folder, load), request.batch_size
+            with provenance.quiet_git():
+                return request.evaluate(folder, load), request.batch_size
         except Exception as e:
             if not devices.is_out_of_memory(e):
                 raise
@@ -138,10 +143,25 @@ def record_failure(stage_folder: Path, name: str, error: BaseException, key: dic
         raise RunError(f"{error} (and {rundir.FAILURES} of {stage_folder} cannot be written: {e.strerror})") from error
 
 
-def label(recipe: Recipe) -> str:
-    """``bs16_sb8_cctrue``; ``mix`` where the recipe's formats differ; the recipe's name where it quantizes nothing."""
+def label(recipe: Recipe, model: str, stage: str) -> str:
+    """Return what a run directory is called behind its time: ``tier_c_Llama-3.2-1B_bs32_sbmix_cctrue``.
+
+    The recipe, the model (the last part of its name), and the options of the exercises, ``mix`` where the recipe's
+    formats differ; no options where it quantizes nothing. In the stages of the exercises, which are named like their
+    recipe, the options alone, or the recipe's name where there are none.
+    """
+    varied = _options_label(recipe)
+    if stage in _EXERCISES and stage == recipe.name:
+        return varied or recipe.name
+    short_name = re.sub(r"[^\w.+=,-]", "_", Path(model).expanduser().name, flags=re.ASCII)
+    names = [recipe.name[:_LONGEST], short_name[:_LONGEST]]
+    return "_".join([*names, varied] if varied else names)
+
+
+def _options_label(recipe: Recipe) -> str:
+    """``bs16_sb8_cctrue``; empty where the recipe quantizes nothing."""
     if not recipe.rules:
-        return recipe.name
+        return ""
     options = {"block_size": "mix", "scale_bits": "mix", **recipe.options}
     custom_cuda = str(options["custom_cuda"]).lower()
     return f"bs{options['block_size']}_sb{options['scale_bits']}_cc{custom_cuda}"

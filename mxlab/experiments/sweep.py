@@ -18,6 +18,7 @@ from mxlab.experiments.engines.gpus import started
 from mxlab.experiments.engines.local import Engine, Point, Summary
 from mxlab.progress import track
 from mxlab.recipe.mx_specs import OPTIONS, override
+from mxlab.sources import models
 
 
 @dataclass(frozen=True)
@@ -25,18 +26,18 @@ class Sweep:
     """One stage of an experiment: a recipe, what it is evaluated on, and the values each option takes in turn.
 
     ``settings`` and the keys of ``grid`` are MX options and fields of :class:`~mxlab.eval.tasks.Request`, or where they
-    name a ``text`` of :class:`~mxlab.eval.text.TextRequest`.
+    name a ``text`` of :class:`~mxlab.eval.text.TextRequest`. ``recipe`` is None where the grid has recipes.
     """
 
     stage: str
-    recipe: str
+    recipe: str | None
     settings: Mapping[str, Any] = field(default_factory=dict)
     grid: Mapping[str, list[Any]] = field(default_factory=dict)
 
     def points(self) -> Iterator[dict[str, Any]]:
         """Yield every combination of the grid, the last key varying fastest."""
         for values in itertools.product(*self.grid.values()):
-            yield dict(zip(self.grid, values, strict=True))
+            yield _plain(dict(zip(self.grid, values, strict=True)))
 
     def at(self, values: Mapping[str, Any], out: Path, data_dir: Path | None) -> Point:
         """Return the run at these values of the grid; raises as :meth:`request`."""
@@ -50,7 +51,7 @@ class Sweep:
         Raises:
             SpecError: a value that its key does not take.
         """
-        chosen = {"recipe": self.recipe, **self.settings, **point}
+        chosen = _plain({"recipe": self.recipe, **self.settings, **point})
         recipe = override(load_any_recipe(chosen.pop("recipe")), {k: v for k, v in chosen.items() if k in OPTIONS})
         return request_from(recipe, {k: v for k, v in chosen.items() if k not in OPTIONS}, data_dir)
 
@@ -58,10 +59,11 @@ class Sweep:
 def load_sweep(path: str | Path) -> Sweep:
     """Return a sweep from a TOML file, or a shipped one by name (``ex1``).
 
-    The file has ``stage``, ``recipe``, any of the request's fields and MX options, and a table ``[grid]`` of lists.
+    The file has ``stage``, ``recipe`` (here or in the grid), any of the request's fields and MX options, and a table
+    ``[grid]`` of lists: docs/sweeps.md.
 
     Raises:
-        SpecError: no such file, not TOML, an unknown key, or an empty grid entry.
+        SpecError: no such file, not TOML, an unknown or missing key, or an empty grid entry.
     """
     return _parse(shipped.read_toml(shipped.find("sweep", path), str(path)), str(path))
 
@@ -105,19 +107,25 @@ def _parse(values: dict[str, Any], source: str) -> Sweep:
     for key, entry in grid.items():
         if not isinstance(entry, list) or not entry:
             raise SpecError(f"{source}, [grid]: {key} is {entry!r}: it must be a list of values")
-    for key in ("stage", "recipe"):
-        if not isinstance(values.get(key), str) or not values[key]:
-            raise SpecError(f'{source}: needs {key}, such as {key} = "ex1"')
+    for key, more in (("stage", ""), ("recipe", ", or a list of recipes in [grid]")):
+        given = values.get(key)
+        if (given is not None or key not in grid) and (not isinstance(given, str) or not given):
+            raise SpecError(f'{source}: needs {key}, such as {key} = "ex1"{more}')
     if Path(values["stage"]).name != values["stage"] or values["stage"].startswith("."):
         raise SpecError(f"{source}: stage is {values['stage']!r}: it names a folder, without / and without a dot first")
     settings = {k: v for k, v in values.items() if k not in ("stage", "recipe", "grid")}
-    sweep = Sweep(values["stage"], values["recipe"], settings, grid)
+    sweep = Sweep(values["stage"], values.get("recipe"), settings, grid)
     try:
         for point in sweep.points():
             sweep.request(point, None)
     except SpecError as e:
         raise SpecError(f"{source}: {e}") from None
     return sweep
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values with the names of torch's dtypes in their place, which can be recorded."""
+    return {key: models.dtype_name(value) if key == "dtype" else value for key, value in values.items()}
 
 
 def with_settings(sweep: Sweep, settings: Mapping[str, Any]) -> Sweep:

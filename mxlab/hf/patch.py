@@ -134,19 +134,20 @@ def patch(force: bool = False) -> str:
 
 
 def unpatch() -> str:
-    """Put the original back, byte for byte; returns a sentence that says what was done.
+    """Put the original back, byte for byte; returns a sentence that says what was done: nothing where it is in place.
 
     Raises:
-        PatchError: no transformers, not a patched one (leftovers are removed all the same), the original is missing,
-            or the folder cannot be written.
+        PatchError: no transformers, one that somebody else changed (leftovers are removed all the same), the original
+            is missing, or the folder cannot be written.
     """
     found = _Installation.find()
     if found.state is State.BROKEN:
         raise PatchError(found.remedy)
-    if found.state in (State.STOCK, State.FOREIGN):
-        raise PatchError(
-            f"{found} is not patched ({found.state.meaning}): there is nothing to take back{_removed(found.clean())}"
-        )
+    nothing = f"{found} is not patched ({found.state.meaning}): there is nothing to take back"
+    if found.state is State.STOCK:
+        return nothing + _removed(found.clean())
+    if found.state is State.FOREIGN:
+        raise PatchError(nothing + _removed(found.clean()))
     try:
         (found.folder / _KEPT).replace(found.folder / _TARGET)
     except OSError as e:

@@ -40,6 +40,13 @@ from mxlab.recipe.carried import carried_recipe
 
 logger = logging.getLogger("mxlab")
 
+# What asks for an algorithm in a file of MASE's (mxlab.compat.mase).
+_KEYS_OF_MASE = {
+    "gptq": "the table [gptq] and every gptq = true",
+    "clip_search": "every clip_search = true",
+    "rotation_search": "the table [rotation_search]",
+}
+
 
 def apply(model: nn.Module, recipe: Recipe | str | Path) -> Conversion:
     """Convert ``model`` in place, as ``recipe`` says, and quantize its weights (of a model in evaluation mode).
@@ -97,9 +104,11 @@ def _is_frozen(site: QuantizedSite, versions: Mapping[str, TensorVersion]) -> bo
 
 def _checked_plan(model: nn.Module, recipe: Recipe) -> Plan:
     if recipe.algorithms:
+        keys = ", ".join(_KEYS_OF_MASE[name] for name in recipe.algorithms)
         raise ConversionError(
             f"recipe {recipe.name} asks for {', '.join(recipe.algorithms)}, which this version of mxlab does not have: "
-            "take the table out of the recipe to quantize by rounding to nearest"
+            "to quantize by rounding to nearest, take [algorithms] out of the recipe, or out of a file of MASE's "
+            f"{keys}"
         )
     if any(isinstance(m, QuantizedLayer) or override_of(m) for m in model.modules()):
         raise ConversionError(

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from mxlab.model.nn.forward import override_of
 from mxlab.model.nn.operands import Observable
 from mxlab.model.plan import QuantizedSite
 from mxlab.recipe import Phase, Recipe, Rule
-from mxlab.recipe.rule import PHASES
+from mxlab.recipe.rule import KV_ROLES, PHASES
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 _PLURALS = {"linear": "linears", "experts": "experts", "attention": "attentions"}
@@ -60,6 +61,26 @@ class Conversion:
         bits = sum(p.numel() * p.element_size() * 8 for p in parameters if id(p) not in in_place)
         bits += sum(site.storage_bits() for site in self.linears)
         return bits / max(sum(p.numel() for p in parameters), 1)
+
+    def bits_in(self, phase: Phase) -> float:
+        """Average bits of the parameters as the passes of one phase read them; counted as :attr:`bits_per_parameter`.
+
+        A weight with a format for each phase is kept in both, and read in one of them.
+        """
+        one_phase = tuple(replace(site, by_phase=dict.fromkeys(PHASES, site.by_phase[phase])) for site in self.sites)
+        return replace(self, sites=one_phase).bits_per_parameter
+
+    def kv_bits_in(self, phase: Phase) -> float | None:
+        """Average bits of the elements of K and V that the passes of one phase cache; None without an attention."""
+        unquantized = next(self.model.parameters()).element_size() * 8
+        quantized = {site.name: site.by_phase[phase] for site in self.attentions}
+        total = count = 0
+        for site in sites.find_sites(self.model):
+            if site.kind == "attention":
+                formats, size = quantized.get(site.name, {}), max(prod(site.shape), 1)
+                widths = [formats[role].bits_per_element if role in formats else unquantized for role in KV_ROLES]
+                total, count = total + size * sum(widths), count + size * len(widths)
+        return total / count if count else None
 
     @property
     def notes(self) -> list[str]:
@@ -209,6 +230,45 @@ def high_precision_rows(conversion: Conversion) -> list[InventoryRow]:
         if id(p) not in stored
     )
     return _grouped(found)
+
+
+def left_names(conversion: Conversion) -> list[str]:
+    """Return the linear layers that stay unquantized, those that are alike as one: ``model.layers.*.fc1 (0-3, 5)``."""
+    groups = _grouped((name, (), "", "", 0) for name in conversion.linears_in_high_precision)
+    return [f"{row.name} ({row.layers})" if row.layers else row.name for row in groups]
+
+
+def totals(conversion: Conversion) -> list[str]:
+    """Return in words, a line each: element-wise rounding, the width of K and V, and of the parameters."""
+    kv = {phase: conversion.kv_bits_in(phase) for phase in PHASES}
+    parameters = {phase: conversion.bits_in(phase) for phase in PHASES}
+    stored = conversion.bits_per_parameter
+    kept = "" if stored in parameters.values() else f"; {stored:.4f} in memory, which holds a copy for each format"
+    return [
+        f"element-wise rounding: {_described_rounding(conversion)}",
+        f"average bits per element of K and V: {_described_phases(kv)}",
+        f"average bits per parameter: {_described_phases(parameters)}{kept}",
+    ]
+
+
+def _described_rounding(conversion: Conversion) -> str:
+    used, count = conversion.recipe.elementwise, len(conversion.linears)
+    if not used.is_used or not count:
+        return "none"
+    flushed = "" if used.subnormals else ", subnormals flushed to zero"
+    width = f"bfloat, {used.bfloat}" if used.bfloat else f"fp, {used.fp}"
+    return (
+        f"to {width} bits, around the products of {count} linear layers (weights {used.weight_rounding}, inputs and "
+        f"results {used.output_rounding}{flushed})"
+    )
+
+
+def _described_phases(widths: Mapping[Phase, float | None]) -> str:
+    if None in widths.values():
+        return "there is no attention that caches them"
+    if len(set(widths.values())) == 1:
+        return f"{widths['prefill']:.4f} in every phase"
+    return ", ".join(f"{width:.4f} in {phase}" for phase, width in widths.items())
 
 
 def _grouped(found: Iterable[tuple[str, tuple[int, ...], str, str, float]]) -> list[InventoryRow]:

@@ -36,8 +36,10 @@ class LoadedModel:
     tokenizer: Any
 
 
-def load_model(name: str, dtype: str = AUTO, device: str = "auto") -> LoadedModel:
+def load_model(name: str, dtype: str | torch.dtype = AUTO, device: str = "auto") -> LoadedModel:
     """Return the unquantized model ``name``: a hub name, a folder, or ``smollm2``. MX_SPECS_JSON does not act on it.
+
+    The dtype is torch's, or its name: ``torch.float32``, ``float32``.
 
     Under ``auto`` it goes to the GPU with the most free memory, over all GPUs where that one does not hold it, or to
     the CPU where there is no GPU.
@@ -48,26 +50,32 @@ def load_model(name: str, dtype: str = AUTO, device: str = "auto") -> LoadedMode
         RunError: all GPUs together do not hold it.
     """
     place = choose_device(device)
-    dtype = choose_dtype(dtype, place)
+    dtype = choose_dtype(dtype_name(dtype), place)
     warn_of_slow_dtype(dtype, place)
     source = str(embedded_folder()) if name == EMBEDDED else _source(name)
     with Steps(f"loading {name}"), environment.hidden(environment.MX_SPECS):  # it would act on a patched transformers
         return _from_pretrained(source, getattr(torch, dtype), place, may_spread=device == "auto")
 
 
-def skeleton(name: str, dtype: str = AUTO) -> Any:
-    """Return the model ``name`` without its weights, on the meta device: shapes and names, at no cost.
+def dtype_name(dtype: str | torch.dtype) -> str:
+    """Return the name of a dtype, without ``torch.``; a name is returned as it is, known or not."""
+    return str(dtype).removeprefix("torch.")
+
+
+def skeleton(name: str, dtype: str | torch.dtype = AUTO) -> Any:
+    """Return the model ``name`` without its weights, on the meta device: shapes and names. No weight is read.
 
     Raises:
         SpecError, SourceError: as :func:`load_model`.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    dtype = choose_dtype(dtype, choose_device("auto"))
-    source = str(embedded_folder()) if name == EMBEDDED else _source(name)
+    dtype = choose_dtype(dtype_name(dtype), choose_device("auto"))
+    gguf = gguf_file() if name == EMBEDDED else None
+    source, chosen = (str(gguf.parent), {"gguf_file": gguf.name}) if gguf else (_source(name), {})
     with environment.hidden(environment.MX_SPECS):  # it would act on a patched transformers
         try:
-            config = AutoConfig.from_pretrained(source)
+            config = AutoConfig.from_pretrained(source, **chosen)
             with torch.device("meta"):
                 return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
         except Exception as e:  # whatever transformers or the hub's client raise

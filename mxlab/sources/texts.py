@@ -122,7 +122,7 @@ def _data_file(name: str, data_dir: Path | None) -> Path | None:
 
 def _read(file: Path) -> str:
     try:
-        return file.read_bytes().decode()  # line ends as they are
+        return file.read_bytes().decode("utf-8-sig")  # line ends as they are; a byte order mark is no content
     except (OSError, UnicodeDecodeError) as e:
         raise SourceError(f"cannot read {file}: {e}") from None
 

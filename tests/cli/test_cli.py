@@ -375,7 +375,18 @@ def test_a_dry_run_shows_the_inventory(mxlab, tiny_llama):
     assert "model.layers.*.mlp.down_proj" in out
     assert "fp4_e2m1@16,rounding=even" in out
     assert "linear layers in high precision: lm_head" in out
-    assert "average bits per parameter: " in out
+    assert re.search(r"average bits per parameter: \d+\.\d{4} in every phase", out)
+    assert "average bits per element of K and V: " in out
+    assert "element-wise rounding: none" in out
+
+
+def test_a_dry_run_fits_a_narrow_terminal(mxlab, tiny_llama, monkeypatch):
+    screen = Console(file=io.StringIO(), force_terminal=True, width=60, no_color=True)
+    monkeypatch.setattr(console, "console", screen)
+    assert mxlab("convert", "--dry-run", tiny_llama, "tier_a")[0] == 0
+    lines = re.sub(r"\x1b\[[\d;]*m", "", screen.file.getvalue()).splitlines()
+    assert max(map(len, lines)) <= 60
+    assert any("lm_head" in line for line in lines)
 
 
 def test_convert(mxlab, tiny_llama, tmp_path):

@@ -29,6 +29,7 @@ from mxlab.eval.tasks import TaskRequest
 from mxlab.experiments import provenance, runs
 from mxlab.model.apply import Conversion
 from mxlab.recipe import Recipe, load_recipe
+from mxlab.recipe.mx_specs import override
 
 FILES = ["command.txt", "env.json", "env.txt", "inventory.json", "output.log", "recipe.toml", "run.json"]
 
@@ -55,8 +56,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> list[TaskRequest]:
 
 
 def names(folder: Path) -> list[str]:
-    """Everything in the folder, hidden files too."""
-    return sorted(path.name for path in folder.iterdir())
+    """Everything in the folder, hidden files too; nothing where it is not there."""
+    return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
 
 
 def read(folder: Path, name: str) -> dict:
@@ -81,7 +82,7 @@ def test_a_run_directory(request_, tmp_path, monkeypatch):
     assert names(tmp_path / "stage") == [folder.name]
     date, clock, label = folder.name.split("_", 2)
     assert datetime.datetime.strptime(date + clock, "%Y%m%d%H%M%S") <= datetime.datetime.now()
-    assert label == "bs32_sb8_cctrue"
+    assert label == "ex2_tiny-llama_bs32_sb8_cctrue"
 
     assert [metrics.read_bytes()] == written
     found = read(folder, metrics.name)
@@ -127,14 +128,48 @@ def test_the_recipes_options_are_recorded(request_, tmp_path, quick):
     [
         ("baseline", {}, "baseline"),
         ("ex1", {}, "bs32_sb8_cctrue"),
-        ("ex1", {"block_size": 16, "scale_bits": 6, "custom_cuda": False}, "bs16_sb6_ccfalse"),
+        ("ex2", {"block_size": 16, "scale_bits": 6, "custom_cuda": False}, "bs16_sb6_ccfalse"),
         ("ex1", {"w_elem_format": "none", "a_elem_format": "none"}, "bsmix_sbmix_cctrue"),
     ],
 )
-def test_labels(name, options, label):
-    from mxlab.recipe.mx_specs import override
+def test_labels_of_the_exercises(name, options, label):
+    assert runs.label(override(load_recipe(name), options), "meta-llama/Llama-3.2-1B", name) == label
 
-    assert runs.label(override(load_recipe(name), options)) == label
+
+@pytest.mark.parametrize(
+    ("name", "model", "stage", "label"),
+    [
+        ("baseline", "smollm2", "tiers", "baseline_smollm2"),
+        ("tier_c", "meta-llama/Llama-3.2-1B", "tier_c", "tier_c_Llama-3.2-1B_bs32_sb8_cctrue"),
+        ("ex1", "gpt2", "full", "ex1_gpt2_bs32_sb8_cctrue"),
+        ("tier_a", "gpt2", "ex1", "tier_a_gpt2_bs32_sb8_cctrue"),
+        ("kv_only", "~/my models/ünder: way/", "kv_only", "kv_only__nder__way_bs32_sb8_cctrue"),
+        ("baseline", "m" * 300, "om", "baseline_" + "m" * 40),
+    ],
+)
+def test_labels_of_other_stages(name, model, stage, label):
+    assert runs.label(load_recipe(name), model, stage) == label
+
+
+def test_a_run_of_the_former_name_is_found(request_, tmp_path, quick):
+    folder = runs.run(request_, tmp_path)
+    former = folder.rename(tmp_path / "20260207_220640_bs32_sb8_cctrue")
+    assert runs.find(tmp_path, runs.run_key(request_)) == former
+
+
+@pytest.mark.parametrize("is_checkout", [False, True])
+def test_git_does_not_complain(is_checkout, request_, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    commit = None
+    if is_checkout:
+        identity = ["-c", "user.name=x", "-c", "user.email=x@example.org"]
+        for command in (["init", "-q"], [*identity, "commit", "-q", "--allow-empty", "-m", "x"]):
+            subprocess.run(["git", *command], check=True)
+        commit = subprocess.run(["git", "describe", "--always"], capture_output=True, text=True).stdout.strip()
+    folder = runs.run(request_, tmp_path / "stage")
+    assert "fatal" not in capfd.readouterr().err
+    [metrics] = folder.glob("metrics_*.json")
+    assert read(folder, metrics.name)["git_hash"] == commit
 
 
 def test_log_and_terminal_see_the_same(request_, tmp_path, monkeypatch, capsys):
@@ -169,7 +204,7 @@ def test_an_exception_leaves_nothing(error, request_, tmp_path, monkeypatch):
 
     monkeypatch.setattr(TaskRequest, "evaluate", evaluate)
     with pytest.raises(error if isinstance(error, type) else type(error)):
-        runs.run(request_, tmp_path)
+        runs.run(request_, tmp_path / "results" / "stage")
     assert names(tmp_path) == []
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
+import torch
 from torch import nn
 
 from mxlab import progress, rundir
@@ -160,6 +161,9 @@ HEAD = 'stage = "s"\nrecipe = "ex1"\n'
         (HEAD + "device = 0", ["device is 0"]),
         (HEAD + "data_dir = 'x'", ["unknown key 'data_dir'"]),
         (HEAD + "fp = 16", ["bfloat is 16 and fp is 16"]),
+        ('stage = "s"\n[grid]\nblock_size = [16]', ['needs recipe, such as recipe = "ex1", or a list of recipes in']),
+        ('stage = "s"\nrecipe = 5\n[grid]\nrecipe = ["ex1"]', ["needs recipe"]),
+        ('stage = "s"\n[grid]\nrecipe = ["ex1", ""]', ["no recipe ''"]),
     ],
 )
 def test_bad_files(text, parts, tmp_path, quick):
@@ -167,6 +171,24 @@ def test_bad_files(text, parts, tmp_path, quick):
         sweep.load_sweep(written(tmp_path, text))
     for part in ("my.toml", *parts):
         assert part in str(caught.value), caught.value
+
+
+def test_recipes_in_the_grid_alone(tmp_path, quick):
+    loaded = sweep.load_sweep(written(tmp_path, 'stage = "s"\ntasks = "t"\n[grid]\nrecipe = ["ex1", "tier_a"]\n'))
+    requests = [loaded.request(point, None) for point in loaded.points()]
+    assert [request.recipe.name for request in requests] == ["ex1", "tier_a"]
+    assert run_sweep(loaded, tmp_path) == Summary(finished=2)
+    labels = {folder.name.split("_", 2)[2] for folder in (tmp_path / "s").iterdir()}
+    assert labels == {"ex1_smollm2_bs32_sb8_cctrue", "tier_a_smollm2_bs32_sb8_cctrue"}
+    [request] = [with_settings(loaded, {"recipe": "ex2"}).request({}, None)]
+    assert request.recipe.name == "ex2"
+
+
+def test_dtypes_of_torch(tmp_path, quick):
+    assert run_sweep(grid(dtype=["float32", torch.float16]), tmp_path) == Summary(finished=2)
+    assert run_sweep(grid(dtype=[torch.float32, "float16"]), tmp_path) == Summary(skipped=2)
+    chosen = with_settings(grid(), {"dtype": torch.float32}).request({}, None)
+    assert chosen.dtype == "float32"
 
 
 @pytest.mark.parametrize("name", ["ex3", "no/such.toml", ""])
@@ -321,7 +343,8 @@ def test_a_real_sweep(tiny_llama, tmp_path):
     assert run_sweep(sweeping, tmp_path) == Summary(finished=2, failed=2)
     assert {entry["error"].split(":")[0] for entry in failures(tmp_path)} == {"SourceError"}
     first, second = sorted((tmp_path / "stage").glob("2*"))
-    assert {first.name.split("_", 2)[2], second.name.split("_", 2)[2]} == {"bs8_sb8_cctrue", "bs16_sb8_cctrue"}
+    labels = {first.name.split("_", 2)[2], second.name.split("_", 2)[2]}
+    assert labels == {"ex2_tiny-llama_bs8_sb8_cctrue", "ex2_tiny-llama_bs16_sb8_cctrue"}
     assert runs.read_metrics(first) != runs.read_metrics(second)
     assert run_sweep(sweeping, tmp_path) == Summary(skipped=2, failed=2)
 
@@ -331,7 +354,6 @@ def test_a_real_sweep(tiny_llama, tmp_path):
 
 def test_models_and_recipes(tiny_llama, tmp_path):
     """Two models under three recipes, one of which fits the second model alone."""
-    import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     deeper = LlamaConfig.from_pretrained(tiny_llama, num_hidden_layers=3)

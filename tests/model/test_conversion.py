@@ -8,7 +8,8 @@ import torch
 import mxlab
 from mxlab.errors import FormatError
 from mxlab.formats import parse_format
-from mxlab.model.conversion import high_precision_rows, quantized_rows
+from mxlab.model.conversion import high_precision_rows, left_names, quantized_rows, totals
+from mxlab.recipe import Elementwise
 from mxlab.sources import models
 
 from support.architectures import LAYERS, build
@@ -58,6 +59,54 @@ def test_layers_with_gaps():
     rule = mxlab.Rule(part="mlp", layers="0, 2-3", weight=mxlab.MXFormat("int4", 16))
     conversion = mxlab.apply(build("llama", num_hidden_layers=5), mxlab.Recipe("test", (rule,)))
     assert {row.layers for row in quantized_rows(conversion)} == {"0, 2-3"}
+
+
+def test_bits_of_each_phase():
+    """Of a Llama of two layers, whose MLPs read 4.5 bits (int4@16) in decode and their dtype in prefill."""
+    model = build("llama").bfloat16()
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    in_mlps, everything = sum(n for name, n in sizes.items() if ".mlp." in name), sum(sizes.values())
+    kept = mxlab.Rule(part="attention", layers="0", k=mxlab.MXFormat("int8", 8), v=mxlab.MXFormat("int4", 8))
+    cached = mxlab.Rule(part="attention", phase="prefill", k=mxlab.MXFormat("int4", 8))
+    mlps = mxlab.Rule(part="mlp", phase="decode", weight=mxlab.MXFormat("int4", 16))
+    conversion = mxlab.apply(model, mxlab.Recipe("test", (kept, cached, mlps)))
+    assert conversion.bits_in("prefill") == 16
+    assert conversion.bits_in("decode") == pytest.approx((16 * (everything - in_mlps) + 4.5 * in_mlps) / everything)
+    assert conversion.bits_per_parameter == pytest.approx((16 * everything + 4.5 * in_mlps) / everything)
+    # 9 and 5 bits in layer 0; in layer 1 5 bits for the K of prefill, and else the dtype.
+    assert conversion.kv_bits_in("prefill") == (9 + 5 + 5 + 16) / 4
+    assert conversion.kv_bits_in("decode") == (9 + 5 + 16 + 16) / 4
+    text = "\n".join(totals(conversion))
+    assert "K and V: 8.7500 in prefill, 11.5000 in decode" in text
+    assert f"parameter: 16.0000 in prefill, {conversion.bits_in('decode'):.4f} in decode; " in text
+    assert f"{conversion.bits_per_parameter:.4f} in memory" in text
+
+
+def test_one_number_where_the_phases_are_alike():
+    conversion = mxlab.apply(build("llama").bfloat16(), mxlab.Recipe("test", (RULE,)))
+    assert conversion.bits_in("prefill") == conversion.bits_in("decode") == conversion.bits_per_parameter
+    assert totals(conversion) == [
+        "element-wise rounding: none",
+        "average bits per element of K and V: 16.0000 in every phase",
+        f"average bits per parameter: {conversion.bits_per_parameter:.4f} in every phase",
+    ]
+
+
+def test_elementwise_rounding_in_words():
+    elementwise = Elementwise(bfloat=12, subnormals=False, weight_rounding="even")
+    conversion = mxlab.apply(build("llama"), mxlab.Recipe("test", (RULE,), elementwise=elementwise))
+    assert totals(conversion)[0] == (
+        "element-wise rounding: to bfloat, 12 bits, around the products of 6 linear layers "
+        "(weights even, inputs and results nearest, subnormals flushed to zero)"
+    )
+
+
+def test_what_is_left_in_a_line():
+    rule = mxlab.Rule(part="mlp", layers="1", weight=mxlab.MXFormat("int4", 16))
+    conversion = mxlab.apply(build("llama"), mxlab.Recipe("test", (rule,)))
+    projections = [f"model.layers.*.self_attn.{name}_proj (0-1)" for name in "qkvo"]
+    mlps = [f"model.layers.*.mlp.{name}_proj (0)" for name in ("gate", "up", "down")]
+    assert sorted(left_names(conversion)) == sorted([*projections, *mlps, "lm_head"])
 
 
 # ---- mxlab convert

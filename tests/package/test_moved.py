@@ -5,6 +5,7 @@ import sys
 from importlib import import_module
 
 import pytest
+import torch
 
 from support.paths import ROOT
 
@@ -14,8 +15,9 @@ def test_models_load(tiny_llama):
     from mxlab import models
 
     assert mxlab.models is models
-    loaded = mxlab.models.load(str(tiny_llama), "float32", "cpu")
-    assert loaded.model.config.num_hidden_layers == 2
+    for dtype in ("float32", torch.float32):
+        loaded = mxlab.models.load(str(tiny_llama), dtype=dtype, device="cpu")
+        assert (loaded.model.config.num_hidden_layers, loaded.model.dtype) == (2, torch.float32)
     assert models.EMBEDDED == "smollm2"
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mxlab import environment
-from mxlab.errors import SourceError, SpecError
+from mxlab.errors import FormatError, SourceError, SpecError
 from mxlab.sources import devices, download_cache, models
 
 
@@ -29,6 +29,28 @@ def test_a_folder(dtype, tiny_llama):
     assert {p.dtype for p in loaded.model.parameters()} == {getattr(torch, dtype)}
     assert not loaded.model.training
     assert loaded.tokenizer.decode(loaded.tokenizer("the mat")["input_ids"]) == "the mat"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_dtype_of_torch(dtype, tiny_llama):
+    assert models.load_model(str(tiny_llama), dtype, "cpu").model.dtype == dtype
+    assert models.skeleton(str(tiny_llama), dtype=dtype).dtype == dtype
+    with pytest.raises(FormatError, match=r"dtype is 'int8': it must be one of auto, float32"):
+        models.load_model(str(tiny_llama), torch.int8)
+
+
+def test_a_skeleton_of_the_embedded_model_needs_no_conversion(tmp_path, monkeypatch):
+    monkeypatch.setenv("MXLAB_CACHE", str(tmp_path))
+    model = models.skeleton(models.EMBEDDED, "float32")
+    assert (model.config.num_hidden_layers, model.config.hidden_size, model.config.num_key_value_heads) == (30, 576, 3)
+    assert all(p.is_meta for p in model.parameters())
+    assert sum(p.numel() for p in model.parameters()) == 134_515_008
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_skeleton_reads_no_weights(folder):
+    (folder / "model.safetensors").write_bytes(b"no weights")
+    assert models.skeleton(str(folder)).config.num_hidden_layers == 2
 
 
 def test_a_folder_below_home(tiny_llama, monkeypatch):

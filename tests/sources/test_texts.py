@@ -1,5 +1,6 @@
 """Texts by name: what is read, its digest, and honest errors."""
 
+import codecs
 import hashlib
 import json
 from pathlib import Path
@@ -52,6 +53,15 @@ def test_a_path(tmp_path, monkeypatch):
         text = texts.load_text(name, tmp_path / "elsewhere")
         assert (text.name, text.text) == ("Grün.txt", "Grün\r\nist\n")
         assert text.sha256 == hashlib.sha256((tmp_path / "Grün.txt").read_bytes()).hexdigest()
+
+
+def test_a_byte_order_mark_is_not_content(folder):
+    plain = texts.load_text("wikitext2", folder)
+    for name in ("wikitext2_test.raw", "mine.txt"):
+        (folder / name).write_bytes(codecs.BOM_UTF8 + RAW.encode())
+    assert texts.load_text("wikitext2", folder) == plain
+    assert texts.digest("wikitext2", folder) == plain.sha256
+    assert texts.load_text(str(folder / "mine.txt")).text == RAW
 
 
 def test_the_passages():

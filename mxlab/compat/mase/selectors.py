@@ -101,8 +101,12 @@ class Selector:
         if searches:
             self._note("clip_search is not read where gptq = true")
         if not self._gptq_weight:
-            self._note("gptq = true, but there is no table [gptq]: the weights stay unquantized, as in MASE")
-            return None
+            # MASE goes on with the weights as they are: a result that looks better than the file's formats are.
+            raise SpecError(
+                f"{self.where}: gptq = true leaves the weights to the table [gptq], which is not there, so that they "
+                "would stay unquantized: take gptq = true out to round them to nearest, to weight_..., or put the "
+                "table back"
+            )
         self.is_gptq = True
         if keys and (own := self._spelled(self._family, "weight", keys)) != self._gptq_weight:
             self._note(f"its weights are {own}, those of [gptq] {self._gptq_weight}: MASE goes by [gptq]")

@@ -93,6 +93,23 @@ def test_an_algorithm_that_is_not_there_yet(name, asked):
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("name", ["config_b_gptq", "config_c_rotsearch"])
+def test_what_the_errors_tell_to_take_out_leads_to_rounding_to_nearest(name):
+    """As the message of mxlab.apply says: the tables and every gptq = true, or one of the two and an error."""
+    text = (FILES / f"{name}.toml").read_text(encoding="utf-8")
+    without_tables = re.sub(r"(?ms)^\s*\[(gptq|rotation_search)\b.*?(?=^\s*\[')", "", text)
+    with pytest.raises(SpecError, match=r"take gptq = true out"):
+        mase.load(without_tables)
+    config = mase.load(re.sub(r"(?m)^gptq = true$", "", without_tables))
+    assert config.notes == ()
+    assert config.recipe == Recipe("mase", (ATTENTION, *PROJECTIONS))
+    with pytest.raises(ConversionError, match=r"out of a file of MASE's the table \[gptq\] and every gptq = true"):
+        mxlab.apply(build("llama"), FILES / f"{name}.toml")
+    searching = mase.load(selector(LINEAR + "clip_search = true", modules=".*_proj")).recipe
+    with pytest.raises(ConversionError, match=r"out of a file of MASE's every clip_search = true$"):
+        mxlab.apply(build("llama"), searching)
+
+
 # ---- files like PLENA's
 
 
@@ -396,12 +413,6 @@ KV = "kv_cache = { data_in_block_size = 32, data_in_width = 4 }\n"
         ("[default]\nname = 'integer'\n" + selector(LINEAR), "[default] is not read: MASE's pass over modules", None),
         ("[token_collector]\nseqlen = 8\n" + selector(LINEAR), "[token_collector] is not read", None),
         # [gptq] and clip_search
-        (
-            selector(LINEAR + "gptq = true"),
-            "gptq = true, but there is no table [gptq]: the weights stay unquantized, as in MASE",
-            [{"weight": None, "activation": mxint(4, 32)}],
-        ),
-        (selector("gptq = true"), "the weights stay unquantized", []),
         (GPTQ + selector("gptq = true"), None, [{"weight": mxint(4, 32)}]),
         (
             GPTQ + selector(LINEAR.replace("4", "8") + "gptq = true"),
@@ -492,6 +503,8 @@ def test_a_bypassed_selector_shields_its_modules():
         (selector(LINEAR.replace("32", "[16, 16]")), ["selector 'a'", "weight_block_size is [16, 16]", "[1, 16]"]),
         (selector(LINEAR + "bypass = 1"), ["selector 'a'", "bypass is 1", "true or false"]),
         (selector(LINEAR + "gptq = 'yes'"), ["selector 'a'", "gptq is 'yes'"]),
+        (selector(LINEAR + "gptq = true"), ["selector 'a'", "[gptq], which is not there", "take gptq = true out"]),
+        (selector("gptq = true"), ["selector 'a'", "would stay unquantized"]),
         (selector(LINEAR + KV), ["selector 'a'", "the sub-table 'kv_cache' is for an attention"]),
         (selector(KV, name="integer"), ["selector 'a'", "mxint or mxfp"]),
         (selector("kv_cache = {}"), ["selector 'a', kv_cache", "data_in_block_size is missing"]),
