@@ -29,11 +29,11 @@ _SMALL: tuple[dict[str, Any], ...] = (
 
 HEAD = """# What the modules of each architecture are for
 
-Made by `python tools/docs/parts_table.py` with transformers {version}; do not edit. For every causal language model that
-transformers builds from its default configuration with few layers: the sites ([architecture.md](architecture.md)) by their
-part, layers and experts as `*`. Decoder layers are those of the list that is named. An attention whose K and V can be
-quantized is in **bold**; a site that mxlab cannot convert is in parentheses. Nothing here rests on a name: see
-[mxlab/model/structure.py](../mxlab/model/structure.py).
+Made by `python tools/docs/parts_table.py` with transformers {version}; do not edit. For every causal language model
+that transformers builds from its default configuration with few layers: the sites
+([architecture.md](architecture.md)) by their part, layers and experts as `*`, and the list of the decoder layers. An
+attention whose K and V can be quantized is in **bold**; a site that mxlab cannot convert is in parentheses. Nothing
+here rests on a name: see [mxlab/model/structure.py](../mxlab/model/structure.py).
 
 | model | decoder layers | {parts} |
 |---|---|{rules}|
