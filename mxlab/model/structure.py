@@ -225,7 +225,8 @@ def expert_count(module: nn.Module) -> int:
 def stacked_weights(module: nn.Module) -> list[nn.Parameter]:
     """Return the 3-D parameters of a module's own, a convolution's aside: a matrix for each expert."""
     is_convolution = isinstance(module, nn.modules.conv._ConvNd)
-    return [] if is_convolution else [p for p in module.parameters(recurse=False) if p.ndim == 3]
+    own = module.parameters(recurse=False)
+    return [] if is_convolution else [p for p in own if p.ndim == 3 and min(p.shape) > 1]
 
 
 def own_matrices(module: nn.Module) -> int:
