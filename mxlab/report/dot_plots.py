@@ -14,48 +14,60 @@ from mxlab.report.options import option_text, options_rank
 from mxlab.report.read import Tree
 from mxlab.report.run import BASELINE, Result
 from mxlab.report.style import DPI, STYLE
-from mxlab.report.tables import stage_title
+from mxlab.report.tables import by_model, several_models, stage_title
 
 
 def draw_comparisons(tree: Tree, folder: Path, number: int) -> dict[str, list[Image]]:
-    """Draw one figure for each such stage and task; the first is Figure ``number``. Returns them by stage."""
+    """Draw one figure for each such stage, task and model; the first is Figure ``number``. Return them by stage."""
     images: dict[str, list[Image]] = {}
     for i, results in enumerate(_compared(tree), start=number):
         first = results[0]
         task = [first.task] if len(tree.tasks) > 1 else []
-        path = folder / f"{'_'.join([first.run.stage, 'compared', *task]).replace('/', '_')}.png"
+        model = several_models(tree, first)
+        path = folder / f"{'_'.join([first.run.stage, 'compared', *task, *model]).replace('/', '_')}.png"
         with mpl.rc_context({**STYLE, "axes.grid.axis": "x"}):
             plot(results, tree.baselines).savefig(path, bbox_inches="tight")
-        title = f"Figure {i}: {stage_title(first.run.stage)}, accuracy and perplexity"
-        caption = f"{first.task}, n = {first.n}. Error bars: ± one standard error. The dashed line is the baseline."
+        what = " and ".join(quantity.name for quantity in _quantities(results))
+        title = f"Figure {i}: {stage_title(first.run.stage)}, {what}"
+        evaluated = ", ".join([f"{first.task}, n = {first.n}", *model])
+        caption = f"{evaluated}. Error bars: ± one standard error. The dashed line is the baseline."
         images.setdefault(first.run.stage, []).append(Image(path, title, caption))
     return images
 
 
 def _compared(tree: Tree) -> Iterator[list[Result]]:
-    """Yield the results of a stage on a task: the largest group of one evaluation setting, if it is two or more."""
+    """Yield the results of a stage, a model and a task: the largest group of one setting, if it is two or more."""
     for stage in tree.stages:
         if any(panels(stage, tree)):
             continue
-        swept = tree.swept(stage)
-        for task in dict.fromkeys(result.task for result in swept):
-            results = max(by_evaluation([result for result in swept if result.task == task]), key=len)
-            drawn = [result for result in results if ACCURACY.point(result) or PERPLEXITY.point(result)]
-            if len(drawn) > 1:
-                yield sorted(drawn, key=lambda result: options_rank(result.run.options))
+        for swept in by_model(tree.swept(stage)):
+            for task in dict.fromkeys(result.task for result in swept):
+                results = max(by_evaluation([result for result in swept if result.task == task]), key=len)
+                drawn = [result for result in results if _quantities([result])]
+                if len(drawn) > 1:
+                    yield sorted(drawn, key=lambda result: options_rank(result.run.options))
+
+
+def _quantities(results: Sequence[Result]) -> list[Quantity]:
+    """Return what there is to draw of some results: a text has no accuracy."""
+    return [quantity for quantity in (ACCURACY, PERPLEXITY) if any(map(quantity.point, results))]
 
 
 def plot(results: Sequence[Result], baselines: Sequence[Result]) -> Figure:
-    """Plot accuracy to the left, perplexity (logarithmic) to the right, a row for each result."""
+    """Plot accuracy and perplexity (logarithmic), as far as there are any, side by side: a row for each result."""
+    quantities = _quantities(results)
     figure = Figure(figsize=(8.0, 1.5 + 0.38 * len(results)), dpi=DPI, layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
-    _draw(left, ACCURACY, results, baselines)
-    _draw(right, PERPLEXITY, results, baselines)
-    right.set_xscale("log")
-    left.set_yticks(range(len(results)), _labels(results))
-    left.set_ylim(len(results) - 0.4, -0.6)
+    panels = figure.subplots(1, len(quantities), sharey=True, squeeze=False)[0]
+    for axes, quantity in zip(panels, quantities, strict=True):
+        _draw(axes, quantity, results, baselines)
+        if quantity is PERPLEXITY:
+            axes.set_xscale("log")
+    panels[0].set_yticks(range(len(results)), _labels(results))
+    panels[0].set_ylim(len(results) - 0.4, -0.6)
     first = results[0]
-    figure.suptitle(f"{stage_title(first.run.stage)}: {first.task}, n = {first.n}", x=0.01, ha="left", fontsize=10)
+    model = [first.run.model] if first.run.model else []
+    title = ", ".join([f"{stage_title(first.run.stage)}: {first.task}", f"n = {first.n}", *model])
+    figure.suptitle(title, x=0.01, ha="left", fontsize=10)
     return figure
 
 
@@ -84,4 +96,4 @@ def _labels(results: Sequence[Result]) -> list[str]:
     names = [
         name for name in dict.fromkeys(n for o in options for n in o) if len({str(o.get(name)) for o in options}) > 1
     ]
-    return [", ".join(f"{name}={option_text(o.get(name))}" for name in names) for o in options]
+    return [", ".join(f"{n}={option_text(o[n])}" for n in names if o.get(n) is not None) or "runs" for o in options]

@@ -16,7 +16,7 @@ from mxlab.report.options import Option, option_rank, option_text
 from mxlab.report.read import Tree
 from mxlab.report.run import BASELINE, Result
 from mxlab.report.style import DPI, SHAPES, STYLE
-from mxlab.report.tables import stage_title
+from mxlab.report.tables import by_model, several_models, stage_title
 
 EXERCISES = ("ex1", "ex2")
 DODGE = 0.07  # of the distance of two block sizes: identical series stand side by side, not on each other
@@ -88,17 +88,21 @@ def draw_figures(tree: Tree, folder: Path) -> dict[str, list[Image]]:
     for number, panel in enumerate(every, start=1):
         first = panel.results[0]
         task = [first.task] if len(tree.tasks) > 1 and panel.quantity is not SPEED else []
-        parts = [first.run.stage, panel.quantity.slug, "vs_blocksize", *task]
+        parts = [first.run.stage, panel.quantity.slug, "vs_blocksize", *task, *several_models(tree, first)]
         path = folder / f"{'_'.join(parts).replace('/', '_')}.png"
         with mpl.rc_context(STYLE):
             plot(panel).savefig(path, bbox_inches="tight")  # a legend of long option names is wider than the figure
-        images[first.run.stage].append(Image(path, *_words(panel, number)))
+        images[first.run.stage].append(Image(path, *_words(panel, number, several_models(tree, first))))
     return images
 
 
 def panels(stage: str, tree: Tree) -> Iterator[Panel]:
-    """Yield the figures of a stage, if it sweeps block sizes: the quality on each task, and the speed of its runs."""
-    swept = [result for result in tree.swept(stage) if _block_size(result) is not None]
+    """Yield a stage's figures, if it sweeps block sizes: for each model the quality on each task, and the speed."""
+    for results in by_model(tree.swept(stage)):
+        yield from _panels_of_model([result for result in results if _block_size(result) is not None], tree)
+
+
+def _panels_of_model(swept: Sequence[Result], tree: Tree) -> Iterator[Panel]:
     for task in dict.fromkeys(result.task for result in swept):
         results = [result for result in swept if result.task == task]
         groups = by_evaluation(results)
@@ -153,7 +157,7 @@ def _draw_series(axes: Axes, panel: Panel, index: int) -> None:
         [panel.sizes.index(_block_size(result)) + dodge for result in results],
         [measure.value for measure in measures],
         yerr=None if panel.quantity is SPEED else [measure.stderr or 0 for measure in measures],
-        label=", ".join(f"{name}={option_text(value)}" for name, value in options) or "runs",
+        label=", ".join(f"{name}={option_text(value)}" for name, value in options if value is not None) or "runs",
         capsize=3,
         elinewidth=0.9,
         **_look(options, panel.series),
@@ -176,7 +180,9 @@ def _draw_axes(axes: Axes, panel: Panel) -> None:
     axes.set_xticks(range(len(panel.sizes)), [option_text(size) for size in panel.sizes])
     axes.set_xlim(-0.4, len(panel.sizes) - 0.6)
     axes.grid(visible=False, axis="x")
-    axes.set_title(f"{stage_title(panel.results[0].run.stage)}, {_evaluated(panel)}", loc="left", fontsize=10)
+    first = panel.results[0]
+    model = [first.run.model] if first.run.model else []
+    axes.set_title(", ".join([stage_title(first.run.stage), _evaluated(panel), *model]), loc="left", fontsize=10)
     axes.set_xlabel("Block size (elements per shared scale)")
     axes.set_ylabel(panel.quantity.axis)
     if panel.quantity is SPEED:
@@ -190,13 +196,13 @@ def _draw_legend(figure: Figure, axes: Axes) -> None:
     figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, handlelength=3.6)
 
 
-def _words(panel: Panel, number: int) -> tuple[str, str]:
+def _words(panel: Panel, number: int, models: Sequence[str]) -> tuple[str, str]:
     """Return the title of a figure and its caption."""
     first = panel.results[0]
     title = f"Figure {number}: {stage_title(first.run.stage)} {panel.quantity.name} against block size"
     nan = sum(measure.is_nan for result in panel.results if (measure := panel.quantity.read(result)))
     sentences = [
-        f"{_evaluated(panel)}.",
+        f"{', '.join([_evaluated(panel), *models])}.",
         "" if panel.quantity is SPEED else "Error bars: ± one standard error.",
         "Series are drawn side by side, so that identical ones stay visible.",
         "The dashed line is the baseline." if panel.baseline else "",

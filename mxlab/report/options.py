@@ -54,7 +54,7 @@ def brief(options: Options | None) -> str:
     """Return the options on one line: ``bs=16, sb=6, custom_cuda=false``."""
     if options is None:
         return "configuration unknown"
-    named = ((ABBREVIATED.get(name, name), value) for name, value in options.items())
+    named = ((ABBREVIATED.get(name, name), value) for name, value in options.items() if value is not None)
     return ", ".join(f"{name}={option_text(value)}" for name, value in named) or "no swept options"
 
 

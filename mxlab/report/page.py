@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable
 from html import escape
 
-from mxlab.report.document import Block, Code, Heading, Image, Items, Paragraph, Table, cell_text
+from mxlab.report.document import Block, Code, Column, Heading, Image, Items, Paragraph, Table, cell_text
 
 STYLE = """
 :root { --ink: #1c2530; --soft: #5b6673; --line: #d9dee4; --wash: #f5f7f9; --link: #0b3c6f; }
@@ -35,7 +35,14 @@ figure { margin: 2rem 0; }
 img { display: block; width: 100%; max-width: 44rem; height: auto; }
 figcaption { max-width: 44rem; color: var(--soft); font-size: 0.93rem; }
 figcaption b { color: var(--ink); }
-@media (max-width: 40rem) { nav ul { columns: 1; } }
+@media (max-width: 82rem) { th, td { padding: 0.3rem 0.4rem; white-space: normal; overflow-wrap: anywhere; }
+  td.right { white-space: nowrap; } td.wrap { min-width: 9rem; } }
+@media (max-width: 44rem) { nav ul { columns: 1; } body { padding: 1.2rem 0.9rem 3rem; }
+  thead { display: none; } table, tbody, tr, td { display: block; width: 100%; }
+  tr { padding: 0.5rem 0; border-bottom: 2px solid var(--line); }
+  td, td.right { display: flex; gap: 1rem; justify-content: space-between; text-align: right; border: 0;
+    padding: 0.1rem 0; white-space: normal; overflow-wrap: anywhere; }
+  td::before { content: attr(data-head); color: var(--soft); text-align: left; overflow-wrap: normal; } }
 @media print { body { max-width: none; padding: 0; font-size: 10pt; } table { font-size: 7.5pt; } nav { display: none; }
   th, td { padding: 0.2rem 0.4rem; } figure, tr { break-inside: avoid; } h2, h3, caption { break-after: avoid; } }
 """
@@ -87,10 +94,10 @@ def _figure(image: Image) -> str:
 
 
 def _table(table: Table) -> str:
-    aligns = [column.align for column in table.columns]
     head = "".join(f'<th scope="col" class="{column.align}">{escape(column.head)}</th>' for column in table.columns)
     rows = (
-        "".join(_cell(cell_text(cell), align) for cell, align in zip(row, aligns, strict=True)) for row in table.rows
+        "".join(_cell(cell_text(cell), column) for cell, column in zip(row, table.columns, strict=True))
+        for row in table.rows
     )
     body = "\n".join(f"<tr>{row}</tr>" for row in rows)
     return (
@@ -99,9 +106,9 @@ def _table(table: Table) -> str:
     )
 
 
-def _cell(text: str, align: str) -> str:
+def _cell(text: str, column: Column) -> str:
     wrap = " wrap" if len(text) > LONG_CELL else ""
-    return f'<td class="{align}{wrap}">{_inline(text)}</td>'
+    return f'<td class="{column.align}{wrap}" data-head="{escape(column.head)}">{_inline(text)}</td>'
 
 
 def _inline(text: str) -> str:

@@ -16,6 +16,7 @@ from mxlab.report.options import Option, Options, in_order, options_of_name
 T = TypeVar("T")
 
 BASELINE = "baseline"
+KL, AGREEMENT = "kl_divergence", "top1_agreement"
 PERPLEXITIES = ("perplexity", "word_perplexity")  # the first which a task has is its ppl
 DIGEST = 12  # digits of a data file's sha256: enough to tell files apart
 
@@ -74,7 +75,9 @@ class Result:
     """One task of one run: a row of the tables.
 
     ``eval_time_s`` and ``examples_per_s`` are those of the whole run; a speed needs the run's ``n-samples``.
-    ``other_metrics`` names those of the task which the report does not show.
+    ``kl`` is the KL divergence from the unquantized model in nats per token, ``agreement`` the share of tokens on whose
+    likeliest continuation both agree: evaluations of a text that compare have them. ``other_metrics`` names those of
+    the task which the report does not show.
     """
 
     run: Run
@@ -82,6 +85,8 @@ class Result:
     data: str | None
     acc: Measured | None
     ppl: Measured | None
+    kl: Measured | None
+    agreement: Measured | None
     other_metrics: tuple[str, ...]
     n: int | None
     n_original: int | None
@@ -179,7 +184,9 @@ def _result(run: Run, task: str, scores: _Fields, count: _Fields | None, seconds
         data=_digest(run.key.get("data"), task),
         acc=_measured(scores, "acc"),
         ppl=_measured(scores, perplexity),
-        other_metrics=_other_metrics(scores.record, ("acc", perplexity)),
+        kl=_measured(scores, KL),
+        agreement=_measured(scores, AGREEMENT),
+        other_metrics=_other_metrics(scores.record, ("acc", perplexity, KL, AGREEMENT)),
         n=count and count.take("effective", int),
         n_original=count and count.take("original", int),
         eval_time_s=seconds,

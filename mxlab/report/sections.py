@@ -63,11 +63,16 @@ def _headline(tree: Tree) -> list[Block]:
 
 def _sweeps(tree: Tree, images: Images) -> list[Block]:
     blocks: list[Block] = []
-    for number, stage in enumerate(filter(tree.swept, tree.stages), start=1):
-        table = tables.sweep_table(tree, stage, f"{SWEEPS}.{number}")
+    single = tables.single_runs(tree)
+    swept = [stage for stage in tree.stages if tree.swept(stage) and stage not in single]
+    for number, stage in enumerate(swept, start=1):
+        found = tables.sweep_tables(tree, stage, f"{SWEEPS}.{number}")
         blocks.append(Heading(2, re.sub(r"^ex(\d+)$", r"Exercise \1", stage)))
-        blocks.append(table or Paragraph(f"The options of its runs are unknown: see Table {UNKNOWN}."))
+        blocks += found or [Paragraph(f"The options of its runs are unknown: see Table {UNKNOWN}.")]
         blocks += images.get(stage, ())
+    if single:
+        blocks.append(Heading(2, "Recipes compared"))
+        blocks.append(tables.single_runs_table(tree, single, f"{SWEEPS}.{len(swept) + 1}"))
     unknown = tables.unknown_table(tree, UNKNOWN)
     if unknown:
         blocks += [

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from mxlab.report.comparability import by_evaluation, compare_with_nearest
 from mxlab.report.document import Cell, Column, Table
@@ -17,7 +17,18 @@ TASK = Column("task", "left")
 N = Column("n")
 NOTES = Column("Notes", "left")
 NO_N = "n not recorded"
-MEASURES = (Column("acc", measured=True), Column("ppl", measured=True), Column("eval_time_s"), Column("examples/sec"))
+MODEL = Column("model", "left")
+# Of each measured quantity: its column, and where it is read. One that no result of a table has is left out.
+MEASURED = (
+    (Column("acc", measured=True), lambda result: result.acc),
+    (Column("ppl", measured=True), lambda result: result.ppl),
+    (Column("KL (nats)", measured=True), lambda result: result.kl),
+    (Column("top-1 agreement", measured=True), lambda result: result.agreement),
+    (Column("eval_time_s"), lambda result: result.eval_time_s),
+    (Column("examples/sec"), lambda result: result.examples_per_s),
+)
+Measures = Sequence[tuple[Column, Callable[[Result], Cell]]]
+_ALWAYS = ("eval_time_s", "examples/sec")
 
 
 def stage_title(stage: str) -> str:
@@ -25,35 +36,87 @@ def stage_title(stage: str) -> str:
     return stage.capitalize() if re.fullmatch(r"ex\d+|baseline", stage) else stage
 
 
+def by_model(results: Sequence[Result]) -> list[list[Result]]:
+    """Return the results of each model together; those that did not record theirs are of a model of their own."""
+    groups: dict[str | None, list[Result]] = {}
+    for result in results:
+        groups.setdefault(result.run.model, []).append(result)
+    return list(groups.values())
+
+
+def several_models(tree: Tree, result: Result) -> list[str]:
+    """Return the model of a result, where the tree holds several; nothing where it need not be said."""
+    several = len({other.run.model for other in tree.results}) > 1
+    return [(result.run.model or "unknown model").rpartition("/")[2]] if several else []
+
+
 def headline_table(tree: Tree, number: str) -> Table:
     """List the baseline, then the best accuracy and the best speed of each stage.
 
     Results of different evaluation settings (n, task, model, ...) do not compete: a stage has two rows for each.
     """
-    tasks = _task_column(tree)
+    tasks, models, measures = _task_column(tree), _model_column(tree), _measures(tree.results)
     rows = [
-        (label, *(result.task for _ in tasks), *_measures(result), _notes(result, tree))
+        (
+            label,
+            *(result.run.model for _ in models),
+            *(result.task for _ in tasks),
+            *_values(result, measures),
+            _notes(result, tree),
+        )
         for stage in tree.stages
         for label, result in _best_of_stage(tree.of_stage(stage))
     ]
     title = f"Table {number}: Headline results (baseline, and the best of each stage)"
-    return Table(f"table_{number}_headline", title, (CONFIG, *tasks, *MEASURES, NOTES), tuple(rows))
+    columns = (CONFIG, *models, *tasks, *_columns(measures), NOTES)
+    return Table(f"table_{number}_headline", title, columns, tuple(rows))
 
 
-def sweep_table(tree: Tree, stage: str, number: str) -> Table | None:
-    """List every run of a stage whose configuration is known, in the order of the options; None where there is none."""
-    results = [result for result in tree.swept(stage) if result.run.options is not None]
-    if not results:
-        return None
+def single_runs(tree: Tree) -> list[str]:
+    """Return the stages of one run each, recipes that were evaluated one by one; none where it is only one stage."""
+    runs = {stage: {result.run.folder for result in tree.swept(stage)} for stage in tree.stages}
+    single = [stage for stage, folders in runs.items() if len(folders) == 1 and not re.fullmatch(r"ex\d+", stage)]
+    return single if len(single) > 1 else []
+
+
+def single_runs_table(tree: Tree, stages: Sequence[str], number: str) -> Table:
+    """List the baselines and the runs of these stages, to be compared with each other."""
+    results = [*tree.baselines, *(result for stage in stages for result in tree.swept(stage))]
+    tasks, models, measures = _task_column(tree), _model_column(tree), _measures(results)
+    rows = [
+        (
+            stage_title(result.run.stage),
+            *(result.run.model for _ in models),
+            *(result.task for _ in tasks),
+            *_values(result, measures),
+            result.n,
+            result.run.run_id,
+        )
+        for result in results
+    ]
+    columns = (Column("recipe", "left"), *models, *tasks, *_columns(measures), N, RUN_ID)
+    return Table(f"table_{number.replace('.', '_')}_recipes", f"Table {number}: Recipes compared", columns, tuple(rows))
+
+
+def sweep_tables(tree: Tree, stage: str, number: str) -> list[Table]:
+    """Return a table for each model of a stage: every run whose configuration is known, in the order of the options."""
+    known = [result for result in tree.swept(stage) if result.run.options is not None]
+    groups = by_model(known)
+    letters = [""] if len(groups) == 1 else [chr(ord("a") + i) for i in range(len(groups))]
+    return [_sweep_table(tree, stage, f"{number}{x}", results) for x, results in zip(letters, groups, strict=False)]
+
+
+def _sweep_table(tree: Tree, stage: str, number: str, results: Sequence[Result]) -> Table:
     names = (*SWEPT, *further_options(result.run.options or {} for result in results))
     tasks = _task_column(tree)
     sizes = _n_column(results)
     notes = _notes_column(results)
+    measures = _measures(results)
     rows = [
         (
             *_option_cells(result.run, names),
             *(result.task for _ in tasks),
-            *_measures(result),
+            *_values(result, measures),
             *(result.n for _ in sizes),
             result.run.run_id,
             *(_sweep_remarks(result) for _ in notes),
@@ -61,9 +124,9 @@ def sweep_table(tree: Tree, stage: str, number: str) -> Table | None:
         for result in results
     ]
     options = (Column(name, "center" if name == "custom_cuda" else "right") for name in names)
-    title = f"Table {number}: {_sweep_title(stage)}"
+    title = f"Table {number}: {', '.join([_sweep_title(stage), *several_models(tree, results[0])])}"
     slug = f"table_{number.replace('.', '_')}_{stage.replace('/', '_')}"
-    return Table(slug, title, (*options, *tasks, *MEASURES, *sizes, RUN_ID, *notes), tuple(rows))
+    return Table(slug, title, (*options, *tasks, *_columns(measures), *sizes, RUN_ID, *notes), tuple(rows))
 
 
 def unknown_table(tree: Tree, number: str) -> Table | None:
@@ -71,18 +134,19 @@ def unknown_table(tree: Tree, number: str) -> Table | None:
     results = [result for result in tree.results if result.run.options is None and not result.run.is_baseline]
     tasks = _task_column(tree)
     notes = _notes_column(results)
+    measures = _measures(results)
     rows = [
         (
             result.run.stage,
             *(result.task for _ in tasks),
-            *_measures(result),
+            *_values(result, measures),
             result.n,
             result.run.run_id,
             *(_sweep_remarks(result) for _ in notes),
         )
         for result in results
     ]
-    columns = (STAGE, *tasks, *MEASURES, N, RUN_ID, *notes)
+    columns = (STAGE, *tasks, *_columns(measures), N, RUN_ID, *notes)
     title = f"Table {number}: Runs of unknown configuration"
     return Table(f"table_{number}_unknown_configuration", title, columns, tuple(rows)) if rows else None
 
@@ -118,6 +182,8 @@ def _best_of_stage(results: Sequence[Result]) -> list[tuple[str, Result]]:
 def _best(group: Sequence[Result]) -> list[tuple[str, Result]]:
     """Return the most accurate result and the fastest; no row where none has such a figure."""
     stage, limited = stage_title(group[0].run.stage), ", limited" if _limited(group) else ""
+    if len(group) == 1:
+        return [(f"{stage} (limited)" if limited else stage, group[0])]
     rated = [result for result in group if _goodness(result) > -math.inf]
     rows: list[tuple[str, Result]] = []
     if rated:
@@ -178,8 +244,25 @@ def _notes_column(results: Sequence[Result]) -> tuple[Column, ...]:
     return (NOTES,) if any(map(_sweep_remarks, results)) else ()
 
 
-def _measures(result: Result) -> tuple[Cell, ...]:
-    return result.acc, result.ppl, result.eval_time_s, result.examples_per_s
+def _measures(results: Sequence[Result]) -> Measures:
+    """Return the measured quantities that some result has, and the times."""
+    return [
+        (column, read)
+        for column, read in MEASURED
+        if column.head in _ALWAYS or any(read(result) is not None for result in results)
+    ]
+
+
+def _columns(measures: Measures) -> list[Column]:
+    return [column for column, _ in measures]
+
+
+def _values(result: Result, measures: Measures) -> list[Cell]:
+    return [read(result) for _, read in measures]
+
+
+def _model_column(tree: Tree) -> tuple[Column, ...]:
+    return (MODEL,) if len({result.run.model for result in tree.results}) > 1 else ()
 
 
 def _task_column(tree: Tree) -> tuple[Column, ...]:
