@@ -222,8 +222,8 @@ def left_names(conversion: Conversion) -> list[str]:
 
 def totals(conversion: Conversion) -> list[str]:
     """Return in words, a line each: element-wise rounding, the width of K and V, and of the parameters."""
-    kv = {phase: conversion.kv_bits_in(phase) for phase in PHASES}
-    parameters = {phase: conversion.bits_in(phase) for phase in PHASES}
+    kv: dict[Phase, float | None] = {phase: conversion.kv_bits_in(phase) for phase in PHASES}
+    parameters: dict[Phase, float | None] = {phase: conversion.bits_in(phase) for phase in PHASES}
     stored = conversion.bits_per_parameter
     kept = "" if stored in parameters.values() else f"; {stored:.4f} in memory, which holds a copy for each format"
     return [
