@@ -2,7 +2,7 @@
 # make test   every test, on both supported versions of transformers
 # make lint   style, types and the direction of imports
 # make figs   docs/results.md's tables and figs/ again, from results/; docs/formats.md and figs/formats/, from the code
-# make bench  every benchmark, ten minutes on two cores; its tables and figures: docs/bench.md, figs/bench_*.png
+# make bench  every benchmark, some ten minutes on two cores; its tables and figures: docs/bench.md, figs/bench_*.png
 # Each sets up what it needs on a machine with Python 3.11; a second time is quick.
 
 PYTHON := .venv/bin/python
@@ -10,7 +10,8 @@ PYTHON := .venv/bin/python
 OLD_TRANSFORMERS := 4.57.6
 OLD := .venv-$(OLD_TRANSFORMERS)
 PATCH_TESTS := tests/hf/test_patched_llama.py tests/hf/test_patch.py tests/model/test_apply.py \
-	tests/model/test_architectures.py tests/model/nn/test_attention.py
+	tests/model/test_architectures.py tests/model/test_structure.py tests/model/nn/test_attention.py \
+	tests/model/nn/test_weights.py tests/hf/test_saved.py
 
 # Two processes, each with half of the threads; tests of one module share its fixtures.
 TWO := -n 2 --dist loadscope

@@ -6,7 +6,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from mxlab import _moved
+from mxlab import _moved, _registration
 
 if TYPE_CHECKING:
     from mxlab.formats import ElementFormat, MXFormat
@@ -57,3 +57,4 @@ def __dir__() -> list[str]:
 
 
 _moved.install()
+_registration.install()

@@ -29,7 +29,7 @@ def convert(
     """Quantize a model's weights as a recipe says and save it, with recipe.toml and inventory.json."""
     if dry_run == (out is not None):
         raise SpecError("give --out FOLDER for the converted model, or --dry-run to see what a recipe does")
-    chosen = chosen_recipe(recipe, set_ or [])
+    chosen = chosen_recipe(recipe, set_ or [], model)
     if out is not None:
         start_logging()
     with progress():

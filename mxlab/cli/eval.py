@@ -9,6 +9,7 @@ from rich.table import Table
 from mxlab.cli.console import console, loading_libraries, print_line, progress, start_logging
 from mxlab.cli.options import (
     BatchSizeOption,
+    BosOption,
     CompareOption,
     DataDirOption,
     DeviceOption,
@@ -46,6 +47,7 @@ def evaluate(
     stride: StrideOption = None,
     windows: WindowsOption = None,
     compare: CompareOption = False,
+    bos: BosOption = False,
     batch_size: BatchSizeOption = None,
     dtype: DtypeOption = Dtype.auto,
     device: DeviceOption = "auto",
@@ -55,7 +57,7 @@ def evaluate(
     out: OutOption = Path("results"),
 ) -> None:
     """Evaluate one model under one recipe, on tasks or on a text; the run directory goes to OUT/<recipe>/."""
-    chosen = chosen_recipe(recipe, set_ or [])
+    chosen = chosen_recipe(recipe, set_ or [], model)
     start_logging()
     with results_alone(as_json), progress():
         with loading_libraries():
@@ -71,7 +73,7 @@ def evaluate(
             device=device,
             max_length=max_length,
         )
-        request = request_from(chosen, settings | text_settings(text, window, stride, windows, compare), data_dir)
+        request = request_from(chosen, settings | text_settings(text, window, stride, windows, compare, bos), data_dir)
         folder = runs.run(request, out / chosen.name, {**chosen.options, **assigned(set_ or [])})
     if as_json:
         print_json(read_records([folder])[0])

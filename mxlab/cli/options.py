@@ -50,6 +50,9 @@ WindowsOption = Annotated[
 CompareOption = Annotated[
     bool, typer.Option("--compare", help="KL divergence and top-1 agreement with the unquantized model.")
 ]
+BosOption = Annotated[
+    bool, typer.Option("--bos", help="Let the model see its token for the beginning of a text before each window.")
+]
 LimitOption = Annotated[
     float | None, typer.Option("--limit", help="Rows of each task: a count, or a fraction below 1.")
 ]
@@ -78,10 +81,10 @@ def given(**settings: Any) -> dict[str, Any]:
 
 
 def text_settings(
-    text: str | None, window: int | None, stride: int | None, windows: int | None, compare: bool
+    text: str | None, window: int | None, stride: int | None, windows: int | None, compare: bool, bos: bool
 ) -> dict[str, Any]:
     """Return the settings of a text that were named on the command line."""
-    return given(text=text, window=window, stride=stride, windows=windows, compare=compare or None)
+    return given(text=text, window=window, stride=stride, windows=windows, compare=compare or None, bos=bos or None)
 
 
 def task_names(tasks: str | None) -> tuple[str, ...] | None:

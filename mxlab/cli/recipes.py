@@ -8,18 +8,28 @@ from typing import Any
 from mxlab.compat.recipes import load_any_recipe
 from mxlab.errors import SpecError
 from mxlab.recipe import Recipe
+from mxlab.recipe.carried import recipe_of_model
 from mxlab.recipe.mx_specs import ENVIRONMENT_VARIABLE, MxSpecs, override, parse_assignment
 
 
-def chosen_recipe(name: str | None, assignments: list[str]) -> Recipe:
-    """Return the recipe called ``name``, or that of MX_SPECS_JSON where none is named; never both."""
+def chosen_recipe(name: str | None, assignments: list[str], model: str) -> Recipe:
+    """Return the recipe called ``name``; where none is named that of MX_SPECS_JSON, or the one that ``model`` carries.
+
+    Raises:
+        SpecError: several of them, or assignments to one that quantizes nothing.
+    """
     specs = MxSpecs.from_environment()
     if specs is not None and name is not None:
         raise SpecError(
             f"{ENVIRONMENT_VARIABLE} is set and --recipe {name} is given: that would quantize twice. Unset the "
             "variable, or leave --recipe out to evaluate under it"
         )
-    recipe = specs.to_recipe("mx_specs") if specs is not None else load_any_recipe(name or "baseline")
+    if specs is not None:
+        recipe = specs.to_recipe("mx_specs")
+    elif name is None:
+        recipe = recipe_of_model(model) or load_any_recipe("baseline")
+    else:
+        recipe = load_any_recipe(name)
     changed = override(recipe, assigned(assignments))
     if assignments and not changed.rules:
         raise SpecError(f"recipe {recipe.name} quantizes nothing, so that --set {assignments[0]} has no effect")

@@ -14,6 +14,7 @@ from mxlab import rundir
 from mxlab.cli.console import loading_libraries, print_error, print_line, print_table, progress, start_logging
 from mxlab.cli.help import shipped_names
 from mxlab.cli.options import (
+    BosOption,
     CompareOption,
     DataDirOption,
     Dtype,
@@ -50,6 +51,7 @@ def sweep(
     stride: StrideOption = None,
     windows: WindowsOption = None,
     compare: CompareOption = False,
+    bos: BosOption = False,
     batch_size: Annotated[int | None, typer.Option(help="Instead of the file's batch size.")] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Instead of the file's dtype; auto where it has none.")] = None,
     device: Annotated[str | None, typer.Option(help="Instead of the file's device.")] = None,
@@ -67,7 +69,7 @@ def sweep(
         batch_size=batch_size,
         dtype=dtype and dtype.value,
         device=device,
-    ) | text_settings(text, window, stride, windows, compare)
+    ) | text_settings(text, window, stride, windows, compare, bos)
     with results_alone(as_json), progress():
         with loading_libraries():
             from mxlab.experiments.sweep import load_sweep, run_sweep, with_settings

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mxlab.checks import check_choice, check_int
-from mxlab.errors import SpecError
+from mxlab.errors import RunError, SpecError
 from mxlab.model.conversion import Conversion
 from mxlab.recipe import Recipe
 from mxlab.sources import models
@@ -91,6 +91,25 @@ class EvaluationRequest:
         if self.dtype == AUTO:
             logger.info("dtype auto is %s: %s", dtype, describe_dtype(device))
         return load(self.model, dtype, self.device)
+
+
+def check_rules_acted(conversion: Conversion) -> None:
+    """Raise RunError at a rule under which nothing computed; only warn where the model was compiled, which hides it."""
+    idle = conversion.idle_rules()
+    if not idle:
+        return
+    others = f" (and {len(idle) - 1} more)" if len(idle) > 1 else ""
+    remedy = (
+        "it is for decode, and nothing was generated: texts and log-likelihoods are scored in prefill; choose a task "
+        "that generates, or take the phase out of the rule"
+        if idle[0].phase == "decode"
+        else "no module that it quantizes took part; take the rule out, or evaluate what needs these modules"
+    )
+    message = f"{idle[0]}{others} never acted, so that the result would not be the recipe's: {remedy}"
+    if any(hasattr(module, "_orig_mod") for module in conversion.model.modules()):
+        logger.warning("%s (or its modules are compiled)", message)
+        return
+    raise RunError(message[0].upper() + message[1:])
 
 
 def check_name(name: str, value: object) -> None:

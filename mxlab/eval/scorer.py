@@ -39,6 +39,7 @@ class Scorer:
         windows: what :func:`mxlab.eval.windows.sliding_windows` gave.
         batch_size: windows that go through the model at once.
         reference: logits of the unquantized model, to compare with; None for no comparison.
+        bos: a token to put before each window, which is not scored; None for none.
     """
 
     def __init__(
@@ -48,9 +49,10 @@ class Scorer:
         windows: Sequence[Window],
         batch_size: int,
         reference: Predict | None = None,
+        bos: int | None = None,
     ) -> None:
         self._lend_model, self._ids, self._windows = lend_model, ids, windows
-        self._batch_size, self._reference = batch_size, reference
+        self._batch_size, self._reference, self._bos = batch_size, reference, bos
 
     def score(self, recipe: Recipe, on_conversion: Callable[[Conversion], Any] | None = None) -> Score:
         """Convert a model as ``recipe`` says, and score every token.
@@ -69,7 +71,7 @@ class Scorer:
             conversion = apply(model, recipe)
             if on_conversion is not None:
                 on_conversion(conversion)
-            predict = Predictor(model)
+            predict = Predictor(model, self._bos)
             return Score(self._score(predict), conversion, predict.seconds)
 
     def score_reference(self) -> TokenScores:
@@ -82,17 +84,21 @@ class Scorer:
 
 
 class Predictor:
-    """Computes a model's logits [windows, tokens, vocabulary], and counts the seconds that takes."""
+    """Computes a model's logits [windows, tokens, vocabulary], and counts the seconds that takes.
 
-    def __init__(self, model: Any) -> None:
-        self._model = model
+    Where ``bos`` is given, the model sees that token before each window.
+    """
+
+    def __init__(self, model: Any, bos: int | None = None) -> None:
+        self._model, self._bos = model, bos
         self.seconds = 0.0
 
     @torch.no_grad()
     def __call__(self, ids: Tensor) -> Tensor:
         """Return the logits of token ids [windows, tokens]."""
         start = time.perf_counter()
-        logits = self._model(input_ids=ids.to(self._model.device), use_cache=False).logits
+        seen = ids if self._bos is None else torch.nn.functional.pad(ids, (1, 0), value=self._bos)
+        logits = self._model(input_ids=seen.to(self._model.device), use_cache=False).logits[:, -ids.shape[1] :]
         if logits.is_cuda:
             torch.cuda.synchronize(logits.device)
         self.seconds += time.perf_counter() - start

@@ -20,7 +20,7 @@ from lm_eval.models import huggingface
 from mxlab import environment, rundir
 from mxlab.checks import check_int
 from mxlab.errors import RunError, SpecError
-from mxlab.eval.request import EvaluationRequest, LoadModel, Outcome
+from mxlab.eval.request import EvaluationRequest, LoadModel, Outcome, check_rules_acted
 from mxlab.model.apply import apply
 from mxlab.model.observe import count_scale_clamps
 from mxlab.progress import Steps
@@ -111,6 +111,7 @@ def evaluate_tasks(request: TaskRequest, folder: Path, load: LoadModel = models.
     )
     if results is None:
         raise RunError("lm-eval gave no results: this process is not the first of its group")
+    check_rules_acted(conversion)
     tracker.save_results_aggregated(results=results)
     return Outcome(_metrics_file(folder), results["results"], conversion, lm.forward_seconds, clamps)
 

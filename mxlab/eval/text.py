@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import datetime
 import json
+import logging
 import time
 from collections import Counter
 from collections.abc import Hashable
@@ -13,14 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from mxlab.checks import check_bool, check_int
-from mxlab.errors import RunError
+from mxlab.errors import RunError, SpecError
 from mxlab.eval.metrics import TOP_K, TokenScores
-from mxlab.eval.request import EvaluationRequest, LoadModel, Outcome, check_name
+from mxlab.eval.request import EvaluationRequest, LoadModel, Outcome, check_name, check_rules_acted
 from mxlab.eval.scorer import Predictor, Scorer, check_context
 from mxlab.eval.windows import sliding_windows
 from mxlab.model.observe import count_scale_clamps
+from mxlab.model.saved import conversion_of
 from mxlab.sources import devices, models, texts
 from mxlab.sources.texts import CorpusText
+
+logger = logging.getLogger("mxlab")
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,7 @@ class TextRequest(EvaluationRequest):
         stride: tokens from one window to the next; None for disjoint windows.
         windows: the first so many windows; None for the whole text.
         compare: whether to run the unquantized model as well, for KL divergence and top-1 agreement.
+        bos: whether the model sees its token for the beginning of a text before each window; that is not scored.
 
     Raises:
         SpecError, FormatError: a value out of range.
@@ -44,6 +49,7 @@ class TextRequest(EvaluationRequest):
     stride: int | None = None
     windows: int | None = None
     compare: bool = False
+    bos: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,6 +62,7 @@ class TextRequest(EvaluationRequest):
         if self.windows is not None:
             check_int("windows", self.windows, 1, None, "a whole number, 1 or more")
         check_bool("compare", self.compare)
+        check_bool("bos", self.bos)
 
     @property
     def sources(self) -> tuple[Hashable, ...]:
@@ -73,6 +80,7 @@ class TextRequest(EvaluationRequest):
             "stride": self.stride or self.window,
             "windows": self.windows,
             "compare": self.compare,
+            **({"bos": True} if self.bos else {}),  # runs of before --bos are still found
         }
 
     def evaluate(self, folder: Path, load: LoadModel = models.load_model) -> Outcome:
@@ -96,13 +104,20 @@ def evaluate_text(request: TextRequest, folder: Path, load: LoadModel = models.l
     start = time.perf_counter()
     text = texts.load_text(request.text, request.data_dir)
     loaded = request.load(load)
-    check_context(loaded.model, request.window)
+    if request.compare and (carried := conversion_of(loaded.model)) is not None:
+        raise SpecError(
+            f"{request.model} is quantized already, under recipe {carried.recipe.name}: there is no unquantized model "
+            "to compare with; leave the comparison out, or name the model it was made from"
+        )
+    bos = _bos(request, loaded.tokenizer)
+    check_context(loaded.model, request.window + request.bos)
     ids = texts.encode(loaded.tokenizer, text)
     windows = sliding_windows(len(ids), request.window, request.stride, request.windows)
-    reference = Predictor(_copy(loaded.model)) if request.compare else None
+    reference = Predictor(_copy(loaded.model), bos) if request.compare else None
     clamps: dict[str, Counter[str]] = {}
-    scorer = Scorer(lambda: loaded.model, ids, windows, request.batch_size, reference)
+    scorer = Scorer(lambda: loaded.model, ids, windows, request.batch_size, reference, bos)
     score = scorer.score(request.recipe, lambda conversion: clamps.update(count_scale_clamps(conversion)))
+    check_rules_acted(score.conversion)
     results = {text.name: _results(score.tokens)}
     every_window = sliding_windows(len(ids), request.window, request.stride)
     record = {
@@ -113,6 +128,23 @@ def evaluate_text(request: TextRequest, folder: Path, load: LoadModel = models.l
         "total_evaluation_time_seconds": time.perf_counter() - start,
     }
     return Outcome(_write(folder, record), results, score.conversion, score.forward_seconds, clamps)
+
+
+def _bos(request: TextRequest, tokenizer: Any) -> int | None:
+    """Return the token to put before each window; warn where the model is used to one and gets none."""
+    bos = tokenizer.bos_token_id
+    if request.bos:
+        if bos is None:
+            raise SpecError(f"the tokenizer of {request.model} has no token for a text's beginning: leave --bos out")
+        return bos
+    if bos is not None and tokenizer("a")["input_ids"][:1] == [bos]:
+        logger.warning(
+            "%s is used to %s at the beginning of a text, and the windows have none: the perplexity may be far too "
+            "high; put it there with --bos",
+            request.model,
+            tokenizer.bos_token,
+        )
+    return None
 
 
 def _copy(model: Any) -> Any:
@@ -140,6 +172,7 @@ def _config(request: TextRequest, text: CorpusText, model: Any) -> dict[str, Any
         "windows": request.windows,
         "top_k": TOP_K,
         "compare": request.compare,
+        "bos": request.bos,
     }
 
 

@@ -17,8 +17,8 @@ from mxlab.sources import models
 def save_converted(model: str, recipe: Recipe, dtype: str, out: Path) -> Conversion:
     """Load ``model`` on the CPU, apply ``recipe``, and save it into the new folder ``out``, whole or not at all.
 
-    The folder loads in transformers as any other, with weights on the grid; what a recipe does to activations and to
-    K and V needs ``mxlab.apply(model, out / "recipe.toml")`` again.
+    The folder carries its recipe. With mxlab imported it loads in transformers as a converted model, under every tool;
+    without mxlab transformers warns that it does not know the method, and computes with the weights on the grid alone.
 
     Raises:
         RunError: ``out`` exists already, or cannot be written.

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from mxlab.errors import MetricError
 from mxlab.formats import NumberFormat
 from mxlab.inspect.statistics import Statistics, measure
-from mxlab.model import sites
 from mxlab.model.apply import prepare_to_observe
 from mxlab.model.observe import observe
 from mxlab.model.plan import QuantizedSite
@@ -26,17 +25,13 @@ from mxlab.recipe import Recipe
 
 @dataclass(frozen=True)
 class Operand:
-    """One role of one module, its format, and what that does to the values."""
+    """One role of one module, its format, and what that does to the values; the layer is None outside of the layers."""
 
     module: str
     role: str
     format: str
     statistics: Statistics
-
-    @property
-    def layer(self) -> int | None:
-        """The decoder layer; None outside the layers."""
-        return sites.layer_of(self.module)
+    layer: int | None = None
 
     @property
     def projection(self) -> str:
@@ -85,4 +80,5 @@ def collect(model: nn.Module, recipe: Recipe, batches: Iterable[Tensor]) -> list
     with torch.no_grad(), observe(conversion, add):
         for ids in batches:
             watched(input_ids=ids, use_cache=False)
-    return [Operand(name, role, str(fmt), statistics) for (name, role, fmt), statistics in found.items()]
+    layers = {site.name: site.layer for site in conversion.sites}
+    return [Operand(name, role, str(fmt), of, layers[name]) for (name, role, fmt), of in found.items()]

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +19,24 @@ from mxlab import environment
 from mxlab.compat.recipes import load_any_recipe
 from mxlab.errors import ConversionError
 from mxlab.formats import NumberFormat
-from mxlab.model import sites
+from mxlab.model import saved, sites
 from mxlab.model.conversion import Conversion
 from mxlab.model.nn import linear
 from mxlab.model.nn.attention import EAGER_ROLES, INNER_ROLES, QuantizedAttention
 from mxlab.model.nn.experts import QuantizedExperts
 from mxlab.model.nn.forward import override_of
+from mxlab.model.nn.guard import WeightGuard
 from mxlab.model.nn.linear import QuantizedLayer
 from mxlab.model.nn.operands import LinearOperands
 from mxlab.model.nn.phase import PassPhase
 from mxlab.model.nn.shared_input import SharedInput
+from mxlab.model.nn.weights import TensorVersion
 from mxlab.model.observe import count_weight_clamps
 from mxlab.model.plan import Plan, QuantizedSite, make_plan
+from mxlab.model.structure import cache_argument
 from mxlab.progress import track
 from mxlab.recipe import Phase, Recipe
+from mxlab.recipe.carried import carried_recipe
 
 logger = logging.getLogger("mxlab")
 
@@ -47,21 +51,27 @@ _KEYS_OF_MASE = {
 def apply(model: nn.Module, recipe: Recipe | str | Path) -> Conversion:
     """Convert ``model`` in place, as ``recipe`` says, and quantize its weights (of a model in evaluation mode).
 
+    Weights of a model that was saved under the recipe are not quantized again. One converted under it is left alone.
+
     Args:
         model: a loaded Hugging Face model.
         recipe: a Recipe, the name of a shipped one (``"ex1"``), or a TOML file.
 
     Raises:
         SpecError: no such recipe.
-        ConversionError: the model was converted before or is a quantized checkpoint, a rule matches nothing, a module
-            cannot serve a role, or a weight is not finite. The model is then unchanged.
+        ConversionError: the model was converted under another recipe or is a quantized checkpoint, a rule matches
+            nothing, a module cannot serve a role, or a weight is not finite. The model is then unchanged.
     """
-    plan = _checked_plan(model, load_any_recipe(recipe))
+    chosen = load_any_recipe(recipe)
+    if (present := saved.conversion_of(model)) is not None:
+        saved.check_same(present.recipe, chosen)
+        return present
+    plan = _checked_plan(model, chosen)
     plan.check_finite()
+    versions = saved.frozen_versions(saved.carried_config(model))
     # Counted first: once quantized, a block whose scale was clamped may be all zeros.
-    clamps = count_weight_clamps(plan.sites)
-    conversion = _install(plan)
-    conversion = replace(conversion, weight_clamps=clamps, remarks=(*conversion.remarks, *_meta_remarks(plan)))
+    clamps = count_weight_clamps([site for site in plan.sites if not _is_frozen(site, versions)])
+    conversion = _install(plan, clamps=clamps, remarks=_meta_remarks(plan))
     _freeze(plan)
     logger.info(conversion.summary())
     conversion.write_inventory(environment.inventory_file())
@@ -86,6 +96,12 @@ def prepare_to_observe(model: nn.Module, recipe: Recipe) -> Conversion:
     return _install(_checked_plan(model, recipe), is_passive=True)
 
 
+def _is_frozen(site: QuantizedSite, versions: Mapping[str, TensorVersion]) -> bool:
+    """Return whether a weight was on the grid when the model was saved, and has not changed since."""
+    version = versions.get(f"{site.module_name}.{site.parameter}")
+    return version is not None and not site.weight.is_meta and version.verify(site.weight)
+
+
 def _checked_plan(model: nn.Module, recipe: Recipe) -> Plan:
     if recipe.algorithms:
         keys = ", ".join(_KEYS_OF_MASE[name] for name in recipe.algorithms)
@@ -99,7 +115,9 @@ def _checked_plan(model: nn.Module, recipe: Recipe) -> Plan:
             "this model is quantized already: load it anew, and use either MX_SPECS_JSON with a patched transformers "
             "or mxlab.apply, not both"
         )
-    if (config := getattr(getattr(model, "config", None), "quantization_config", None)) is not None:
+    if (carried := saved.carried_config(model)) is not None:
+        saved.check_same(carried_recipe(carried), recipe)
+    elif (config := getattr(getattr(model, "config", None), "quantization_config", None)) is not None:
         method = config.get("quant_method") if isinstance(config, Mapping) else getattr(config, "quant_method", config)
         raise ConversionError(
             f"this checkpoint is quantized already ({method}): quantizing its values again would say nothing about a "
@@ -108,10 +126,12 @@ def _checked_plan(model: nn.Module, recipe: Recipe) -> Plan:
     return make_plan(model, recipe)
 
 
-def _install(plan: Plan, is_passive: bool = False) -> Conversion:
+def _install(
+    plan: Plan, is_passive: bool = False, clamps: Mapping[str, int] | None = None, remarks: Sequence[str] = ()
+) -> Conversion:
     model, recipe = plan.model, plan.recipe
     _check_experts(plan)
-    remarks = _make_eager(model, plan.sites)
+    remarks = (*_make_eager(model, plan.sites), *remarks)
     installer = _Installer(recipe, is_passive)
     for site in plan.sites:
         installer.install(site)
@@ -119,7 +139,12 @@ def _install(plan: Plan, is_passive: bool = False) -> Conversion:
         shared.install(model.get_submodule(parent))
     if any(site.by_phase["prefill"] != site.by_phase["decode"] for site in plan.sites):
         installer.phase.install(model)
-    return Conversion(model, recipe, plan.sites, remarks=tuple(remarks))
+    conversion = Conversion(model, recipe, plan.sites, dict(clamps or {}), remarks)
+    if plan.sites and not is_passive:
+        saved.expect_frozen(conversion, saved.frozen_versions(saved.carried_config(model)))
+        WeightGuard([site.name for site in plan.sites if site.kind == "linear"]).install(model)
+        saved.SavePretrained(conversion).install()
+    return conversion
 
 
 @dataclass
@@ -135,7 +160,7 @@ class _Installer:
     def install(self, site: QuantizedSite) -> None:
         """Convert the module of a site."""
         if site.kind == "attention":
-            argument = sites.cache_argument(site.module)
+            argument = cache_argument(site.module)
             assert argument is not None  # or it would not be an attention
             QuantizedAttention(
                 site.name, site.module, argument, site.by_phase, self.recipe.numerics, self.phase, self.is_passive
@@ -149,7 +174,7 @@ class _Installer:
     def _experts(self, site: QuantizedSite) -> QuantizedExperts:
         name, module = site.module_name, site.module
         if name not in self.experts:
-            weights = sites.multiplied_parameters(module)
+            weights = sites.multiplied_parameters(module, site.part)
             self.experts[name] = QuantizedExperts(name, module, weights, site.input_axis == -2, self.phase)
             self.experts[name].install()
         return self.experts[name]

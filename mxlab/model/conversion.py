@@ -15,9 +15,11 @@ from typing import Any
 from torch import nn
 
 from mxlab.model import sites
+from mxlab.model.nn.forward import override_of
+from mxlab.model.nn.operands import Observable
 from mxlab.model.plan import QuantizedSite
-from mxlab.recipe import Recipe
-from mxlab.recipe.rule import KV_ROLES, PHASES, Phase
+from mxlab.recipe import Phase, Recipe, Rule
+from mxlab.recipe.rule import KV_ROLES, PHASES
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 _PLURALS = {"linear": "linears", "experts": "experts", "attention": "attentions"}
@@ -57,7 +59,7 @@ class Conversion:
         in_place = {id(p) for site in self.linears for p in site.stored_parameters()}
         parameters = list(self.model.parameters())
         bits = sum(p.numel() * p.element_size() * 8 for p in parameters if id(p) not in in_place)
-        bits += sum(fmt.storage_bits(_blocks_last(site)) for site in self.linears for fmt in site.weight_formats)
+        bits += sum(site.storage_bits() for site in self.linears)
         return bits / max(sum(p.numel() for p in parameters), 1)
 
     def bits_in(self, phase: Phase) -> float:
@@ -127,6 +129,22 @@ class Conversion:
             site.name for site in sites.find_sites(self.model) if site.kind != "attention" and site.name not in replaced
         ]
 
+    def acted(self, site: QuantizedSite) -> list[Phase]:
+        """Return the phases in which a site has computed since the conversion."""
+        computer = computer_of(site)
+        return [phase for phase in PHASES if computer is not None and (site.parameter, phase) in computer.acted]
+
+    def idle_rules(self) -> list[Rule]:
+        """Return the rules under which nothing has computed since the conversion."""
+        busy = {site.rules[phase] for site in self.sites for phase in self._phases_acted(site) if phase in site.rules}
+        return [self.recipe.rules[n] for n in sorted({n for s in self.sites for n in s.rules.values()} - busy)]
+
+    def _phases_acted(self, site: QuantizedSite) -> list[Phase]:
+        # Where no site differs between the phases, nothing tells them apart.
+        is_told = any(s.by_phase["prefill"] != s.by_phase["decode"] for s in self.sites)
+        acted = self.acted(site)
+        return acted if is_told or not acted else list(PHASES)
+
     def inventory(self) -> dict[str, Any]:
         """Return what was replaced and what was left, as plain values for JSON."""
         return {
@@ -142,10 +160,12 @@ class Conversion:
                     "shape": list(site.shape),
                     "formats": {role: str(fmt) for role, fmt in site.all_formats.items()},
                     "bits_per_element": {role: fmt.bits_per_element for role, fmt in site.all_formats.items()},
+                    "acted": self._phases_acted(site),
                 }
                 for site in self.sites
             ],
             "linear_layers_in_high_precision": self.linears_in_high_precision,
+            "idle_rules": [str(rule) for rule in self.idle_rules()],
             "notes": self.notes,
         }
 
@@ -155,11 +175,9 @@ class Conversion:
             file.write_text(json.dumps(self.inventory(), indent=1), encoding="utf-8")
 
 
-def _blocks_last(site: QuantizedSite) -> tuple[int, ...]:
-    """Return the shape of a weight, the axis of its blocks last."""
-    shape = list(site.shape)
-    shape.append(shape.pop(site.input_axis))
-    return tuple(shape)
+def computer_of(site: QuantizedSite) -> Observable:
+    """Return what treats the operands of a site: a quantized layer, or what took the place of its module's forward."""
+    return site.module if isinstance(site.module, Observable) else override_of(site.module)
 
 
 def _axis_length(site: QuantizedSite) -> int:

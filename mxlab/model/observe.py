@@ -14,9 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from mxlab.formats import MXFormat
-from mxlab.model.conversion import Conversion
-from mxlab.model.nn.forward import override_of
-from mxlab.model.nn.operands import Observable
+from mxlab.model.conversion import Conversion, computer_of
 from mxlab.model.plan import QuantizedSite
 from mxlab.numerics import scale_clamps
 from mxlab.progress import track
@@ -38,12 +36,12 @@ def observe(conversion: Conversion, observer: SiteObserver) -> Iterator[None]:
     written to after the call: copy what is to be kept.
     """
     for site in conversion.sites:
-        _computer(site).set_observer(site.parameter, partial(_call, observer, site))
+        computer_of(site).set_observer(site.parameter, partial(_call, observer, site))
     try:
         yield
     finally:
         for site in conversion.sites:
-            _computer(site).set_observer(site.parameter, None)
+            computer_of(site).set_observer(site.parameter, None)
 
 
 def count_scale_clamps(conversion: Conversion) -> dict[str, Counter[str]]:
@@ -75,15 +73,12 @@ def count_weight_clamps(sites: Iterable[QuantizedSite]) -> dict[str, int]:
     for site in track(sites, "counting clamped scales"):
         fmt = site.formats.get("weight")
         if isinstance(fmt, MXFormat) and not site.weight.is_meta:
-            total.update(scale_clamps(site.weight, fmt, site.input_axis))
+            for role, matrix, axis in site.quantized_parameters():
+                if role == "weight":
+                    total.update(scale_clamps(matrix, fmt, axis))
     return dict(total)
 
 
 def _call(observer: SiteObserver, site: QuantizedSite, role: str, x: Tensor, axis: int) -> Any:
     if role in site.roles:
         observer(site, role, x, axis)
-
-
-def _computer(site: QuantizedSite) -> Observable:
-    """Return what treats the operands of a site: a quantized layer, or what took the place of its module's forward."""
-    return site.module if isinstance(site.module, Observable) else override_of(site.module)

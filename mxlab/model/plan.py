@@ -6,6 +6,8 @@ not at all.
 
 from __future__ import annotations
 
+import heapq
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -18,6 +20,7 @@ from mxlab.model import sites
 from mxlab.model.nn.attention import ROPE_ARGUMENT
 from mxlab.model.nn.linear import is_convertible
 from mxlab.model.sites import Site
+from mxlab.model.structure import CACHE_ARGUMENTS, Structure, takes_argument, writes_cache
 from mxlab.numerics import DTYPES
 from mxlab.recipe import PHASES, Phase, Recipe, Rule
 
@@ -30,10 +33,12 @@ class QuantizedSite(Site):
 
     Attributes:
         by_phase: the formats by role, for each phase of generation.
+        rules: the number of the rule that gave them, for each phase that has one.
         tied_to: name of a module that shares the weight; None where there is none.
     """
 
     by_phase: Mapping[Phase, Mapping[str, NumberFormat]] = field(default_factory=dict)
+    rules: Mapping[Phase, int] = field(default_factory=dict)
     tied_to: str | None = None
 
     @property
@@ -79,10 +84,22 @@ class QuantizedSite(Site):
         """Return the parameters whose storage is counted in the bits of a format instead of those of their dtype."""
         return [self.weight] if self.is_in_place else []
 
+    def storage_bits(self) -> int:
+        """Return what the quantized weight takes, in each of its formats."""
+        shape = list(self.shape)
+        shape.append(shape.pop(self.input_axis))
+        matrices, matrix = (shape[0], shape[1:]) if len(shape) == 3 else (1, shape)
+        return sum(matrices * fmt.storage_bits(tuple(matrix)) for fmt in self.weight_formats)
+
     def quantized_parameters(self) -> Iterator[tuple[str, Tensor, int]]:
-        """Yield role, tensor and axis of the blocks of the weight and the bias, as far as they are quantized."""
+        """Yield role, tensor and axis of the blocks of the weight and the bias, as far as they are quantized.
+
+        The weights of experts come one by one where each has a scale of its own.
+        """
         if "weight" in self.roles:
-            yield "weight", self.weight, self.input_axis
+            is_stack = self.weight.ndim == 3 and any(fmt.tensor_bits for fmt in self.weight_formats)
+            for matrix in self.weight if is_stack else (self.weight,):
+                yield "weight", matrix, self.input_axis
         if "bias" in self.roles:
             yield "bias", self.bias, -1
 
@@ -133,7 +150,9 @@ def make_plan(model: nn.Module, recipe: Recipe) -> Plan:
     matcher.check_every_rule_used()
     chosen = [(matcher.sites[name], rules) for name, rules in matched.items() if any(rules.values())]
     _check_biases(recipe, chosen)
-    found = tuple(_quantized_site(model, site, rules) for site, rules in chosen)
+    holders = _holders(model)
+    numbers = {id(rule): number for number, rule in enumerate(recipe.rules)}
+    found = tuple(_quantized_site(site, rules, holders, numbers) for site, rules in chosen)
     for site in found:
         if site.kind == "experts" and site.tied_to:
             raise ConversionError(f"the weight of {site.name} is shared with {site.tied_to}: untie it")
@@ -144,10 +163,17 @@ class _Matcher:
     """Finds the rules of one site after the other, and remembers which rules were of use."""
 
     def __init__(self, model: nn.Module, recipe: Recipe) -> None:
-        self.sites = {site.name: site for site in sites.find_sites(model)}
+        self._structure = Structure(model)
+        self.sites = {site.name: site for site in sites.find_sites(model, self._structure)}
         self._model, self._recipe = model, recipe
         self._unused = set(range(len(recipe.rules)))
-        count = sites.layer_count(model)
+        rules = list(enumerate(recipe.rules))
+        self._unnamed = [number for number, rule in rules if rule.name is None]
+        self._by_name: defaultdict[str, list[int]] = defaultdict(list)
+        for number, rule in rules:
+            if rule.name is not None:
+                self._by_name[rule.name].append(number)
+        count = self._structure.layer_count
         try:
             self._layers = [rule.layer_numbers(count) for rule in recipe.rules]
         except SpecError as e:
@@ -156,7 +182,8 @@ class _Matcher:
     @property
     def names(self) -> list[str]:
         """Names of all sites, and of modules without one, in module order: a rule may name any module."""
-        by_module: dict[str, list[str]] = {name: [] for name, _ in self._model.named_modules()}
+        wrapped = {name for name, module in self._model.named_modules() if sites.adapter_names(module)}
+        by_module: dict[str, list[str]] = {name: [] for name, _ in self._model.named_modules() if name not in wrapped}
         for site in self.sites.values():
             by_module[site.module_name].append(site.name)
         return [name for module, found in by_module.items() for name in found or [module]]
@@ -179,34 +206,47 @@ class _Matcher:
 
     def _first_rule(self, name: str, phase: Phase) -> Rule | None:
         site = self.sites.get(name)
-        for number, rule in enumerate(self._recipe.rules):
+        for number in self._candidates(name, site):
+            rule = self._recipe.rules[number]
             if rule.phase not in (None, phase) or not self._selects(number, rule, name, site):
                 continue
             self._unused.discard(number)
             if rule.skip:
                 return None
-            self.sites[name] = _serving_site(self._model, name, site, rule)
+            self.sites[name] = _serving_site(self._model, name, site, rule, self._structure)
             return rule
         return None
 
+    def _candidates(self, name: str, site: Site | None) -> Iterator[int]:
+        """Yield the numbers of the rules that may select a module: those for one other name are left out."""
+        names = {name} if site is None else {name, site.module_name, self._adapted(site)}
+        named = [numbers for name in names if (numbers := self._by_name.get(name))]
+        return heapq.merge(self._unnamed, *named)
+
     def _selects(self, number: int, rule: Rule, name: str, site: Site | None) -> bool:
         layers = self._layers[number]
-        if layers is not None and sites.layer_of(name) not in layers:
+        if layers is not None and self._structure.layer_of(name) not in layers:
             return False
         if site is None:  # no site yet: the rule may still name the module, and learn that it cannot serve
             return not rule.skip and rule.matches(name, type(self._model.get_submodule(name)).__name__)
         # A rule that names a part speaks of linear layers or of attentions, by the roles it gives.
         speaks_of_it = rule.skip or rule.is_attention == (site.kind == "attention")
         class_name = type(site.module).__name__
-        return rule.matches(name, class_name, site.part if speaks_of_it else "") or rule.matches(
-            site.module_name, class_name
+        return rule.matches(name, class_name, site.part if speaks_of_it else "") or any(
+            rule.matches(other, class_name) for other in (site.module_name, self._adapted(site))
         )
 
+    def _adapted(self, site: Site) -> str:
+        """Return the name that a layer had before PEFT wrapped it, which is the wrapper's; else its own."""
+        outer = site.module_name.rpartition(".")[0]
+        is_wrapped = sites.adapter_names(self._model.get_submodule(outer)) and site.part
+        return outer if is_wrapped else site.module_name
 
-def _serving_site(model: nn.Module, name: str, site: Site | None, rule: Rule) -> Site:
+
+def _serving_site(model: nn.Module, name: str, site: Site | None, rule: Rule, structure: Structure) -> Site:
     """Return the site that serves the roles of the rule which names it; raises ConversionError where it cannot."""
     if rule.is_attention:
-        return _serving_attention(model, site.module_name if site else name, rule)
+        return _serving_attention(model, site.module_name if site else name, rule, structure)
     if site is None or site.kind == "attention":
         class_name = type(model.get_submodule(name)).__name__
         raise ConversionError(
@@ -216,8 +256,8 @@ def _serving_site(model: nn.Module, name: str, site: Site | None, rule: Rule) ->
     module_name = site.module_name
     if site.obstacle:
         raise ConversionError(
-            f"{module_name} is a {type(site.module).__name__} ({site.obstacle}), which mxlab cannot convert: put a "
-            f"rule with name = '{module_name}' and skip = true before {rule}"
+            f"{module_name} is a {type(site.module).__name__} ({site.obstacle}), which mxlab cannot convert: put one "
+            f"rule with type = '{type(site.module).__name__}' and skip = true before {rule}, for all of its kind"
         )
     if site.kind == "experts" and (rule.bias or rule.output):
         raise ConversionError(
@@ -231,19 +271,19 @@ def _serving_site(model: nn.Module, name: str, site: Site | None, rule: Rule) ->
     return site
 
 
-def _serving_attention(model: nn.Module, name: str, rule: Rule) -> Site:
+def _serving_attention(model: nn.Module, name: str, rule: Rule, structure: Structure) -> Site:
     module = model.get_submodule(name)
-    if sites.cache_argument(module) is None:
+    if not writes_cache(module):
         raise ConversionError(
-            f"{name} is a {type(module).__name__}, whose forward takes no {sites.CACHE_ARGUMENTS[0]}: it is not an "
-            f"attention that {', '.join(rule.formats)} can be quantized in; change {rule}"
+            f"{name} is a {type(module).__name__}, whose forward hands no K and V to a {CACHE_ARGUMENTS[0]}: it is not "
+            f"an attention that {', '.join(rule.formats)} can be quantized in; change {rule}"
         )
-    if rule.rope and not sites.takes_argument(module, ROPE_ARGUMENT):
+    if rule.rope and not takes_argument(module, ROPE_ARGUMENT):
         raise ConversionError(
             f"{name} is a {type(module).__name__}, whose forward takes no {ROPE_ARGUMENT}: it has no rope to quantize; "
             f"take that role out of {rule}"
         )
-    return sites.attention_site(name, module)
+    return sites.attention_site(name, module, structure)
 
 
 def _check_biases(recipe: Recipe, chosen: Sequence[tuple[Site, Rules]]) -> None:
@@ -259,12 +299,15 @@ def _has_bias(site: Site) -> bool:
     return getattr(site.module, "bias", None) is not None
 
 
-def _quantized_site(model: nn.Module, site: Site, rules: Rules) -> QuantizedSite:
+def _quantized_site(
+    site: Site, rules: Rules, holders: Mapping[int, list[str]], numbers: Mapping[int, int]
+) -> QuantizedSite:
     by_phase: dict[Phase, dict[str, NumberFormat]] = {
         phase: {role: fmt for role, fmt in rule.formats.items() if role != "bias" or _has_bias(site)} if rule else {}
         for phase, rule in rules.items()
     }
-    found = QuantizedSite(**vars(site), by_phase=by_phase)
+    by_number: dict[Phase, int] = {phase: numbers[id(rule)] for phase, rule in rules.items() if rule}
+    found = QuantizedSite(**vars(site), by_phase=by_phase, rules=by_number)
     if site.kind == "attention":
         return found
     weight = found.weight
@@ -273,17 +316,17 @@ def _quantized_site(model: nn.Module, site: Site, rules: Rules) -> QuantizedSite
             f"the weight of {site.name} is a {type(weight.data).__name__} of {weight.dtype}: mxlab quantizes "
             "float32, bfloat16 and float16; load the unquantized checkpoint in one of them"
         )
-    return replace(found, tied_to=_sharing_module(model, found)) if "weight" in found.roles else found
+    others = (name for name in holders[id(found.weight)] if name != found.module_name)
+    return replace(found, tied_to=next(others, None)) if "weight" in found.roles else found
 
 
-def _sharing_module(model: nn.Module, site: QuantizedSite) -> str | None:
-    """Return the name of another module that holds the same weight."""
-    holders = (
-        name
-        for name, module in model.named_modules()
-        if module is not site.module and any(p is site.weight for p in module.parameters(recurse=False))
-    )
-    return next(holders, None)
+def _holders(model: nn.Module) -> dict[int, list[str]]:
+    """Return the names of the modules that hold each parameter, by the parameter's id."""
+    found: defaultdict[int, list[str]] = defaultdict(list)
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            found[id(parameter)].append(name)
+    return found
 
 
 def _distinct_phases(site: QuantizedSite) -> list[tuple[Phase | None, Mapping[str, NumberFormat]]]:

@@ -2,7 +2,7 @@
 
 Read in this order: ``rule`` (one rule: modules, layers, phase, and the format of each role), ``recipe`` (ordered rules,
 the numerics and the element-wise rounding; TOML in and out; one hash), ``subset`` (parts of a recipe), ``mx_specs``
-(microxcaling's options, as a recipe).
+(microxcaling's options, as a recipe), ``carried`` (the recipe in a saved model's configuration).
 """
 
 from mxlab.recipe.recipe import ALGORITHMS, Elementwise, Recipe, load_recipe

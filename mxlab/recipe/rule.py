@@ -11,7 +11,7 @@ from mxlab.checks import check_choice, check_keys
 from mxlab.errors import FormatError, SpecError
 from mxlab.formats import NumberFormat, parse_format
 
-Part = Literal["mlp", "attention", "router", "head", "all"]
+Part = Literal["mlp", "attention", "mixer", "router", "head", "vision", "all"]
 Phase = Literal["prefill", "decode"]
 PARTS: tuple[Part, ...] = get_args(Part)
 PHASES: tuple[Phase, ...] = get_args(Phase)

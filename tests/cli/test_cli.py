@@ -211,7 +211,6 @@ def test_progress_off_a_terminal(mxlab, tiny_llama, tmp_path, monkeypatch):
     assert "loading tasks ..." in begun
     assert any(re.match(r"quantizing weights \(\d+\) \.\.\.", line) for line in begun)
     assert any(re.match(r"rows: \d of 2, 0:\d\d passed", line) for line in lines)
-    assert not any("it/s" in line for line in lines)  # no bar of tqdm's
 
 
 def test_progress_on_a_terminal(monkeypatch):

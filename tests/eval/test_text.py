@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -11,15 +12,19 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from mxlab.errors import ConversionError, FormatError, MetricError, SourceError, SpecError
-from mxlab.eval.request import Outcome
-from mxlab.eval.text import TextRequest
+import mxlab
+from mxlab.errors import ConversionError, FormatError, MetricError, RunError, SourceError, SpecError
+from mxlab.eval.request import Outcome, check_rules_acted
+from mxlab.eval.text import TextRequest, evaluate_text
 from mxlab.experiments import runs
 from mxlab.formats import MXFormat
 from mxlab.recipe import Recipe, Rule, load_recipe
 from mxlab.report import read
 from mxlab.sources import models, texts
 from mxlab.sources.model_pool import ModelPool
+from mxlab.sources.models import load_model
+
+from support.architectures import build, run
 
 SETTINGS = {"text": "passages", "window": 64, "windows": 4, "dtype": "float32", "device": "cpu", "batch_size": 3}
 
@@ -201,3 +206,103 @@ def test_a_model_that_gives_no_numbers(tiny_llama, tmp_path):
 def test_bad_requests(change, message):
     with pytest.raises((SpecError, FormatError), match=re.escape(message)):
         TextRequest(Recipe("r"), **change)
+
+
+# ---- rules that never act
+
+
+def test_a_rule_for_decode_is_not_scored_by_a_text(tiny_llama, tmp_path):
+    """It would be the baseline's perplexity, with int2 in the inventory."""
+    int2 = MXFormat.parse("int2@32")
+    idle = Recipe("idle", (Rule(part="mlp", phase="decode", weight=int2, activation=int2),))
+    request = TextRequest(idle, str(tiny_llama), text="passages", window=32, windows=1, dtype="float32", device="cpu")
+    with pytest.raises(RunError, match=r"phase = 'decode' never acted.*nothing was generated.*choose a task"):
+        evaluate_text(request, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_inventory_says_which_sites_acted(tiny_llama, tmp_path):
+    fp4 = MXFormat.parse("fp4_e2m1@32")
+    prefill, decode = Rule(part="mlp", phase="prefill", weight=fp4), Rule(part="mlp", phase="decode", activation=fp4)
+    both = Recipe("both", (prefill, decode))
+    loaded = load_model(str(tiny_llama), "float32", "cpu")
+    conversion = mxlab.apply(loaded.model, both)
+    assert {tuple(site["acted"]) for site in conversion.inventory()["sites"]} == {()}
+    assert len(conversion.idle_rules()) == 2
+    ids = torch.ones(1, 4, dtype=torch.long)
+    with torch.no_grad():
+        loaded.model(ids)
+    assert {tuple(site["acted"]) for site in conversion.inventory()["sites"]} == {("prefill",)}
+    assert conversion.inventory()["idle_rules"] == ["the rule for part = 'mlp', phase = 'decode'"]
+    loaded.model.generate(ids, max_new_tokens=3, min_new_tokens=3, do_sample=False, pad_token_id=0)
+    assert {tuple(site["acted"]) for site in conversion.inventory()["sites"]} == {("prefill", "decode")}
+    assert conversion.idle_rules() == []
+
+
+def test_an_expert_that_no_token_goes_to_makes_no_rule_idle():
+    model = build("mixtral")
+    conversion = mxlab.apply(model, Recipe("test", (Rule(part="mlp", weight=MXFormat.parse("fp4_e2m1@8")),)))
+    run(model)
+    assert conversion.idle_rules() == []
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own
+def test_compiled_code_hides_who_acts(tiny_llama, caplog):
+    model = load_model(str(tiny_llama), "float32", "cpu").model
+    conversion = mxlab.apply(model, "ex1")
+    model.model = torch.compile(model.model)
+    check_rules_acted(conversion)
+    assert "never acted" in caplog.text
+
+
+# ---- the beginning of a text
+
+
+@pytest.fixture
+def with_bos(tiny_llama, tmp_path):
+    """A model whose tokenizer begins every text with a token."""
+    folder = tmp_path / "bos"
+    shutil.copytree(tiny_llama, folder)
+    file = folder / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    first = tokenizer["added_tokens"][0]
+    template = {"SpecialToken": {"id": first["content"], "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+    tokens = {first["content"]: {"id": first["content"], "ids": [first["id"]], "tokens": [first["content"]]}}
+    tokenizer["post_processor"] = {
+        "type": "TemplateProcessing", "single": template, "pair": template, "special_tokens": tokens,
+    }  # fmt: skip
+    file.write_text(json.dumps(tokenizer))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "bos_token": first["content"]}))
+    return folder, first["id"]
+
+
+def test_a_text_may_begin_with_the_token_that_a_model_is_used_to(with_bos, tmp_path, caplog):
+    """Against the definition: the token before each window, the same tokens scored."""
+    folder, bos = with_bos
+    given = {"text": "passages", "window": 16, "windows": 2, "dtype": "float32", "device": "cpu"}
+    plain = evaluate_text(TextRequest(load_recipe("baseline"), str(folder), **given), tmp_path)
+    assert "is used to" in caplog.text
+    assert "--bos" in caplog.text
+    caplog.clear()
+    found = evaluate_text(TextRequest(load_recipe("baseline"), str(folder), **given, bos=True), tmp_path)
+    assert "is used to" not in caplog.text
+    loaded = load_model(str(folder), "float32", "cpu")
+    ids = texts.encode(loaded.tokenizer, texts.load_text("passages", None))[:32].view(2, 16)
+    with torch.no_grad():
+        logits = loaded.model(torch.cat([torch.full((2, 1), bos), ids], 1)).logits[:, 1:-1]
+    loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+    results, without = found.results["passages"], plain.results["passages"]
+    assert results["cross_entropy,none"] == pytest.approx(loss.item(), rel=1e-5)
+    assert results["tokens"] == without["tokens"] == 30
+    assert results["cross_entropy,none"] != without["cross_entropy,none"]
+
+
+def test_a_tokenizer_without_such_a_token(tiny_llama, tmp_path, monkeypatch):
+    loaded = load_model(str(tiny_llama), "float32", "cpu")
+    loaded.tokenizer.bos_token = None
+    request = TextRequest(load_recipe("baseline"), str(tiny_llama), text="passages", window=16, windows=1, bos=True)
+    with pytest.raises(SpecError, match="has no token for a text's beginning: leave --bos out"):
+        evaluate_text(request, tmp_path, lambda *_: loaded)
+    assert "bos" in request.key()
+    assert "bos" not in replace(request, bos=False).key()

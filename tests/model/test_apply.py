@@ -97,7 +97,10 @@ def description(model: nn.Module) -> list:
         ),
         ([LINEARS, mxlab.Rule("conv", weight=FP4)], r"conv is a Conv1d: only torch\.nn\.Linear"),
         ([LINEARS, mxlab.Rule(r"blocks\.1", weight=FP4)], r"blocks\.1 is a ModuleDict: only"),
-        ([LINEARS, KV, mxlab.Rule("embed", k=FP4)], "embed is a Embedding, whose forward takes no past_key_values"),
+        (
+            [LINEARS, KV, mxlab.Rule("embed", k=FP4)],
+            "embed is a Embedding, whose forward hands no K and V to a past_key_values",
+        ),
     ],
     ids=["no match", "taken by an earlier rule", "convolution", "container", "no attention"],
 )
@@ -116,7 +119,7 @@ def test_a_tied_layer_may_quantize_its_input(toy):
 @pytest.mark.parametrize("rule", [LINEARS, KV], ids=["linear", "kv"])
 def test_converting_twice_is_refused(toy, ids, rule):
     mxlab.apply(toy, recipe(rule))
-    before, expected = description(toy), run(toy, ids)
+    expected, before = run(toy, ids), description(toy)
     with pytest.raises(ConversionError, match=r"quantized already.*not both"):
         mxlab.apply(toy, recipe(LINEARS, KV))
     assert description(toy) == before
@@ -130,7 +133,8 @@ def test_an_unknown_recipe(toy):
 
 def test_a_model_with_another_layer_behind_the_name():
     class Scaled(nn.Linear):
-        pass
+        def forward(self, x):
+            return 2 * super().forward(x)
 
     model = nn.Sequential(Scaled(8, 8))
     with pytest.raises(ConversionError, match="0 is a Scaled"):
@@ -237,6 +241,7 @@ def test_inventory(toy):
         "shape": [1, 24],
         "formats": {"k": "fp4_e2m1@32", "v": "fp6_e2m3@32"},
         "bits_per_element": {"k": 4.25, "v": 6.25},
+        "acted": [],
     }
     assert inventory["sites"][1] == {
         "module": "blocks.0.self_attn.q_proj",
@@ -244,6 +249,7 @@ def test_inventory(toy):
         "shape": [48, 40],
         "formats": {"weight": "fp4_e2m1@32", "activation": "fp6_e2m3@32"},
         "bits_per_element": {"weight": 4.25, "activation": 6.25},
+        "acted": [],
     }
 
 

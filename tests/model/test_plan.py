@@ -120,7 +120,7 @@ def test_roles_of_linear_layers_and_of_attentions_come_from_rules_of_their_own()
         ([Rule(type="LlamaMLP", weight=INT8)], r"layers\.0\.mlp is a LlamaMLP: only torch\.nn\.Linear"),
         ([Rule(type="LlamaAttention", weight=INT8)], "is a LlamaAttention: only torch.nn.Linear"),
         ([Rule(part="mlp", k=FP4)], "part = 'mlp' matches no module"),
-        ([Rule(name="lm_head", k=FP4)], "lm_head is a Linear, whose forward takes no past_key_values"),
+        ([Rule(name="lm_head", k=FP4)], "lm_head is a Linear, whose forward hands no K and V to a past_key_values"),
         ([Rule(part="mlp", bias=INT8)], "no layer that .*part = 'mlp' matches has a bias"),
         ([Rule(part="mlp", weight=FP4), Rule(part="attention", p=FP4), Rule("x", k=FP4)], "'x' matches no module"),
     ],
@@ -221,11 +221,11 @@ class Attending(nn.Module):
 
 def test_torchs_own_attention_multiplies_by_parameters_and_is_refused():
     model = HomeMade(Block(), Attending())
-    message = r"blocks\.1\.attention is a MultiheadAttention .*cannot convert: .*name = 'blocks.1.attention' and skip"
+    message = r"blocks\.1\.attention is a MultiheadAttention .*cannot convert: .*type = 'MultiheadAttention' and skip"
     refused(model, recipe(Rule(part="all", weight=INT8)), message)
-    message = r"blocks\.1\.attention\.out_proj is a NonDynamicallyQuantizableLinear \(a class derived"
+    message = r"blocks\.1\.attention\.out_proj is a NonDynamicallyQuantizableLinear \(its weight is read"
     refused(model, recipe(Rule(r".*out_proj", weight=INT8)), message)
-    refused(model, recipe(Rule(type="MultiheadAttention", k=FP4)), "forward takes no past_key_values")
+    refused(model, recipe(Rule(type="MultiheadAttention", k=FP4)), "hands no K and V to a past_key_values")
     conversion = mxlab.apply(model, recipe(Rule(part="attention", skip=True), Rule(part="all", weight=INT8)))
     left = ["blocks.1.attention.in_proj_weight", "blocks.1.attention.out_proj"]
     assert conversion.linears_in_high_precision == left
@@ -241,10 +241,25 @@ def test_a_class_derived_from_linear():
     model = HomeMade(Block(), Scaled(8, 8))
     for rule in (Rule(part="all", weight=INT8), Rule(type="Scaled", weight=INT8), Rule(name="blocks.1", weight=INT8)):
         refused(
-            model, recipe(rule), r"blocks\.1 is a Scaled \(a class derived from a linear layer's\), which mxlab cannot"
+            model, recipe(rule), r"blocks\.1 is a Scaled \(computes more than a linear layer does\), which mxlab cannot"
         )
     conversion = mxlab.apply(model, recipe(Rule(type="Scaled", skip=True), Rule(part="all", weight=INT8)))
     assert conversion.linears_in_high_precision == ["blocks.1"]
+
+
+def test_a_linear_layer_by_another_name():
+    """FalconLinear: its own class, its own forward, a linear layer all the same."""
+
+    class Named(nn.Linear):
+        def forward(self, x):
+            y = x @ self.weight.T
+            return y if self.bias is None else y + self.bias
+
+    model = HomeMade(Block(), Named(8, 8)).eval()
+    expected = mxlab.quantize(model.blocks[1].weight.detach(), INT8)
+    conversion = mxlab.apply(model, recipe(Rule(name="blocks.1", weight=INT8)))
+    assert [site.name for site in conversion.linears] == ["blocks.1"]
+    assert torch.equal(model.blocks[1].weight, expected)
 
 
 def test_a_layer_that_is_used_twice_is_converted_once():
@@ -263,7 +278,7 @@ def test_converting_twice():
         model = build("llama")
         mxlab.apply(model, recipe(rule))
         expected = run(model)
-        refused(model, recipe(Rule(part="all", weight=INT8)), "quantized already: load it anew")
+        refused(model, recipe(Rule(part="all", weight=INT8)), "quantized already, under a recipe test that is not")
         assert torch.equal(run(model), expected)
 
 

@@ -202,7 +202,7 @@ def test_with_a_wheel_without_its_file(monkeypatch, tmp_path):
     monkeypatch.setenv(environment.CACHE, str(tmp_path / "cache"))
     with pytest.raises(SourceError, match="not installed"):
         models.load_model(models.EMBEDDED)
-    assert list((tmp_path / "cache" / "models").iterdir()) == []
+    assert list(tmp_path.iterdir()) == []
 
 
 # ---- identity
@@ -253,7 +253,7 @@ def test_what_is_cached_is_whole_or_absent(tmp_path, monkeypatch):
 
     with pytest.raises(KeyboardInterrupt):
         download_cache.get("x/y", half)
-    assert list(tmp_path.rglob("*")) == [tmp_path / "x"]
+    assert list(tmp_path.iterdir()) == []
     made = download_cache.get("x/y", lambda folder: (folder / "a").touch())
     assert made == tmp_path / "x" / "y"
     assert download_cache.get("x/y", half) == made

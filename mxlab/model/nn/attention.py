@@ -16,14 +16,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import EncoderDecoderCache
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.pytorch_utils import Conv1D
 
 from mxlab.errors import ConversionError
 from mxlab.formats import NumberFormat, Numerics
 from mxlab.model.nn.forward import ForwardOverride
 from mxlab.model.nn.operands import Observable
 from mxlab.model.nn.phase import PassPhase
-from mxlab.model.nn.products import AttentionProducts
+from mxlab.model.nn.products import AttentionProducts, unseen
 from mxlab.numerics import quantize
 from mxlab.recipe.rule import KV_ROLES, Phase
 
@@ -31,6 +32,7 @@ from mxlab.recipe.rule import KV_ROLES, Phase
 INNER_ROLES = ("q", "softmax", "p")
 EAGER_ROLES = ("softmax", "p")
 ROPE_ARGUMENT = "position_embeddings"
+SHARED_ARGUMENT = "shared_kv_states"  # by which transformers 5 hands K and V from layer to layer
 
 # Scores below this are masked ones, whatever their dtype: exp of them is zero beside any other. Masks are made of the
 # least value of a dtype, float16's too, and may be widened afterwards.
@@ -61,8 +63,12 @@ class QuantizedAttention(Observable):
         is_passive: bool = False,
     ) -> None:
         self._name, self._cache_argument = name, cache_argument
+        self._config = getattr(attention, "config", None)
+        # Gemma's last layers use the K and V of an earlier one, which are quantized there.
+        self._reuses_keys = bool(getattr(attention, "is_kv_shared_layer", False))
         self._parameters = list(inspect.signature(type(attention).forward).parameters)[1:]
         self._override = ForwardOverride(attention, self)
+        self._inner = [ForwardOverride(inner, _Aside()) for inner in _inner_modules(attention)]
         self._formats = formats
         self._roles = {role for by_role in formats.values() for role in by_role}
         self.numerics: Numerics = numerics
@@ -71,7 +77,8 @@ class QuantizedAttention(Observable):
 
     def install(self) -> None:
         """Quantize what the attention multiplies, from now on."""
-        self._override.install()
+        for override in (self._override, *self._inner):
+            override.install()
 
     @property
     def formats(self) -> Mapping[str, NumberFormat]:
@@ -85,17 +92,45 @@ class QuantizedAttention(Observable):
             ConversionError: an operand that a format was given for was not met.
         """
         seen: Counter[str] = Counter()
+        meets_keys = False
+        self._note("", self.phase.current)
         if not self._roles.isdisjoint(KV_ROLES):
-            args, kwargs = self._with(args, kwargs, self._cache_argument, lambda cache: _stand_in(cache, self, seen))
+            meets_keys = self._computes_keys_anew(args, kwargs)
+            if not meets_keys:
+                args, kwargs = self._with(args, kwargs, self._cache_argument, lambda cache: self._stand_in(cache, seen))
         if "rope" in self._roles:
             args, kwargs = self._with(args, kwargs, ROPE_ARGUMENT, self._on_rope)
-        if self._roles.isdisjoint(INNER_ROLES):
+        if self._roles.isdisjoint(INNER_ROLES) and not meets_keys:
             output = forward(*args, **kwargs)
         else:
-            with AttentionProducts(self.quantize, seen):
+            with AttentionProducts(self.quantize, seen, meets_keys):
                 output = forward(*args, **kwargs)
         self._check(seen)
         return output
+
+    def replicated(self, module: nn.Module) -> QuantizedAttention:
+        """Return itself: nothing here is of one device."""
+        return self
+
+    def _computes_keys_anew(self, args: tuple, kwargs: dict[str, Any]) -> bool:
+        """Return whether K and V that would be read from the cache of an earlier layer are computed: there is none."""
+        if not self._reuses_keys or SHARED_ARGUMENT in self._parameters:
+            return False
+        index = self._parameters.index(self._cache_argument)
+        return (args[index] if index < len(args) else kwargs.get(self._cache_argument)) is None
+
+    def _stand_in(self, cache: Any, seen: Counter[str]) -> Any:
+        """Return what the attention takes for its cache (which may be None): it quantizes what is written."""
+        if self._reuses_keys and SHARED_ARGUMENT in self._parameters:
+            seen.update(KV_ROLES)
+        if not isinstance(cache, EncoderDecoderCache):
+            return _QuantizingCache(cache, self, seen, self._config)
+        pair = copy.copy(cache)
+        own, cross = cache.self_attention_cache, cache.cross_attention_cache
+        pair.self_attention_cache = _QuantizingCache(own, self, seen, self._config)  # pyright: ignore[reportAttributeAccessIssue]
+        pair.cross_attention_cache = _QuantizingCache(cross, self, seen, self._config)  # pyright: ignore[reportAttributeAccessIssue]
+        seen.update(KV_ROLES)  # those of the encoder are written once, not in every call
+        return pair
 
     def quantize(self, role: str, x: Tensor, axis: int = -1) -> Tensor:
         """Return the operand as the attention computes with it, same shape and dtype.
@@ -142,24 +177,23 @@ class QuantizedAttention(Observable):
         )
 
 
-def _stand_in(cache: Any, attention: QuantizedAttention, seen: Counter[str]) -> Any:
-    """Return what the attention takes for its cache (which may be None): it quantizes what is written."""
-    if not isinstance(cache, EncoderDecoderCache):
-        return _QuantizingCache(cache, attention, seen)
-    pair = copy.copy(cache)
-    pair.self_attention_cache = _QuantizingCache(cache.self_attention_cache, attention, seen)  # pyright: ignore[reportAttributeAccessIssue]
-    pair.cross_attention_cache = _QuantizingCache(cache.cross_attention_cache, attention, seen)  # pyright: ignore[reportAttributeAccessIssue]
-    seen.update(KV_ROLES)  # those of the encoder are written once, not in every call
-    return pair
-
-
 class _QuantizingCache:
-    """Quantizes what is written to ``cache`` (which may be None); all else is the cache's own."""
+    """Quantizes what is written to ``cache`` (which may be None); all else is the cache's own.
 
-    def __init__(self, cache: Any, attention: QuantizedAttention, seen: Counter[str]) -> None:
-        self._cache = cache
+    What the attention reads from the cache itself was quantized when it was written: a cross attention in decode, or a
+    layer that reuses the keys of another, need not write any.
+    """
+
+    def __init__(self, cache: Any, attention: QuantizedAttention, seen: Counter[str], config: Any) -> None:
+        self._cache: Any = cache
         self._attention = attention
         self._seen = seen
+        self._config = config
+
+    @property
+    def behind(self) -> Any:
+        """The cache that the model has; None where it has none."""
+        return None if isinstance(self._cache, _PassingCache) else self._cache
 
     def update(self, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         self._seen.update(KV_ROLES)
@@ -169,7 +203,61 @@ class _QuantizingCache:
     def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
         return 0 if self._cache is None else self._cache.get_seq_length(*args, **kwargs)
 
+    def __getitem__(self, index: int) -> Any:
+        self._seen.update(KV_ROLES)
+        return self._cache[index]
+
     def __getattr__(self, name: str) -> Any:
         if name == "_cache":  # not set yet: this is a copy in the making
             raise AttributeError(name)
-        return getattr(self._cache, name)
+        if name in _STORED:
+            self._seen.update(KV_ROLES)
+        return getattr(self._real(), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _OWN:
+            object.__setattr__(self, name, value)
+        else:  # Gemma keeps K and V for later layers in an attribute of the cache
+            setattr(self._real(), name, value)
+
+    def _real(self) -> Any:
+        if self._cache is None:  # an attention without a cache would not have asked: it gets an empty one
+            self._cache = _PassingCache(config=self._config) if self._config is not None else _PassingCache()
+        return self._cache
+
+
+class _PassingCache(DynamicCache):
+    """An empty cache for one call of one attention, which the model is not told of."""
+
+
+_STORED = ("layers", "shared_layers", "key_cache", "value_cache")  # where caches keep K and V
+_OWN = ("_cache", "_attention", "_seen", "_config")
+
+
+class _Aside:
+    """Computes a module inside an attention: what it multiplies, and what cache it has, is its own affair."""
+
+    def compute(self, forward: Callable, *args: Any, **kwargs: Any) -> Any:
+        own = (x.behind if isinstance(x, _QuantizingCache) else x for x in args)
+        named = {name: x.behind if isinstance(x, _QuantizingCache) else x for name, x in kwargs.items()}
+        with unseen():
+            return forward(*own, **named)
+
+    def replicated(self, module: nn.Module) -> _Aside:
+        return self
+
+
+def _inner_modules(attention: nn.Module) -> list[nn.Module]:
+    """Return the outermost modules inside an attention that may multiply by themselves, such as a nested scorer."""
+    found: list[nn.Module] = []
+    for child in attention.children():
+        if isinstance(child, nn.ModuleList | nn.ModuleDict | nn.Sequential):
+            found += _inner_modules(child)
+        elif any(True for _ in child.children()) or _has_matrix(child):
+            found.append(child)
+    return found
+
+
+def _has_matrix(module: nn.Module) -> bool:
+    is_known = isinstance(module, nn.Linear | nn.Embedding | Conv1D | nn.modules.conv._ConvNd)
+    return not is_known and any(p.ndim > 1 for p in module.parameters(recurse=False))

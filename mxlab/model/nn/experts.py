@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,8 +14,8 @@ from mxlab.errors import ConversionError
 from mxlab.model.nn.forward import ForwardOverride
 from mxlab.model.nn.operands import LinearOperands, Observable
 from mxlab.model.nn.phase import PassPhase
-from mxlab.model.nn.products import ParameterProducts
-from mxlab.model.nn.weights import TensorVersion
+from mxlab.model.nn.products import ParameterProducts, ProductOperand
+from mxlab.model.nn.weights import FrozenWeight
 from mxlab.recipe.rule import Phase
 
 Operands = Mapping[Phase, LinearOperands]
@@ -22,8 +24,11 @@ Operands = Mapping[Phase, LinearOperands]
 class QuantizedExperts(Observable):
     """Takes the place of the forward of an experts module, or of a router, and quantizes its products' operands.
 
-    Weights are quantized once, in place, in evaluation; one that is trained, or has changed since, or has a format of
-    its own for each phase, is quantized on the fly.
+    A tensor, where a scale belongs to one, is the weight of one expert, and the tokens of a batch that go to one,
+    however transformers computes them.
+
+    Weights are quantized once, in evaluation (:class:`mxlab.model.nn.weights.FrozenWeight`). One that is trained, or
+    has a format of its own for each phase, is quantized on the fly.
 
     Args:
         name: qualified name of the module, for errors.
@@ -40,9 +45,9 @@ class QuantizedExperts(Observable):
         self._name, self._module, self._weights, self._phase = name, module, weights, phase
         self._axis = -2 if is_transposed else -1
         self._operands: dict[str, Operands] = {}
-        self._frozen: dict[str, TensorVersion | int] = {}  # in a copy of the module, a checksum of what was frozen
+        self._frozen: dict[str, FrozenWeight] = {}
         self._override = ForwardOverride(module, self)
-        module.register_load_state_dict_post_hook(self._forget)
+        module.register_load_state_dict_post_hook(self._loaded)
 
     def install(self) -> None:
         """Quantize the products of the module, from now on."""
@@ -51,17 +56,21 @@ class QuantizedExperts(Observable):
     def add(self, weight: str, operands: Operands) -> None:
         """Quantize the operands of the product with the parameter called ``weight``."""
         self._operands[weight] = operands
+        self._frozen[weight] = FrozenWeight(operands, self._axis)
+
+    def frozen_weight(self, parameter: str) -> FrozenWeight:
+        """Return what knows of the parameter whether it is frozen."""
+        return self._frozen[parameter]
 
     def freeze(self) -> None:
-        """Quantize the weights in place, as far as they can be."""
-        for name, operands in self._operands.items():
-            weight = getattr(self._module, name)
-            is_trained = self._module.training and weight.requires_grad
-            if is_trained or weight.is_meta or len({o.weight_kind for o in operands.values()}) > 1:
-                continue
-            with torch.no_grad():
-                weight.copy_(operands["prefill"].on_weight(weight, self._axis))
-            self._frozen[name] = TensorVersion(weight)
+        """Quantize the weights, as far as they can be."""
+        for name, frozen in self._frozen.items():
+            frozen.freeze(getattr(self._module, name), self._module.training)
+
+    def verify_weights(self) -> None:
+        """Notice changes of frozen weights that torch does not count."""
+        for name, frozen in self._frozen.items():
+            frozen.verify(getattr(self._module, name))
 
     def compute(self, forward: Callable, *args: Any, **kwargs: Any) -> Any:
         """Return the module's output, its operands quantized.
@@ -69,7 +78,11 @@ class QuantizedExperts(Observable):
         Raises:
             ConversionError: the module multiplies in a way that was not seen.
         """
-        products = ParameterProducts(self._round, len(self._weights))
+        # Before the forward, which may take its slices of a weight long before it multiplies by them.
+        is_training = self._module.training
+        frozen = [name for name, of in self._frozen.items() if of.settle(getattr(self._module, name), is_training)]
+        chosen = next((x for x in (*args, *kwargs.values()) if _is_choice(x)), None)
+        products = ParameterProducts(partial(self._round, frozen, chosen), len(self._weights))
         with products:
             output = forward(*args, **kwargs)
         is_nothing = isinstance(output, Tensor) and not output.numel()
@@ -80,40 +93,54 @@ class QuantizedExperts(Observable):
             )
         return output
 
-    def _round(self, operand: str, product: int, x: Tensor, axis: int) -> Tensor:
-        name = self._weights[product]
+    def _round(self, frozen: list[str], chosen: Tensor | None, operand: ProductOperand) -> Tensor:
+        name, x, axis = self._weights[operand.product], operand.tensor, operand.axis
         if name not in self._operands:
             return x
-        mx = self._operands[name][self._phase.current]
-        if operand == "input":
-            self._show(name, "activation", x, axis)
+        phase = self._phase.current
+        self._note(name, phase)
+        mx = self._operands[name][phase]
+        if operand.is_weight:
+            return x if name in frozen else mx.on_weight(x, axis)
+        self._show(name, "activation", x, axis)
+        rows = _experts_of_rows(x, chosen, operand.ends)
+        if rows is None or mx.activation is None or not mx.activation.tensor_bits:
             return mx.on_activation(x, axis=axis)
-        return x if self._is_frozen(name) else mx.on_weight(x, axis)
+        return _by_expert(mx, x, axis, rows)
 
-    def _is_frozen(self, name: str) -> bool:
-        mark, weight = self._frozen.get(name), getattr(self._module, name)
-        if mark is None:
-            return False
-        if torch.compiler.is_compiling():  # there, neither versions nor values can be compared
-            if self._module.training and weight.requires_grad and torch.is_grad_enabled():
-                del self._frozen[name]
-            return name in self._frozen
-        if isinstance(mark, int):
-            mark = TensorVersion(weight) if _checksum(weight) == mark else None
-        if mark is None or not mark.is_of(weight):
-            del self._frozen[name]
-            return False
-        self._frozen[name] = mark
-        return True
+    def replicated(self, module: nn.Module) -> QuantizedExperts:
+        """Return the same for a replica, whose weights are on another device."""
+        replica = copy.copy(self)
+        replica._module, replica._frozen = module, copy.deepcopy(self._frozen)
+        return replica
 
-    def _forget(self, *_: Any) -> None:
-        """Forget what is frozen: weights were loaded, which are not quantized."""
-        self._frozen.clear()
-
-    def __getstate__(self) -> dict[str, Any]:
-        frozen = {name: _checksum(getattr(self._module, name)) for name in list(self._frozen) if self._is_frozen(name)}
-        return {**self.__dict__, "_frozen": frozen}
+    def _loaded(self, *_: Any) -> None:
+        """Notice at once that other values were loaded, also for compiled code."""
+        for name, frozen in self._frozen.items():
+            frozen.is_frozen(getattr(self._module, name))
 
 
-def _checksum(weight: Tensor) -> int:
-    return 0 if weight.is_meta else int(weight.detach().contiguous().view(torch.uint8).sum(dtype=torch.int64))
+def _is_choice(x: Any) -> bool:
+    """Return whether an argument of experts says which of them each token goes to."""
+    return isinstance(x, Tensor) and not x.is_floating_point()
+
+
+def _experts_of_rows(x: Tensor, chosen: Tensor | None, ends: Tensor | None) -> Tensor | None:
+    """Return the expert of each row of an input that several share; None where all rows go to one.
+
+    Args:
+        x: (rows, in), or (rows, 1, in) and (rows, in, 1) where each row has a weight of its own.
+        chosen: (tokens, experts of a token), what the router chose.
+        ends: (experts,), where the rows of each expert end, sorted by expert.
+    """
+    if ends is not None:
+        return torch.searchsorted(ends.to(torch.int64), torch.arange(x.shape[0], device=x.device), right=True)
+    return chosen.reshape(-1) if x.ndim == 3 and chosen is not None and chosen.numel() == x.shape[0] else None
+
+
+def _by_expert(mx: LinearOperands, x: Tensor, axis: int, rows: Tensor) -> Tensor:
+    """Quantize the tokens of each expert as the tensor that they are where experts are called one by one."""
+    out = x.clone()
+    for expert in rows.unique():
+        out[rows == expert] = mx.on_activation(x[rows == expert], axis=axis)
+    return out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, Protocol
 
 from torch import nn
@@ -12,6 +13,10 @@ class Computer(Protocol):
 
     def compute(self, forward: Any, *args: Any, **kwargs: Any) -> Any:
         """Return the module's output."""
+
+    def replicated(self, module: nn.Module) -> Computer:
+        """Return what computes a replica of the module on another device."""
+        ...
 
 
 class ForwardOverride:
@@ -37,6 +42,17 @@ class ForwardOverride:
         if name in own and getattr(own[name], "__func__", None) is not type(self._module).forward:
             self._replaced = own[name]
         setattr(self._module, name, self)
+        vars(self._module)["_replicate_for_data_parallel"] = self.replicate
+
+    def replicate(self) -> nn.Module:
+        """Return a replica of the module, as torch's DataParallel asks for it, that computes with its own weights."""
+        replica = type(self._module)._replicate_for_data_parallel(self._module)
+        override = copy.copy(self)
+        override._module, override.computer = replica, self.computer.replicated(replica)
+        for name, value in vars(replica).items():
+            if value is self:
+                vars(replica)[name] = override
+        return replica
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         if self._replaced is not None:

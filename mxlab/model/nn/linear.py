@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from types import MethodType
 from typing import Any
 
@@ -72,6 +73,7 @@ class QuantizedLayer(Observable, QuantizedWeight):
     def forward(self, x: Tensor) -> Tensor:
         """Compute [..., out] from [..., in]."""
         mx, bias = self.mx, self.bias
+        self._note("weight", self.phase.current)
         self._show("weight", "activation", x)
         inputs, weight = self._quantized_input(x, mx), self._quantized_weight(mx)
         if bias is None or mx.adds_bias_apart:
@@ -130,12 +132,33 @@ class MxConv1D(QuantizedLayer, Conv1D):
         return y.view(*x.shape[:-1], -1)
 
 
-QUANTIZED = {nn.Linear: MxLinear, Conv1D: MxConv1D}
-
-
 def convert(layer: nn.Module, *args: Any, **kwargs: Any) -> QuantizedLayer:
     """Turn a ``torch.nn.Linear`` or a ``Conv1D`` into a quantized one, as :meth:`QuantizedLayer.convert`."""
-    return QUANTIZED[type(layer)].convert(layer, *args, **kwargs)
+    return (MxConv1D if isinstance(layer, Conv1D) else MxLinear).convert(layer, *args, **kwargs)
+
+
+def is_linear_layer(layer: nn.Module) -> bool:
+    """Return whether a layer computes what a ``torch.nn.Linear`` or a ``Conv1D`` does, whatever its class is called."""
+    kind = type(layer)
+    if kind in (nn.Linear, Conv1D, MxLinear, MxConv1D):
+        return True
+    if not isinstance(layer, nn.Linear) or len(layer._parameters) > 2 or layer._buffers or layer._modules:
+        return False
+    return _computes_linear(kind, layer.bias is not None)
+
+
+@cache
+def _computes_linear(kind: type[nn.Linear], has_bias: bool) -> bool:
+    """Try a class derived from ``torch.nn.Linear`` on a small layer."""
+    generator = torch.Generator().manual_seed(0)
+    layer, x = nn.Linear(3, 2, has_bias), torch.rand(4, 3, generator=generator)
+    expected = layer(x)
+    layer.__class__ = kind
+    try:
+        found: Any = layer.forward(x)
+    except Exception:  # whatever it wants that a linear layer does not have
+        return False
+    return isinstance(found, Tensor) and found.shape == expected.shape and torch.allclose(found, expected, atol=1e-6)
 
 
 def is_convertible(layer: nn.Module) -> bool:

@@ -11,16 +11,25 @@ from torch import Tensor
 
 from mxlab.formats import MXFormat, NumberFormat, Numerics, Rounding, elementwise_format
 from mxlab.numerics import DTYPES, is_lossless, quantize, round_elementwise
-from mxlab.recipe import Elementwise
+from mxlab.recipe import Elementwise, Phase
 
 # Told of an operand before it is quantized: its role, the tensor, and the axis of its blocks.
 Observer = Callable[[str, Tensor, int], None]
 
 
 class Observable:
-    """Shows operands to observers, one for each site: the one hook point of :func:`mxlab.model.observe.observe`."""
+    """Shows operands to observers, one for each site: the one hook point of :func:`mxlab.model.observe.observe`.
+
+    ``acted`` are the phases in which it has computed, by the site's parameter; compiled code is not seen.
+    """
 
     _observers: ClassVar[dict[str, Observer]] = {}  # by the site's parameter; an instance that is observed has its own
+    acted: ClassVar[frozenset[tuple[str, Phase]]] = frozenset()
+
+    def _note(self, parameter: str, phase: Phase) -> None:
+        """Remember that the site with that parameter computes in ``phase``."""
+        if not torch.compiler.is_compiling() and (parameter, phase) not in self.acted:
+            object.__setattr__(self, "acted", self.acted | {(parameter, phase)})
 
     def set_observer(self, parameter: str, observer: Observer | None) -> None:
         """Show the operands of the site with that parameter to ``observer``; None: to nobody any more."""
@@ -64,7 +73,13 @@ class LinearOperands:
         object.__setattr__(self, "untouched", untouched)
 
     def on_weight(self, weight: Tensor, axis: int = -1) -> Tensor:
-        """Return the weight as the matmul sees it, same shape and dtype; ``axis`` is the one that it sums over."""
+        """Return the weight as the matmul sees it, same shape and dtype; ``axis`` is the one that it sums over.
+
+        Of experts' weights [experts, ..., ...] each matrix is a tensor of its own, as in a checkpoint that has a layer
+        for each: a scale of a whole tensor is that of one expert.
+        """
+        if weight.ndim == 3 and self.weight is not None and self.weight.tensor_bits:
+            return torch.stack([self.on_weight(matrix, axis) for matrix in weight])
         return self._quantized(self._rounded(weight, self.elementwise.weight_rounding), self.weight, axis)
 
     def on_activation(self, x: Tensor, out: Tensor | None = None, axis: int = -1) -> Tensor:

@@ -1,4 +1,4 @@
-"""Quantize weights once, in place where that can be, and again when they have changed."""
+"""Quantize weights once, and again when they have changed."""
 
 from __future__ import annotations
 
@@ -13,80 +13,190 @@ from mxlab.model.nn.operands import LinearOperands
 from mxlab.recipe import Phase
 
 
-class TensorVersion:
-    """Recognises a weight as long as it is the same tensor and has not been written to.
+def fingerprint(weight: Tensor) -> int:
+    """Return a number that changes with the values: the sum of their memory, read as integers of 64 bits."""
+    memory = weight.detach().contiguous().view(-1).view(torch.uint8)
+    whole = memory.numel() // 8 * 8
+    return int(memory[:whole].view(torch.int64).sum()) + int(memory[whole:].sum())
 
-    Torch does not count writes through ``weight.data``, nor any to a tensor of inference mode.
+
+class TensorVersion:
+    """Recognises a weight as long as it is the same tensor and has not been written to, as far as torch counts writes.
+
+    Torch does not count writes through ``weight.data`` or a NumPy view, nor any to a tensor of inference mode. The
+    fingerprint tells of those; it is compared where the counters differ, and by :meth:`verify`.
     """
 
-    __slots__ = ("_version", "_weight", "address")
+    __slots__ = ("_address", "_version", "_weight", "dtype", "fingerprint")
 
     def __init__(self, weight: Tensor) -> None:
-        self._weight, self._version, self.address = weakref.ref(weight), _version(weight), weight.data_ptr()
+        self.dtype, self.fingerprint = weight.dtype, fingerprint(weight)
+        self._note(weight)
+
+    @classmethod
+    def recorded(cls, dtype: torch.dtype, number: int) -> TensorVersion:
+        """Return what recognises the values of a weight by the fingerprint it had in ``dtype``."""
+        made = cls.__new__(cls)
+        made.dtype, made.fingerprint = dtype, number
+        made._weight, made._version, made._address = None, -1, 0
+        return made
 
     def is_of(self, weight: Tensor) -> bool:
-        """Return whether ``weight`` is the tensor that was remembered, with the values it had; it may have moved."""
-        return self._weight() is weight and self._version == _version(weight)
+        """Return whether ``weight`` has the values that were remembered."""
+        is_same = self._weight is not None and self._weight() is weight
+        if is_same and self._version == _version(weight) and self._address == weight.data_ptr():
+            return True
+        return self.verify(weight)
 
-    def is_in_place(self, weight: Tensor) -> bool:
-        """Return the same, and whether its memory is where it was: not after a move, a cast or new ``data``."""
-        return self.is_of(weight) and self.address == weight.data_ptr()
+    def verify(self, weight: Tensor) -> bool:
+        """Return the same by the values themselves, which takes as long as reading them.
+
+        Values that were cast to another dtype are the same if that changed none.
+        """
+        kept = weight.detach()
+        if weight.dtype != self.dtype:
+            kept = kept.to(self.dtype)
+            if not torch.equal(kept.to(weight.dtype), weight.detach()):
+                return False
+        if fingerprint(kept) != self.fingerprint:
+            return False
+        self._note(weight)
+        return True
+
+    def _note(self, weight: Tensor) -> None:
+        self._weight: Any = weakref.ref(weight)
+        self._version, self._address = _version(weight), weight.data_ptr()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TensorVersion.recorded, (self.dtype, self.fingerprint)  # a copy knows the values, not the tensor
 
 
 def _version(weight: Tensor) -> int:
     return 0 if weight.is_inference() else weight._version
 
 
+class FrozenWeight:
+    """Knows of one weight whether it is *frozen*: its own values are quantized, so that products need not do it.
+
+    A weight that is trained, in training mode or by a gradient that arrives, is the full-precision *master* from then
+    on and is not frozen any more.
+
+    Args:
+        operands: by phase, what quantizes the weight.
+        axis: the axis that the product sums over, along which the blocks run.
+        is_tied: another module uses the weight, too.
+    """
+
+    def __init__(self, operands: Mapping[Phase, LinearOperands], axis: int, is_tied: bool = False) -> None:
+        self._operands, self._axis = operands["prefill"], axis
+        # A tied weight, and one with a format for each phase, stays unchanged.
+        self.is_possible = not is_tied and len({o.weight_kind for o in operands.values()}) == 1
+        self.is_master = False
+        self._mark: TensorVersion | None = None
+        self._watched: int | None = None
+
+    def settle(self, weight: nn.Parameter, is_training: bool, is_kept: bool = False) -> bool:
+        """Freeze the weight if that can be, before a product; return whether it is frozen.
+
+        Args:
+            weight: the weight.
+            is_training: its module is in training mode.
+            is_kept: it must not be written to, such as one that accelerate offloaded.
+        """
+        if torch.compiler.is_compiling():
+            return self._is_frozen_in_trace(weight, is_training)
+        if torch.is_grad_enabled() and weight.requires_grad:
+            self.is_master |= is_training
+            self._watch_for_gradients(weight)
+        if self.is_frozen(weight):
+            return True
+        self.freeze(weight, is_training, is_kept)
+        return self._mark is not None
+
+    def freeze(self, weight: nn.Parameter, is_training: bool = False, is_kept: bool = False) -> None:
+        """Quantize the weight, unless it is frozen, trained, tied, on the meta device, or to be kept.
+
+        The values go to memory of their own: whoever shares the weight's memory keeps the full-precision ones.
+        """
+        is_trained = self.is_master or (is_training and weight.requires_grad)
+        if not self.is_possible or is_trained or is_kept or weight.is_meta or self.is_frozen(weight):
+            return
+        with torch.inference_mode(weight.is_inference()), torch.no_grad():
+            weight.data = self._operands.on_weight(weight.detach(), self._axis)
+        self.mark(weight)
+
+    def mark(self, weight: Tensor) -> None:
+        """Take the present values for quantized ones."""
+        self._mark = TensorVersion(weight)
+
+    def expect(self, version: TensorVersion) -> None:
+        """Take values that ``version`` recognises for quantized ones, once the weight has them."""
+        self._mark = version
+
+    def is_frozen(self, weight: Tensor) -> bool:
+        """Return whether the weight is frozen and has not changed since."""
+        if weight.is_meta:  # its values are elsewhere, until accelerate brings them
+            return False
+        if self._mark is not None and not self._mark.is_of(weight):
+            self._mark = None
+        return self._mark is not None
+
+    def verify(self, weight: Tensor) -> None:
+        """Notice also a change that torch does not count."""
+        if self._mark is not None and not weight.is_meta and not self._mark.verify(weight):
+            self._mark = None
+
+    def _is_frozen_in_trace(self, weight: nn.Parameter, is_training: bool) -> bool:
+        # Neither the version nor the values of a weight can be traced. The marks are guards of the compiled code.
+        is_trained = is_training and weight.requires_grad
+        if is_trained and torch.is_grad_enabled():
+            self.is_master = True
+        return self._mark is not None and not self.is_master and not is_trained
+
+    def _watch_for_gradients(self, weight: nn.Parameter) -> None:
+        """Notice a training step in evaluation mode, before the next call would undo it."""
+        if self._watched != id(weight) and weight.is_leaf:
+            weight.register_post_accumulate_grad_hook(self._got_gradient)
+            self._watched = id(weight)
+
+    def _got_gradient(self, _: Tensor) -> None:
+        self.is_master = True
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_watched": None}
+
+
 class QuantizedWeight(nn.Module):
     """The half of a quantized layer that keeps its weight quantized; see :class:`mxlab.model.nn.linear.QuantizedLayer`.
 
-    The weight is quantized in place: it is *frozen*. Where it cannot be (it is tied to another module's, or the phases
-    of generation want different formats) a quantized copy is kept for each format, and the weight stays unchanged.
+    Where the weight cannot be frozen (it is tied to another module's, or the phases of generation want different
+    formats) a quantized copy is kept for each format, and the weight stays unchanged.
     """
 
     weight: nn.Parameter
-    input_axis: int  # of the weight: the one the matmul sums over, along which its blocks lie
+    input_axis: int  # of the weight: the one the matmul sums over, along which its blocks run
     operands: Mapping[Phase, LinearOperands]
-    is_in_place: bool
-    _is_master: bool
-    _frozen_at: TensorVersion | None
-    _watched: int | None
-    _copies: dict[str, tuple[TensorVersion, Tensor]]
+    frozen: FrozenWeight
+    _copies: dict[tuple[str, torch.device, torch.dtype], tuple[TensorVersion, Tensor]]
 
     def _prepare(self, operands: Mapping[Phase, LinearOperands], is_tied: bool) -> None:
         """Set up a module that has just become of this class."""
         self.operands = operands
-        self.is_in_place = not is_tied and len({o.weight_kind for o in operands.values()}) == 1
-        self._is_master, self._frozen_at, self._watched, self._copies = False, None, None, {}
+        self.frozen, self._copies = FrozenWeight(operands, self.input_axis, is_tied), {}
 
     def freeze(self) -> None:
-        """Quantize the weight in place, unless it is frozen, trained, tied, on the meta device, or offloaded."""
-        if (
-            not self.is_in_place
-            or self._is_master
-            or self.is_frozen
-            or self._is_in_training
-            or self.weight.is_meta
-            or self._is_offloaded
-        ):
-            return
-        with torch.no_grad():
-            self.weight.copy_(self._weight_operands.on_weight(self.weight, self.input_axis))
-        self._frozen_at = TensorVersion(self.weight)
+        """Quantize the weight, as :meth:`FrozenWeight.freeze`."""
+        self.frozen.freeze(self.weight, self.training, self._is_offloaded)
+
+    def verify_weights(self) -> None:
+        """Notice changes that torch does not count, as far as quantized values are remembered."""
+        self.frozen.verify(self.weight)
+        self._copies = {kind: kept for kind, kept in self._copies.items() if kept[0].verify(self.weight)}
 
     @property
     def is_frozen(self) -> bool:
-        """Whether the weight was quantized in place and has not changed since."""
-        return self._frozen_at is not None and self._frozen_at.is_in_place(self.weight)
-
-    @property
-    def _weight_operands(self) -> LinearOperands:
-        """What quantizes the weight in place: both phases treat it alike."""
-        return self.operands["prefill"]
-
-    @property
-    def _is_in_training(self) -> bool:
-        return self.training and self.weight.requires_grad
+        """Whether the weight itself is quantized and has not changed since."""
+        return self.frozen.is_frozen(self.weight)
 
     @property
     def _is_offloaded(self) -> bool:
@@ -95,64 +205,35 @@ class QuantizedWeight(nn.Module):
 
     def _quantized_weight(self, operands: LinearOperands) -> Tensor:
         """Return the weight as the matmul sees it under ``operands``; its shape and dtype."""
-        if torch.compiler.is_compiling():
-            # Neither the version nor the address of a weight can be traced. The marks are guards of the compiled code.
-            if self._is_in_training and torch.is_grad_enabled():
-                self._is_master = True
-            is_plain = self._frozen_at is not None and not self._is_master and not self._is_in_training
-            return self.weight if is_plain else operands.on_weight(self.weight, self.input_axis)
-        if torch.is_grad_enabled() and self.weight.requires_grad:
-            self._is_master |= self.training
-            self._watch_for_gradients()
-        if not self.is_frozen:
-            self.freeze()
-            if not self.is_frozen:
-                return self._quantized_copy(operands)
-        return self.weight
+        if self.frozen.settle(self.weight, self.training, self._is_offloaded):
+            return self.weight
+        is_trained = torch.is_grad_enabled() and self.weight.requires_grad and (self.frozen.is_master or self.training)
+        if torch.compiler.is_compiling() or self.frozen.is_possible or is_trained or self._is_offloaded:
+            return operands.on_weight(self.weight, self.input_axis)
+        return self._quantized_copy(operands)
 
     def _quantized_copy(self, operands: LinearOperands) -> Tensor:
         """Return the quantized weight where the weight itself stays unchanged."""
-        passes_gradient = torch.is_grad_enabled() and self.weight.requires_grad and (self._is_master or self.training)
-        if self.is_in_place or passes_gradient or self._is_offloaded:
-            return operands.on_weight(self.weight, self.input_axis)
-        made_from, copy = self._copies.get(operands.weight_kind, (None, None))
-        if copy is None or made_from is None or not made_from.is_in_place(self.weight):
+        kind = operands.weight_kind, self.weight.device, self.weight.dtype
+        made_from, copy = self._copies.get(kind, (None, None))
+        if copy is None or made_from is None or not made_from.is_of(self.weight):
             with torch.no_grad():
                 copy = operands.on_weight(self.weight.detach(), self.input_axis)
-            self._copies[operands.weight_kind] = TensorVersion(self.weight), copy
+            elsewhere = [other for other in self._copies if other[1:] != kind[1:]]
+            for other in elsewhere:  # from before the layer was moved or cast
+                del self._copies[other]
+            self._copies[kind] = TensorVersion(self.weight), copy
         return copy
-
-    def _watch_for_gradients(self) -> None:
-        """Notice a training step in evaluation mode, before the next call would undo it."""
-        if self._watched != id(self.weight) and self.weight.is_leaf:
-            self.weight.register_post_accumulate_grad_hook(self._got_gradient)
-            self._watched = id(self.weight)
-
-    def _got_gradient(self, _: Tensor) -> None:
-        self._is_master = True
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        frozen = self.is_frozen
-        super()._apply(fn, recurse)
-        # The same values elsewhere: quantizing them again would move them under numerics that are not idempotent.
-        self._frozen_at = TensorVersion(self.weight) if frozen else None
-        self._copies.clear()
-        return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._frozen_at = None
-        self._copies.clear()
+        self.frozen.is_frozen(self.weight)  # compiled code is to know at once
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        if self._weight_operands.weight_is_idempotent:
-            self._frozen_at = None  # quantizing again changes nothing, but for writes that went unnoticed
+        self.verify_weights()
         self.freeze()
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_frozen_at": self.is_frozen, "_watched": None, "_copies": {}}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._frozen_at = TensorVersion(self.weight) if state["_frozen_at"] else None
+        self.frozen.is_frozen(self.weight)  # a copy knows the values alone: what changed is to be forgotten before
+        return {**self.__dict__, "_copies": {}}

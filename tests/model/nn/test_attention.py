@@ -7,14 +7,18 @@ import threading
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.overrides import _len_torch_function_stack
+from transformers import DynamicCache
 
 import mxlab
 from mxlab.errors import ConversionError
 from mxlab.model.nn.forward import override_of
+from mxlab.model.observe import observe
 
 from support.architectures import HEADS, HIDDEN, LAYERS, build, run, tokens
+from support.hybrids import small
 from support.llama import checkpointed
 
 HEAD_DIM = HIDDEN // HEADS
@@ -191,14 +195,17 @@ def test_masked_scores_take_part_in_no_block(name, dtype):
 
 
 class Ignoring(nn.Module):
-    """An attention that takes a cache and never uses it, and multiplies by einsum."""
+    """An attention that would write to its cache and never does, and multiplies by einsum."""
 
     def __init__(self) -> None:
         super().__init__()
         self.proj = nn.Linear(8, 8)
+        self.is_cached = False
 
     def forward(self, x: Tensor, past_key_values=None) -> Tensor:
         x = self.proj(x)
+        if self.is_cached:
+            past_key_values.update(x, x, 0)
         return torch.einsum("bik,bjk->bij", x, x) @ x
 
 
@@ -231,7 +238,7 @@ def test_an_attention_that_hides_an_operand(roles, message):
 def test_rotary_tables_of_another_kind():
     class Complex(Ignoring):
         def forward(self, x, position_embeddings=None, past_key_values=None):
-            return self.proj(x)
+            return past_key_values.update(x, x, 0) if self.is_cached else self.proj(x)
 
     model = Computing(Complex())
     mxlab.apply(model, recipe(r"layers\.0", rope=FP4))
@@ -358,7 +365,7 @@ def test_hooks_of_accelerate_around_it(order):
         add_hook_to_module(attention, ModelHook())
     assert torch.equal(run(model), run(expected))
     with pytest.raises(ConversionError, match="quantized already"):
-        mxlab.apply(model, recipe(**FORMATS))
+        mxlab.apply(model, recipe(k=FP4))
     remove_hook_from_module(attention)
     assert torch.equal(run(model), run(expected))
 
@@ -390,3 +397,141 @@ def test_gradients_pass_straight_through_and_survive_checkpointing():
         assert one is not None
         assert one.any()
         torch.testing.assert_close(one, other)
+
+
+# ---- attentions that ask more of their cache, or less
+
+
+def logits_of(model, **more) -> Tensor:
+    ids = torch.randint(3, 60, (2, 12), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        return model(input_ids=ids, **more).logits
+
+
+HYBRIDS = ["deepseek_v32", "minimax", "olmo_hybrid", "gemma3n_text", "longcat_flash", "jamba"]
+
+
+@pytest.mark.parametrize("model_type", HYBRIDS)
+def test_k_and_v_are_quantized_with_a_cache_and_without(model_type):
+    """Evaluations have none. What is computed is the same, and not what the unquantized model computes."""
+    raw = small(model_type)
+    model = copy.deepcopy(raw)
+    mxlab.apply(model, mxlab.Recipe("test", (mxlab.Rule(part="attention", k=FP4, v=FP4),)))
+    with_cache, without = logits_of(model, use_cache=True), logits_of(model, use_cache=False)
+    plain = [logits_of(raw, use_cache=use_cache) for use_cache in (True, False)]
+    assert not torch.allclose(without, plain[1], atol=1e-3)
+    if torch.allclose(*plain):  # else the model itself computes something else without a cache
+        torch.testing.assert_close(with_cache, without)
+    else:
+        assert not torch.allclose(with_cache, plain[0], atol=1e-3)
+
+
+def test_layers_that_reuse_keys_get_quantized_ones():
+    """The last two of four layers read what the first two wrote: what a rule says of them has no effect."""
+    raw = small("gemma3n_text")
+    first = mxlab.Rule(part="attention", layers="0-1", k=FP4, v=FP4)
+    last = mxlab.Rule(part="attention", layers="2-3", k=FP4, v=FP4)
+    both, head, tail = copy.deepcopy(raw), copy.deepcopy(raw), copy.deepcopy(raw)
+    mxlab.apply(both, mxlab.Recipe("test", (first, last)))
+    mxlab.apply(head, mxlab.Recipe("test", (first,)))
+    mxlab.apply(tail, mxlab.Recipe("test", (last,)))
+    assert torch.equal(logits_of(both, use_cache=True), logits_of(head, use_cache=True))
+    assert torch.equal(logits_of(tail, use_cache=True), logits_of(raw, use_cache=True))
+
+
+def test_a_nested_scorer_chooses_the_same_keys():
+    """DeepSeek-V3.2's indexer multiplies, too; which tokens it picks is no part of the attention."""
+    raw = small("deepseek_v32")
+
+    def choices(model) -> Tensor:
+        seen: list[Tensor] = []
+        indexer = next(m for m in model.modules() if hasattr(m, "index_topk"))
+        handle = indexer.register_forward_hook(lambda *call: seen.append(call[2]))
+        logits_of(model, use_cache=True)
+        handle.remove()
+        return seen[0]
+
+    model = copy.deepcopy(raw)
+    mxlab.apply(model, mxlab.Recipe("test", (mxlab.Rule(part="attention", layers="0", q=FP4),)))
+    assert torch.equal(choices(model), choices(raw))
+    assert not torch.allclose(logits_of(model), logits_of(raw), atol=1e-3)
+
+
+def test_a_cross_attention_reads_in_decode_what_prefill_wrote():
+    class Cross(nn.Module):
+        """Writes the keys of a state that is given once, as Llama 3.2 Vision's does those of the image."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.proj = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor, state: Tensor | None = None, past_key_values=None) -> Tensor:
+            if state is not None:
+                keys, _ = past_key_values.update(state[:, None], state[:, None], 0)
+            else:
+                keys = past_key_values.layers[0].keys
+            return self.proj(x) @ keys[:, 0].transpose(1, 2)
+
+    model = Computing(Cross())
+    mxlab.apply(model, recipe(r"layers\.0", k=FP4, v=FP4))
+    cache, state = DynamicCache(), torch.randn(1, 4, 8)
+    with torch.no_grad():
+        prefill = model(torch.ones(1, 3, 8), state=state, past_key_values=cache)
+        decode = model(torch.ones(1, 1, 8), past_key_values=cache)
+    assert torch.equal(cache.layers[0].keys[:, 0], mxlab.quantize(state, FP4))
+    torch.testing.assert_close(decode, prefill[:, :1])
+
+
+def test_a_replica_computes_with_its_own_weights():
+    """torch.nn.DataParallel, which Trainer makes on several GPUs."""
+    model = build("llama")
+    mxlab.apply(model, mxlab.Recipe("test", (mxlab.Rule(part="attention", k=FP4, v=FP4),)))
+    attention = model.model.layers[0].self_attn
+    replica = attention._replicate_for_data_parallel()
+    replica._modules = {name: copy.deepcopy(module) for name, module in attention._modules.items()}
+    nn.init.zeros_(replica.o_proj.weight)
+    x = torch.randn(1, 4, HIDDEN)
+    tables = model.model.rotary_emb(x, torch.arange(4)[None])
+    with torch.no_grad():
+        assert not replica(hidden_states=x, position_embeddings=tables, attention_mask=None)[0].any()
+        assert attention(hidden_states=x, position_embeddings=tables, attention_mask=None)[0].any()
+
+
+# ---- where blocks begin
+
+
+def test_pads_on_the_left_shift_the_blocks_of_scores_and_probabilities():
+    """Blocks run along the keys from the first one, pads included: pads on the right leave a row as it is alone."""
+    model = build("llama")
+    mxlab.apply(model, mxlab.Recipe("test", (mxlab.Rule(part="attention", softmax=FP4, p=FP4),)))
+    ids = tokens(10, 1)
+    alone = run(model, ids)
+    right = torch.cat([ids, torch.zeros(1, 2, dtype=torch.long)], 1)
+    left = torch.cat([torch.zeros(1, 2, dtype=torch.long), ids], 1)
+    torch.testing.assert_close(run(model, right, attention_mask=(right > 0).long())[:, :10], alone)
+    mask, positions = (left > 0).long(), torch.tensor([[0, 0, *range(10)]])
+    shifted = run(model, left, attention_mask=mask, position_ids=positions)[:, 2:]
+    assert not torch.allclose(shifted, alone, atol=1e-3)
+    raw = build("llama")
+    torch.testing.assert_close(
+        run(raw, left, attention_mask=mask, position_ids=positions)[:, 2:], run(raw, ids), atol=1e-4, rtol=1e-4
+    )
+
+
+@pytest.mark.skipif("gpt_oss" not in transformers.CONFIG_MAPPING, reason="this transformers has no gpt-oss")
+def test_sinks_are_scores_among_others():
+    """gpt-oss appends one to the scores of each head: the softmax reads it, so that it is in its last block."""
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssForCausalLM
+
+    config = transformers.GptOssConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, head_dim=8,
+        num_key_value_heads=2, num_local_experts=2, num_experts_per_tok=1, attn_implementation="eager", pad_token_id=0,
+    )  # fmt: skip
+    model = GptOssForCausalLM(config).eval()
+    with torch.no_grad():
+        model.model.layers[0].self_attn.sinks.fill_(1.3)
+    seen = []
+    conversion = mxlab.apply(model, mxlab.Recipe("test", (mxlab.Rule(part="attention", softmax=FP4),)))
+    with torch.no_grad(), observe(conversion, lambda _, role, x, axis: seen.append(x.clone())):
+        model(torch.randint(1, 60, (1, 6)))
+    assert seen[0].shape == (1, 4, 6, 7)

@@ -11,6 +11,7 @@ from torch.overrides import _len_torch_function_stack
 
 import mxlab
 from mxlab.errors import ConversionError
+from mxlab.formats import parse_format
 from mxlab.model.nn.forward import override_of
 from mxlab.recipe import Elementwise
 
@@ -342,14 +343,81 @@ def test_experts_that_mxlab_does_not_know():
     class OtherExperts(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.gate_up_proj = nn.Parameter(torch.zeros(4, 8, 8))
+            self.gate_up_proj = nn.Parameter(torch.zeros(4, 64, 32))
 
-    model = nn.ModuleList([OtherExperts(), nn.Linear(8, 8)])
+    model = build("llama")
+    for layer in model.model.layers:
+        layer.mlp.experts = OtherExperts()
     mlp = mxlab.Rule(part="mlp", weight=GATE_UP["weight"])
-    with pytest.raises(
-        ConversionError, match=r"0 is a OtherExperts \(mxlab does not know its products.*name = '0' and skip = true"
-    ):
+    reason = r"0\.mlp\.experts is a OtherExperts \(mxlab does not know its products"
+    with pytest.raises(ConversionError, match=rf"{reason}.*type = 'OtherExperts' and skip = true"):
         mxlab.apply(model, mxlab.Recipe("test", (mlp,)))
-    conversion = mxlab.apply(model, mxlab.Recipe("test", (mxlab.Rule(name="0", skip=True), mlp)))
-    assert [site.name for site in conversion.linears] == ["1"]
-    assert conversion.linears_in_high_precision == ["0.gate_up_proj"]
+    conversion = mxlab.apply(model, mxlab.Recipe("test", (mxlab.Rule(type="OtherExperts", skip=True), mlp)))
+    assert len(conversion.linears) == 6
+    left = [name for name in conversion.linears_in_high_precision if ".mlp." in name]
+    assert left == [f"model.layers.{n}.mlp.experts.gate_up_proj" for n in range(2)]
+
+
+# ---- one scale of a whole tensor
+
+
+NVFP4 = parse_format("nvfp4")
+
+
+def uneven():
+    """Experts of different magnitude: a scale of all together is another than that of each."""
+    model = build("mixtral")
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for expert in range(EXPERTS):
+                layer.mlp.experts.gate_up_proj[expert] *= 0.37**expert
+                layer.mlp.experts.down_proj[expert] *= 0.37 ** (3 - expert)
+    return model
+
+
+def by_expert(model):
+    """The same model with the weights of each expert quantized alone."""
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for weights in (layer.mlp.experts.gate_up_proj, layer.mlp.experts.down_proj):
+                for expert in range(EXPERTS):
+                    weights[expert] = mxlab.quantize(weights[expert].clone(), NVFP4)
+    return model
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("is_training", [False, True], ids=["frozen", "on the fly"])
+def test_a_scale_of_a_tensor_is_that_of_one_expert(implementation, is_training, monkeypatch):
+    model = uneven()
+    implement(model, implementation, monkeypatch)
+    expected = run(by_expert(copy.deepcopy(model)))
+    model.train(is_training)  # it has no dropout
+    conversion = mxlab.apply(model, mxlab.Recipe("test", (mxlab.Rule(part="mlp", weight=NVFP4),)))
+    torch.testing.assert_close(run(model), expected, atol=1e-5, rtol=1e-4)
+    elements = sum(site.weight.numel() for site in conversion.sites)
+    assert sum(site.storage_bits() for site in conversion.sites) == elements * 4.5 + 2 * 2 * EXPERTS * 32
+
+
+def test_the_tokens_of_one_expert_are_a_tensor(monkeypatch):
+    """Whichever way transformers computes them, and as where each expert is a layer of its own."""
+    outputs = []
+    for implementation in IMPLEMENTATIONS:
+        model = uneven()
+        implement(model, implementation, monkeypatch)
+        mxlab.apply(model, mxlab.Recipe("test", (mxlab.Rule(part="mlp", activation=NVFP4),)))
+        outputs.append(run(model))
+    for output in outputs[1:]:
+        torch.testing.assert_close(output, outputs[0], atol=1e-5, rtol=1e-4)
+    model = uneven()
+    assert not torch.allclose(run(model), outputs[0], atol=1e-3)
+    experts = experts_of(model)
+    x, index, weight = torch.randn(6, HIDDEN), torch.tensor([[0, 1]] * 3 + [[1, 2]] * 3), torch.ones(6, 2) / 2
+    mxlab.apply(model, mxlab.Recipe("test", (mxlab.Rule(part="mlp", activation=NVFP4),)))
+    expected = torch.zeros_like(x)
+    for expert in range(3):
+        rows = (index == expert).any(-1)
+        hidden = mxlab.quantize(x[rows], NVFP4) @ experts.gate_up_proj[expert].T
+        gate, up = hidden.chunk(2, -1)
+        expected[rows] += mxlab.quantize(nn.functional.silu(gate) * up, NVFP4) @ experts.down_proj[expert].T / 2
+    with torch.no_grad():
+        torch.testing.assert_close(experts(x, index, weight), expected.detach(), atol=1e-5, rtol=1e-4)

@@ -1,0 +1,116 @@
+"""What a saved model says of its quantization in ``config.json``, so that it is never quantized a second time.
+
+``save_pretrained`` of a converted model adds a ``quantization_config``: the recipe, and by name the frozen weights with
+their fingerprints. A model that is loaded with it is converted under that recipe (:mod:`mxlab.hf.quantizer`); weights
+that have the fingerprint are on the grid already and stay, others are quantized.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mxlab.errors import ConversionError
+from mxlab.model.conversion import Conversion
+from mxlab.model.nn.experts import QuantizedExperts
+from mxlab.model.nn.forward import override_of
+from mxlab.model.nn.weights import FrozenWeight, QuantizedWeight, TensorVersion
+from mxlab.model.plan import QuantizedSite
+from mxlab.recipe import Recipe
+from mxlab.recipe.carried import METHOD
+
+
+class SavePretrained:
+    """Takes the place of a converted model's ``save_pretrained`` and adds what the model is to its configuration."""
+
+    def __init__(self, conversion: Conversion) -> None:
+        self.conversion = conversion
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Freeze the weights that can be, and save the model."""
+        model: Any = self.conversion.model
+        state = kwargs.get("state_dict") or model.state_dict()
+        model.config.quantization_config = quantization_config(self.conversion, state)
+        try:
+            return type(model).save_pretrained(model, *args, **kwargs)
+        finally:
+            del model.config.quantization_config
+
+    def install(self) -> None:
+        """Save the model so, from now on, if it is one of transformers'."""
+        model = self.conversion.model
+        if hasattr(model, "save_pretrained") and hasattr(model, "config"):
+            vars(model)["save_pretrained"] = self
+
+
+def conversion_of(model: nn.Module) -> Conversion | None:
+    """Return what was done to a model of transformers' that is converted; None where nothing was."""
+    saver = vars(model).get("save_pretrained")
+    return saver.conversion if isinstance(saver, SavePretrained) else None
+
+
+def quantization_config(conversion: Conversion, state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the ``quantization_config`` of a converted model whose weights are saved as ``state`` has them."""
+    frozen = {}
+    for site, name, weight in _weights(conversion):
+        if site.is_in_place and weight.is_frozen(getattr(site.module, site.parameter)) and name in state:
+            version = TensorVersion(state[name])
+            frozen[name] = [str(version.dtype).removeprefix("torch."), version.fingerprint]
+    return {"quant_method": METHOD, "recipe": conversion.recipe.to_dict(), "frozen": frozen}
+
+
+def carried_config(model: nn.Module) -> dict[str, Any] | None:
+    """Return the ``quantization_config`` that mxlab wrote for a model; None where there is none, or another's."""
+    config: Any = getattr(getattr(model, "config", None), "quantization_config", None)
+    found = config.to_dict() if hasattr(config, "to_dict") else config
+    return dict(found) if isinstance(found, Mapping) and found.get("quant_method") == METHOD else None
+
+
+def frozen_versions(config: Mapping[str, Any] | None) -> dict[str, TensorVersion]:
+    """Return, by parameter, what recognises the weights that were on the grid when the model was saved.
+
+    Raises:
+        ConversionError: they are not written as mxlab writes them.
+    """
+    try:
+        return {
+            name: TensorVersion.recorded(getattr(torch, dtype), int(number))
+            for name, (dtype, number) in (config or {}).get("frozen", {}).items()
+        }
+    except (AttributeError, TypeError, ValueError):
+        raise ConversionError("the model's quantization_config has a broken table frozen; convert it anew") from None
+
+
+def expect_frozen(conversion: Conversion, versions: Mapping[str, TensorVersion]) -> None:
+    """Take the weights that have these values, once they are there, for frozen ones."""
+    for _, name, weight in _weights(conversion):
+        if name in versions:
+            weight.expect(versions[name])
+
+
+def check_same(present: Recipe, wanted: Recipe) -> None:
+    """Raise ConversionError unless ``wanted`` is the recipe under which a model is quantized already."""
+    if present.hash == wanted.hash:
+        return
+    remedy = (
+        "take its own recipe, or load the unquantized model for another"
+        if wanted.rules
+        else "for a baseline load the model that it was made from"
+    )
+    raise ConversionError(
+        f"this model is quantized already, under a recipe {present.name} that is not the recipe {wanted.name} asked "
+        f"for: {remedy}"
+    )
+
+
+def _weights(conversion: Conversion) -> Iterator[tuple[QuantizedSite, str, FrozenWeight]]:
+    """Yield each site with a weight, the qualified name of its parameter, and what knows whether it is frozen."""
+    for site in conversion.linears:
+        name = f"{site.module_name}.{site.parameter}"
+        if isinstance(site.module, QuantizedWeight):
+            yield site, name, site.module.frozen
+        elif isinstance(experts := override_of(site.module), QuantizedExperts):
+            yield site, name, experts.frozen_weight(site.parameter)
