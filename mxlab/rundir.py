@@ -1,4 +1,4 @@
-"""The run directory: the names of its files, its schema, and folders that are published whole or not at all. No torch.
+"""The run directory: its files, its schema, its metrics, and folders that are published whole or not at all. No torch.
 
 A folder is filled under a hidden name beside its place and renamed when it is whole, so that a process that is killed,
 or for which the disk is too small, leaves nothing that looks like a result.
@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import json
 import os
 import platform
 import secrets
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 SCHEMA = 1  # of run.json
 COMMAND = "command.txt"
@@ -34,6 +37,62 @@ _being_filled: set[Path] = set()  # by this process: another one may have had it
 def metrics_files(folder: Path) -> list[Path]:
     """Return the metrics files of a run directory, the oldest first."""
     return sorted(folder.glob(METRICS))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file; nothing where it cannot be read, or holds something else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric of a task, as lm-eval wrote it; ``stderr`` is None where it gives none."""
+
+    task: str
+    name: str
+    value: float
+    stderr: float | None
+
+    @property
+    def value_text(self) -> str:
+        """The value in six digits."""
+        return f"{self.value:.6g}"
+
+    @property
+    def stderr_text(self) -> str:
+        """The standard error in three digits, ``-`` where there is none."""
+        return "-" if self.stderr is None else f"{self.stderr:.3g}"
+
+
+def metrics(folder: Path) -> list[Metric]:
+    """Return the metrics in the newest file of a run directory."""
+    return [
+        Metric(task, name.partition(",")[0], value, _stderr(values, name))
+        for task, values in read_json(metrics_files(folder)[-1])["results"].items()
+        for name, value in values.items()
+        if "," in name and "_stderr" not in name and isinstance(value, int | float)
+    ]
+
+
+def rows(folder: Path) -> dict[str, int]:
+    """Return how many rows, or windows, of each task were evaluated; none of those that say nothing of it."""
+    counts = read_json(metrics_files(folder)[-1]).get("n-samples") or {}
+    return {task: count["effective"] for task, count in counts.items() if isinstance(count, dict)}
+
+
+def seconds(folder: Path) -> float | None:
+    """Return the whole time of a run's evaluation, loading included; None where it was not recorded."""
+    found = read_json(metrics_files(folder)[-1]).get("total_evaluation_time_seconds")
+    return None if found is None else float(found)  # lm-eval writes it as a text
+
+
+def _stderr(values: dict[str, Any], name: str) -> float | None:
+    value = values.get(name.replace(",", "_stderr,", 1))
+    return float(value) if isinstance(value, int | float) else None
 
 
 @contextlib.contextmanager

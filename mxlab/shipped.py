@@ -3,6 +3,7 @@
 In a checkout they are where a reader looks for them, at the top level; a wheel carries them inside the package.
 """
 
+import itertools
 import tomllib
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +29,16 @@ _FOLDERS: dict[Kind, Path] = {
 def files(kind: Kind) -> dict[str, Path]:
     """Return the shipped files of one kind by name, in alphabetical order."""
     return {path.stem: path for path in sorted(_FOLDERS[kind].glob("*.toml"))}
+
+
+def summaries(kind: Kind) -> dict[str, str]:
+    """Return the first sentence of the comment that each shipped file of one kind begins with, by name."""
+    return {name: _first_sentence(path.read_text(encoding="utf-8")) for name, path in files(kind).items()}
+
+
+def _first_sentence(text: str) -> str:
+    lines = itertools.takewhile(lambda line: line.startswith("#"), text.splitlines())
+    return " ".join(line.removeprefix("#").strip() for line in lines).partition(". ")[0].removesuffix(".")
 
 
 def find(kind: Kind, name: str | Path) -> Path:

@@ -14,18 +14,18 @@ import typer
 from rich.box import SIMPLE
 from rich.markup import escape
 from rich.table import Table
-from typer.core import TyperGroup
 
 from mxlab.cli.console import console, loading_libraries, print_table, progress
+from mxlab.cli.help import HelpfulGroup
 from mxlab.cli.options import DeviceOption
 from mxlab.errors import SourceError
 
 
-class _AllByDefault(TyperGroup):
-    """``mxlab bench`` alone, or with options, is ``mxlab bench all``."""
+class _AllByDefault(HelpfulGroup):
+    """``mxlab bench`` alone, or with options, is ``mxlab bench all``; a shell completes the names of all."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        if args[:1] != ["--help"] and (not args or args[0].startswith("-")):
+        if not ctx.resilient_parsing and args[:1] != ["--help"] and (not args or args[0].startswith("-")):
             args = ["all", *args]
         return super().parse_args(ctx, args)
 

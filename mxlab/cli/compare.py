@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -11,13 +12,18 @@ import typer
 from rich.table import Table
 
 from mxlab.cli.console import console, loading_libraries, print_error, progress, start_logging
-from mxlab.cli.options import DataDirOption, DeviceOption, refuse_mx_specs
+from mxlab.cli.help import shipped_names
+from mxlab.cli.options import DataDirOption, DeviceOption, Dtype, given, refuse_mx_specs
 
 
 def compare(
-    file: Annotated[str, typer.Argument(help="A study's TOML file, or a shipped one: formats, whole_text.")],
+    file: Annotated[
+        str, typer.Argument(help="A study's TOML file, or a shipped one.", autocompletion=shipped_names("study"))
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Where its rows go; finished ones are kept.")],
     data_dir: DataDirOption = None,
+    windows: Annotated[int | None, typer.Option(help="The first so many windows, instead of the file's.")] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Instead of the file's dtype; auto where it has none.")] = None,
     device: DeviceOption = "auto",
 ) -> None:
     """Score every format in every role on one text: a row each, with perplexity and KL divergence."""
@@ -28,7 +34,7 @@ def compare(
             from mxlab.experiments import format_study
             from mxlab.report.format_study import write_study
 
-        study = format_study.load_study(file)
+        study = replace(format_study.load_study(file), **given(windows=windows, dtype=dtype and dtype.value))
         start_logging()
         rows = format_study.run(study, out, command, data_dir, device)
         write_study(out)

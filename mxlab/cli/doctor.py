@@ -12,7 +12,8 @@ from rich.table import Table
 
 from mxlab import environment
 from mxlab.cli.console import console
-from mxlab.cli.options import DataDirOption
+from mxlab.cli.options import DataDirOption, JsonOption
+from mxlab.cli.records import print_json
 from mxlab.errors import MxlabError
 from mxlab.experiments import provenance
 from mxlab.hf import patch
@@ -21,8 +22,11 @@ from mxlab.recipe.mx_specs import MxSpecs
 _HUB_TIMEOUT = 5  # seconds
 
 
-def doctor(data_dir: DataDirOption = None) -> None:
+def doctor(data_dir: DataDirOption = None, as_json: JsonOption = False) -> None:
     """Say what is in place: the patch, versions, the backend, hub and data."""
+    if as_json:
+        print_json({name: {"ok": well, "found": found} for name, well, found in checks(data_dir)})
+        return
     table = Table(show_header=False, box=None, pad_edge=False)
     for name, well, found in checks(data_dir):
         table.add_row("[green]ok[/]" if well else "[red]--[/]", name, escape(found))

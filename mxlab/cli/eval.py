@@ -15,6 +15,7 @@ from mxlab.cli.options import (
     DeviceOption,
     Dtype,
     DtypeOption,
+    JsonOption,
     LimitOption,
     MaxLengthOption,
     ModelOption,
@@ -32,6 +33,7 @@ from mxlab.cli.options import (
     text_settings,
 )
 from mxlab.cli.recipes import assigned, chosen_recipe
+from mxlab.cli.records import print_json, read_records, results_alone
 
 
 def evaluate(
@@ -51,12 +53,13 @@ def evaluate(
     device: DeviceOption = "auto",
     data_dir: DataDirOption = None,
     max_length: MaxLengthOption = None,
+    as_json: JsonOption = False,
     out: OutOption = Path("results"),
 ) -> None:
     """Evaluate one model under one recipe, on tasks or on a text; the run directory goes to OUT/<recipe>/."""
     chosen = chosen_recipe(recipe, set_ or [], model)
     start_logging()
-    with progress():
+    with results_alone(as_json), progress():
         with loading_libraries():
             from mxlab.eval.settings import request_from
             from mxlab.experiments import runs
@@ -72,6 +75,9 @@ def evaluate(
         )
         request = request_from(chosen, settings | text_settings(text, window, stride, windows, compare, bos), data_dir)
         folder = runs.run(request, out / chosen.name, {**chosen.options, **assigned(set_ or [])})
+    if as_json:
+        print_json(read_records([folder])[0])
+        return
     table = Table("task", "metric", "value", "stderr")
     for row in runs.read_metrics(folder):
         table.add_row(*row)

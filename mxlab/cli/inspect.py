@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from mxlab.cli.console import loading_libraries, print_line, print_table, progress
+from mxlab.cli.help import shipped_names
 from mxlab.cli.options import DataDirOption, DeviceOption, Dtype, DtypeOption, ModelArgument, refuse_mx_specs
 from mxlab.compat.recipes import load_any_recipe
 
@@ -20,7 +21,9 @@ if TYPE_CHECKING:
 
 def inspect(
     model: ModelArgument = "smollm2",
-    recipe: Annotated[str, typer.Option(help="A shipped recipe's name, or a TOML file.")] = "ex1",
+    recipe: Annotated[
+        str, typer.Option(help="A shipped recipe's name, or a TOML file.", autocompletion=shipped_names("recipe"))
+    ] = "ex1",
     text: Annotated[
         str, typer.Option(help="Calibration text: passages (embedded), wikitext2_valid, wikitext2, pile, or a file.")
     ] = "passages",

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+from typing import Annotated
 
 import typer
 
+import mxlab
 from mxlab.cli import bench
 from mxlab.cli.compare import compare
 from mxlab.cli.console import print_error
@@ -13,23 +15,35 @@ from mxlab.cli.convert import convert
 from mxlab.cli.demo import demo
 from mxlab.cli.doctor import doctor
 from mxlab.cli.eval import evaluate
+from mxlab.cli.help import HelpfulCommand
 from mxlab.cli.inspect import inspect
 from mxlab.cli.report import report
+from mxlab.cli.results import results
 from mxlab.cli.run import AS_THEY_ARE, run
 from mxlab.cli.sweep import sweep
 from mxlab.errors import MxlabError
 
-app = typer.Typer(
-    help="Study low-precision LLMs: quantize, evaluate, sweep, inspect, report.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-app.command("eval")(evaluate)
-for command in (sweep, compare, inspect, convert, report, demo, doctor):
-    app.command()(command)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
+app.command("eval", cls=HelpfulCommand)(evaluate)
+for command in (sweep, compare, inspect, convert, results, report, demo, doctor):
+    app.command(cls=HelpfulCommand)(command)
 app.command(context_settings=AS_THEY_ARE)(run)
 app.add_typer(bench.app, name="bench")
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"mxlab {mxlab.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def study(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Study low-precision LLMs: quantize, evaluate, sweep, inspect, report."""
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from mxlab import environment
+from mxlab.cli.help import shipped_names
 from mxlab.errors import SpecError
 
 
@@ -22,10 +23,12 @@ class Dtype(StrEnum):
 
 
 _MODEL = "A hub name, a folder, or smollm2 (embedded)."
+_RECIPE = "A shipped recipe's name, or a TOML file."
+_recipes = shipped_names("recipe")
 ModelOption = Annotated[str, typer.Option("--model", help=_MODEL)]
 ModelArgument = Annotated[str, typer.Argument(help=_MODEL)]
-RecipeOption = Annotated[str | None, typer.Option("--recipe", help="A shipped recipe's name, or a TOML file.")]
-RecipeArgument = Annotated[str, typer.Argument(help="A shipped recipe's name, or a TOML file.")]
+RecipeOption = Annotated[str | None, typer.Option("--recipe", help=_RECIPE, autocompletion=_recipes)]
+RecipeArgument = Annotated[str, typer.Argument(help=_RECIPE, autocompletion=_recipes)]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="Override an option: --set block_size=16.")]
 TasksOption = Annotated[
     str | None,
@@ -68,6 +71,7 @@ DataDirOption = Annotated[
     Path | None,
     typer.Option("--data-dir", help="A folder with lambada_openai.jsonl, wikitext2_test.raw, wikitext2_valid.txt."),
 ]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, nothing else, to standard output.")]
 OutOption = Annotated[Path, typer.Option("--out", "-o", help="Where the stage folders go.")]
 
 

@@ -8,14 +8,15 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from mxlab import shipped
-from mxlab.checks import check_choice, check_int, check_keys
+from mxlab.checks import check_bool, check_choice, check_int, check_keys
 from mxlab.errors import FormatError, MxlabError, RunError, SpecError
+from mxlab.eval.request import check_name
 from mxlab.eval.scorer import Predictor, Scorer, remember
 from mxlab.eval.windows import sliding_windows
 from mxlab.experiments import provenance
@@ -25,7 +26,7 @@ from mxlab.recipe import Recipe
 from mxlab.recipe.rule import Rule
 from mxlab.report.study_rows import ROLES, ROWS, STUDY, UNQUANTIZED, StudyRow, read_rows
 from mxlab.sources import models, texts
-from mxlab.sources.devices import AUTO, choose_device, choose_dtype
+from mxlab.sources.devices import AUTO, DTYPES, choose_device, choose_dtype
 from mxlab.sources.model_pool import ModelPool
 
 logger = logging.getLogger("mxlab")
@@ -37,6 +38,7 @@ _ROLES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "kv": ((), ("k", "v")),
     "all": (("weight", "activation"), ("k", "v")),
 }
+_EXAMPLES = {"formats": "fp4_e2m1@32", "scale_rules": "floor", "roles": "weights"}
 _COLUMNS = ("perplexity", "cross_entropy", "kl_divergence", "top1_agreement")  # of a row, besides what names it
 
 
@@ -68,6 +70,18 @@ class FormatStudy:
     compare: bool = True
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "dtype", models.dtype_name(self.dtype))
+        check_choice("dtype", self.dtype, (AUTO, *DTYPES))
+        for name in ("formats", "scale_rules", "roles"):
+            names = getattr(self, name)
+            if not isinstance(names, tuple) or not all(isinstance(entry, str) for entry in names):
+                raise SpecError(f'{name} is {names!r}: it must be a list of names, such as ["{_EXAMPLES[name]}"]')
+        for name in ("model", "text"):
+            check_name(name, getattr(self, name))
+        if self.windows is not None:
+            check_int("windows", self.windows, 1, None, "a whole number, 1 or more")
+        check_int("batch_size", self.batch_size, 1, None, "a whole number, 1 or more")
+        check_bool("compare", self.compare)
         for rule in self.scale_rules:
             check_choice("scale_rules", rule, SCALE_RULES)
         for role in self.roles:
@@ -88,14 +102,16 @@ def load_study(path: str | Path) -> FormatStudy:
     """Return a study from a TOML file with the fields of :class:`FormatStudy`, or a shipped one by name.
 
     Raises:
-        SpecError: no such file, not TOML, an unknown key, or a value that is not what the key asks for.
+        SpecError: no such file, not TOML, an unknown or missing key, or a value that is not what the key asks for.
     """
     values = shipped.read_toml(shipped.find("study", path), str(path))
     check_keys(values, [f.name for f in fields(FormatStudy)], str(path))
+    if "formats" not in values:
+        raise SpecError(f'{path}: needs formats, such as formats = ["{_EXAMPLES["formats"]}"]')
     plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     try:
         return FormatStudy(**plain)
-    except (FormatError, SpecError, TypeError) as e:
+    except (FormatError, SpecError) as e:
         raise SpecError(f"{path}: {e}") from None
 
 
@@ -125,8 +141,10 @@ def run(
     study = replace(study, dtype=choose_dtype(study.dtype, choose_device(device)))
     text = texts.load_text(study.text, data_dir)
     data = {"text_sha256": text.sha256, "model_id": models.identity(study.model)}
-    _open(out, {**asdict(study), **data}, command)
+    document = json.dumps({**asdict(study), **data}, indent=1) + "\n"
+    _check_same(out, document)
     rows = _Rows(study, text, device)
+    _open(out, document, command)
     done = read_rows(out)
     known = {(row.format, row.role) for row in done if not row.error}
     points: list[tuple[MXFormat | None, str]] = [(None, ""), *study.points()]
@@ -184,15 +202,20 @@ def _with_rules(fmt: MXFormat, rules: Iterable[str]) -> Iterator[MXFormat]:
         yield replace(fmt, scale_rule=rule)
 
 
-def _open(out: Path, study: Mapping[str, Any], command: str) -> None:
-    """Make the folder of a comparison, or see that it holds this one."""
-    text = json.dumps(study, indent=1) + "\n"
-    file = out / STUDY
+def _check_same(out: Path, document: str) -> None:
+    """Raise RunError where the folder holds another comparison, or cannot be read."""
+    try:
+        if (out / STUDY).exists() and (out / STUDY).read_text(encoding="utf-8") != document:
+            raise RunError(f"{out} holds another comparison ({STUDY} differs): give another --out folder")
+    except OSError as e:
+        raise RunError(f"cannot read {out}: {e.strerror}; give another --out folder") from None
+
+
+def _open(out: Path, document: str, command: str) -> None:
+    """Make the folder of a comparison, once what it needs is there: a refused one leaves no folder."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        if file.exists() and file.read_text(encoding="utf-8") != text:
-            raise RunError(f"{out} holds another comparison ({STUDY} differs): give another --out folder")
-        file.write_text(text, encoding="utf-8")
+        (out / STUDY).write_text(document, encoding="utf-8")
         with (out / "env.jsonl").open("a", encoding="utf-8") as log:  # a line for each time it was started
             log.write(json.dumps({"command": command, **provenance.describe()}) + "\n")
     except OSError as e:

@@ -95,31 +95,14 @@ def find(stage_folder: Path, key: dict[str, Any]) -> Path | None:
     """Return the complete run directory of ``stage_folder`` with this key, whatever its name; else None."""
     for record in sorted(stage_folder.glob(f"[!.]*/{rundir.RECORD}")):
         complete = bool(rundir.metrics_files(record.parent))
-        if complete and _read_json(record).get("key") == key:
+        if complete and rundir.read_json(record).get("key") == key:
             return record.parent
     return None
 
 
 def read_metrics(folder: Path) -> list[tuple[str, str, str, str]]:
     """Return the metrics of a run directory as rows of text: task, metric, value, standard error."""
-    results = _read_json(rundir.metrics_files(folder)[-1])["results"]
-    return [
-        (task, name.partition(",")[0], f"{value:.6g}", _stderr(values, name))
-        for task, values in results.items()
-        for name, value in values.items()
-        if "," in name and "_stderr" not in name and isinstance(value, int | float)
-    ]
-
-
-def read_seconds(folder: Path) -> float | None:
-    """Return the whole time of a run's evaluation, loading included; None where it was not recorded."""
-    seconds = _read_json(rundir.metrics_files(folder)[-1]).get("total_evaluation_time_seconds")
-    return None if seconds is None else float(seconds)  # lm-eval writes it as a text
-
-
-def _stderr(values: dict[str, Any], name: str) -> str:
-    value = values.get(name.replace(",", "_stderr,", 1))
-    return f"{value:.3g}" if isinstance(value, int | float) else "-"
+    return [(found.task, found.name, found.value_text, found.stderr_text) for found in rundir.metrics(folder)]
 
 
 def record_failure(stage_folder: Path, name: str, error: BaseException, key: dict[str, Any] | None = None) -> None:
@@ -259,11 +242,3 @@ def _write(path: Path, text: str) -> None:
 
 def _json(value: Any) -> str:
     return json.dumps(value, indent=1) + "\n"
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}

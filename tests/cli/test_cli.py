@@ -6,17 +6,21 @@ import json
 import logging
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 from rich.console import Console
 
-from mxlab import rundir
+from mxlab import __version__, rundir
 from mxlab.cli import console
 from mxlab.cli import main as cli
+from mxlab.cli.help import EXAMPLES
 from mxlab.progress import Steps
 from mxlab.recipe import load_recipe
 
@@ -222,6 +226,14 @@ def test_progress_on_a_terminal(monkeypatch):
         assert part in drawn
 
 
+def test_refused_runs_leave_no_folder(mxlab, tiny_llama, tmp_path):
+    file = tmp_path / "none.toml"
+    file.write_text('name = "none"\n[[rules]]\nmodules = "nothing"\nweight = "int8@8"\n', encoding="utf-8")
+    for arguments in (["--model", "/no/such"], ["--model", tiny_llama, "--recipe", file]):
+        assert mxlab("eval", *arguments, *QUICK, "--out", tmp_path / "out")[0] == 2
+        assert not (tmp_path / "out").exists()
+
+
 # ---- sweep and report
 
 
@@ -287,7 +299,171 @@ def test_report_of_nothing(mxlab, tmp_path):
     assert not (tmp_path / "report").exists()
 
 
+# ---- results, and JSON
+
+
+@pytest.fixture
+def published(tmp_path) -> Path:
+    """A tree as the seed left it: a run directory with lm-eval's metrics and no run.json, and a crashed one."""
+    folder = tmp_path / "published" / "ex1" / "20260207_220640_bs16_sb6_ccfalse"
+    folder.mkdir(parents=True)
+    metrics = {
+        "results": {
+            "lambada_openai": {"alias": "lambada", "acc,none": 0.5, "acc_stderr,none": 0.25, "perplexity,none": "N/A"},
+            "wikitext": {"word_perplexity,none": float("nan"), "word_perplexity_stderr,none": "N/A"},
+        },
+        "n-samples": {"lambada_openai": {"original": 8, "effective": 4}},
+        "model_name": "meta-llama/Llama-3.2-1B",
+        "config": {"model_dtype": "torch.bfloat16", "batch_size": "32"},
+        "total_evaluation_time_seconds": "12.5",
+    }
+    (folder / "metrics_2026.json").write_text(json.dumps(metrics), encoding="utf-8")
+    crashed = folder.with_name("20260207_213059_bs16_sb8_cctrue")
+    crashed.mkdir()
+    (crashed / "command.txt").touch()
+    return tmp_path / "published"
+
+
+def test_results_of_a_published_tree(mxlab, published):
+    code, out, _ = mxlab("results", published, "--json")
+    found = json.loads(out, parse_constant=pytest.fail)  # NaN is not JSON
+    [run] = found["runs"]
+    assert code == 0
+    assert (run["stage"], run["run"]) == ("ex1", "20260207_220640_bs16_sb6_ccfalse")
+    assert (run["recipe"], run["model"], run["dtype"]) == (None, "meta-llama/Llama-3.2-1B", "bfloat16")
+    assert run["options"] == {"block_size": 16, "scale_bits": 6, "custom_cuda": False}
+    assert (run["seconds"], run["rows"]) == (12.5, {"lambada_openai": 4})
+    assert run["metrics"] == {
+        "lambada_openai": {"acc": {"value": 0.5, "stderr": 0.25}},
+        "wikitext": {"word_perplexity": {"value": "nan", "stderr": None}},
+    }
+    assert "20260207_213059_bs16_sb8_cctrue: no `metrics_" in found["incomplete"][0]
+    assert found["failed"] == []
+
+
+def test_results_as_a_table(mxlab, published):
+    code, out, err = mxlab("results", published)
+    assert code == 0
+    lines = [line.split() for line in out.splitlines()]
+    assert ["lambada_openai", "4", "acc", "0.5", "0.25"] in [line[-5:] for line in lines]
+    assert "incomplete: ex1/20260207_213059_bs16_sb8_cctrue" in err
+    code, _, err = mxlab("results", published / "nowhere")
+    assert (code, "nowhere is no folder" in err) == (2, True)
+
+
+def test_results_as_json_alone(mxlab, tiny_llama, tmp_path):
+    """What eval and sweep print under --json is all that is on standard output, and what `results` prints later."""
+    arguments = ["--model", tiny_llama, *QUICK, "--json", "--out", tmp_path]
+    code, out, _ = mxlab("eval", "--recipe", "tier_a", *arguments)
+    assert code == 0
+    evaluated = json.loads(out)
+    assert (evaluated["recipe"], evaluated["stage"], evaluated["dtype"]) == ("tier_a", "tier_a", "float32")
+    assert evaluated["rows"] == {"mxlab_passages": 2}
+    assert Path(evaluated["folder"]).name.endswith("_tier_a_tiny-llama_bs32_sb8_cctrue")
+    assert evaluated["metrics"]["mxlab_passages"].keys() == {"acc", "perplexity"}
+    file = tmp_path / "sweep.toml"
+    file.write_text('stage = "tier_a"\n[grid]\nrecipe = ["tier_a", "ex1"]\nmodel = ["none"]', encoding="utf-8")
+    code, out, _ = mxlab("sweep", file, "--tasks", "mxlab_passages", *arguments)
+    swept = json.loads(out)
+    assert (code, len(swept["runs"]), swept["failed"]) == (0, 2, [])
+    assert swept["runs"][0] == {**evaluated, "options": swept["runs"][0]["options"]}
+    assert swept["runs"][1]["recipe"] == "ex1"
+    code, out, _ = mxlab("results", tmp_path, "--json")
+    by_run = {run["run"]: run for run in json.loads(out)["runs"]}
+    assert by_run == {run["run"]: run for run in swept["runs"]}
+    code, out, err = mxlab("sweep", file, *arguments, "--model", "/no/such")
+    assert (code, json.loads(out)["runs"]) == (1, [])
+    assert all("no model folder /no/such" in failure for failure in json.loads(out)["failed"])
+    assert f"see {tmp_path / 'tier_a' / rundir.FAILURES}" in err
+
+
+def test_doctor_as_json(mxlab):
+    code, out, _ = mxlab("doctor", "--json")
+    assert code == 0
+    found = json.loads(out)
+    assert {"patch", "kernels", "hub", "torch", "data"} <= found.keys()
+    assert found["MX_SPECS_JSON"] == {"ok": True, "found": "is not set: a patched Llama is stock Llama"}
+
+
+# ---- compare
+
+
+def test_compare_with_settings_of_its_own(mxlab, tiny_llama, tmp_path):
+    file = tmp_path / "mine.toml"
+    keys = f'text = "passages"\nwindow = 16\nwindows = 64\nmodel = "{tiny_llama}"\n'
+    file.write_text(f'formats = ["int8@16"]\nroles = ["kv"]\n{keys}', encoding="utf-8")
+    arguments = ["compare", file, "--windows", 2, "--dtype", "float32", "--device", "cpu"]
+    assert mxlab(*arguments, "--out", tmp_path / "out")[0] == 0
+    made = json.loads((tmp_path / "out" / "study.json").read_text(encoding="utf-8"))
+    assert (made["windows"], made["dtype"]) == (2, "float32")
+    code, _, err = mxlab("compare", file, "--windows", 0, "--out", tmp_path / "other")
+    assert (code, "windows is 0" in err) == (2, True)
+    file.write_text(keys, encoding="utf-8")
+    code, _, err = mxlab("compare", file, "--out", tmp_path / "other")
+    assert (code, "mine.toml: needs formats, such as formats = [" in err) == (2, True)
+    assert not (tmp_path / "other").exists()
+
+
 # ---- run, doctor, help
+
+
+def test_version(mxlab):
+    assert mxlab("--version") == (0, f"mxlab {__version__}\n", "")
+
+
+def _commands() -> dict[str, Any]:
+    """The commands by name, those of `mxlab bench` aside."""
+    return typer.main.get_command(cli.app).commands  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_examples_are_shown_and_can_be_parsed(name, mxlab):
+    code, out, _ = mxlab(name, "--help")
+    assert code == 0
+    for example in EXAMPLES[name]:
+        assert f"   {example}\n" in out
+        program, command, *arguments = shlex.split(example)
+        assert (program, command) == ("mxlab", name)
+        # Raises where an option is unknown or an argument is missing; calls nothing.
+        context = _commands()[name].make_context(name, arguments)
+        if name == "bench":
+            _, inner, rest = context.command.resolve_command(context, [*context._protected_args, *context.args])
+            inner.make_context(inner.name, rest, parent=context)
+
+
+def test_every_command_has_examples():
+    assert set(_commands()) == {*EXAMPLES, "run"}
+
+
+@pytest.mark.parametrize(("command", "kind"), [("sweep", "sweep"), ("compare", "study"), ("eval", "recipe")])
+def test_help_lists_all_that_is_shipped(command, kind, mxlab):
+    _, out, _ = mxlab(command, "--help")
+    files = {"sweep": "recipes/sweeps", "study": "recipes/studies", "recipe": "recipes"}[kind]
+    listed = dict(
+        line.strip().split(maxsplit=1) for line in out.partition(" Shipped ")[2].splitlines()[1:] if line.strip()
+    )
+    assert set(listed) == {file.stem for file in (ROOT / files).glob("*.toml")}
+    assert all(len(summary) > 10 for summary in listed.values())
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("mxlab swe", {"sweep"}),
+        ("mxlab sweep t", {"tiers"}),
+        ("mxlab eval --recipe tier_", {"tier_a", "tier_b", "tier_c", "tier_d"}),
+        ("mxlab convert smollm2 ex", {"ex1", "ex2"}),
+        ("mxlab compare w", {"whole_text"}),
+        ("mxlab bench li", {"linear"}),
+        ("mxlab sweep ./my", set()),  # for the shell, which knows paths
+    ],
+)
+def test_completion(words, expected):
+    """As bash asks for it: the name of the program is that of its process."""
+    asked = {"_MXLAB_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
+    code = "import sys; from mxlab.cli.main import main; sys.argv[0] = 'mxlab'; main()"
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, **asked}, capture_output=True, text=True)
+    assert (done.returncode, set(done.stdout.split()), done.stderr) == (0, expected, "")
 
 
 def test_run(mxlab):

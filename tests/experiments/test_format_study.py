@@ -5,9 +5,10 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 
 import mxlab
-from mxlab.errors import FormatError, RunError, SpecError
+from mxlab.errors import FormatError, MxlabError, RunError, SpecError
 from mxlab.eval import scorer
 from mxlab.experiments import format_study
 from mxlab.experiments.format_study import FormatStudy
@@ -78,6 +79,14 @@ def test_roles(role, expected):
         ({"scale_rules": ("round",)}, "scale_rules is 'round'"),
         ({"roles": ("bias",)}, "roles is 'bias'"),
         ({"window": 1}, "window is 1"),
+        ({"windows": 0}, "windows is 0"),
+        ({"batch_size": "4"}, "batch_size is '4'"),
+        ({"compare": 1}, "compare is 1"),
+        ({"dtype": "float64"}, "dtype is 'float64'"),
+        ({"model": ""}, "model is ''"),
+        ({"text": 5}, "text is 5"),
+        ({"formats": "fp4"}, "formats is 'fp4': it must be a list of names, such as"),
+        ({"roles": ("kv", 5)}, "roles is .*: it must be a list of names"),
     ],
 )
 def test_what_cannot_be_compared(change, message):
@@ -96,6 +105,31 @@ def test_a_file_with_an_unknown_key(tmp_path):
     (tmp_path / "mine.toml").write_text('formats = ["fp4"]\nrule = "floor"\n', encoding="utf-8")
     with pytest.raises(SpecError, match=r"mine\.toml: unknown key 'rule'"):
         format_study.load_study(tmp_path / "mine.toml")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("windows = 4\n", r'mine\.toml: needs formats, such as formats = \["fp4_e2m1@32"\]'),
+        ('formats = "fp4"\n', r"mine\.toml: formats is 'fp4'"),
+        ('formats = ["fp4"]\nwindow = "wide"\n', r"mine\.toml: window is 'wide'"),
+    ],
+)
+def test_files_that_lack_something(text, message, tmp_path):
+    (tmp_path / "mine.toml").write_text(text, encoding="utf-8")
+    with pytest.raises(SpecError, match=message):
+        format_study.load_study(tmp_path / "mine.toml")
+
+
+def test_a_dtype_of_torch(study):
+    assert replace(study, dtype=torch.float32) == study
+
+
+def test_a_refused_comparison_leaves_no_folder(study, tmp_path):
+    for change in ({"model": str(tmp_path / "no-model")}, {"windows": 10_000}):
+        with pytest.raises(MxlabError):
+            run(replace(study, **change), tmp_path / "out")
+        assert not (tmp_path / "out").exists()
 
 
 # ---- rows
