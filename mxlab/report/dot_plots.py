@@ -26,7 +26,7 @@ def draw_comparisons(tree: Tree, folder: Path, number: int) -> dict[str, list[Im
         model = several_models(tree, first)
         path = folder / f"{'_'.join([first.run.stage, 'compared', *task, *model]).replace('/', '_')}.png"
         with mpl.rc_context({**STYLE, "axes.grid.axis": "x"}):
-            plot(results, tree.baselines).savefig(path, bbox_inches="tight")
+            plot(results, tree.baselines, model).savefig(path, bbox_inches="tight")
         what = " and ".join(quantity.name for quantity in _quantities(results))
         title = f"Figure {i}: {stage_title(first.run.stage)}, {what}"
         evaluated = ", ".join([f"{first.task}, n = {first.n}", *model])
@@ -53,7 +53,7 @@ def _quantities(results: Sequence[Result]) -> list[Quantity]:
     return [quantity for quantity in (ACCURACY, PERPLEXITY) if any(map(quantity.point, results))]
 
 
-def plot(results: Sequence[Result], baselines: Sequence[Result]) -> Figure:
+def plot(results: Sequence[Result], baselines: Sequence[Result], model: Sequence[str] = ()) -> Figure:
     """Plot accuracy and perplexity (logarithmic), as far as there are any, side by side: a row for each result."""
     quantities = _quantities(results)
     figure = Figure(figsize=(8.0, 1.5 + 0.38 * len(results)), dpi=DPI, layout="constrained")
@@ -65,7 +65,6 @@ def plot(results: Sequence[Result], baselines: Sequence[Result]) -> Figure:
     panels[0].set_yticks(range(len(results)), _labels(results))
     panels[0].set_ylim(len(results) - 0.4, -0.6)
     first = results[0]
-    model = [first.run.model] if first.run.model else []
     title = ", ".join([f"{stage_title(first.run.stage)}: {first.task}", f"n = {first.n}", *model])
     figure.suptitle(title, x=0.01, ha="left", fontsize=10)
     return figure

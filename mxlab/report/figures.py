@@ -57,7 +57,7 @@ SPEED = Quantity(
 class Panel:
     """What one figure shows: results of one stage and one evaluation setting, and the baseline's value.
 
-    ``obstacle`` says why there is a baseline which is not drawn.
+    ``obstacle`` says why there is a baseline which is not drawn, ``model`` is said where the tree holds several.
     """
 
     quantity: Quantity
@@ -65,6 +65,7 @@ class Panel:
     left_out: int
     baseline: Measured | None
     obstacle: str
+    model: tuple[str, ...] = ()
 
     @property
     def sizes(self) -> list[Option]:
@@ -88,11 +89,11 @@ def draw_figures(tree: Tree, folder: Path) -> dict[str, list[Image]]:
     for number, panel in enumerate(every, start=1):
         first = panel.results[0]
         task = [first.task] if len(tree.tasks) > 1 and panel.quantity is not SPEED else []
-        parts = [first.run.stage, panel.quantity.slug, "vs_blocksize", *task, *several_models(tree, first)]
+        parts = [first.run.stage, panel.quantity.slug, "vs_blocksize", *task, *panel.model]
         path = folder / f"{'_'.join(parts).replace('/', '_')}.png"
         with mpl.rc_context(STYLE):
             plot(panel).savefig(path, bbox_inches="tight")  # a legend of long option names is wider than the figure
-        images[first.run.stage].append(Image(path, *_words(panel, number, several_models(tree, first))))
+        images[first.run.stage].append(Image(path, *_words(panel, number)))
     return images
 
 
@@ -122,7 +123,8 @@ def _panel(quantity: Quantity, groups: Sequence[Sequence[Result]], tree: Tree) -
     swept = len(set(map(_block_size, chosen))) > 1
     if swept or chosen[0].run.stage.rpartition("/")[2] in EXERCISES:
         baseline, obstacle = _baseline(quantity, chosen[0], tree.baselines)
-        yield Panel(quantity, chosen, sum(map(len, groups)) - len(chosen), baseline, obstacle)
+        left_out = sum(map(len, groups)) - len(chosen)
+        yield Panel(quantity, chosen, left_out, baseline, obstacle, several_models(tree, chosen[0]))
 
 
 def _baseline(quantity: Quantity, result: Result, baselines: Sequence[Result]) -> tuple[Measured | None, str]:
@@ -180,9 +182,8 @@ def _draw_axes(axes: Axes, panel: Panel) -> None:
     axes.set_xticks(range(len(panel.sizes)), [option_text(size) for size in panel.sizes])
     axes.set_xlim(-0.4, len(panel.sizes) - 0.6)
     axes.grid(visible=False, axis="x")
-    first = panel.results[0]
-    model = [first.run.model] if first.run.model else []
-    axes.set_title(", ".join([stage_title(first.run.stage), _evaluated(panel), *model]), loc="left", fontsize=10)
+    title = ", ".join([stage_title(panel.results[0].run.stage), _evaluated(panel), *panel.model])
+    axes.set_title(title, loc="left", fontsize=10)
     axes.set_xlabel("Block size (elements per shared scale)")
     axes.set_ylabel(panel.quantity.axis)
     if panel.quantity is SPEED:
@@ -196,13 +197,13 @@ def _draw_legend(figure: Figure, axes: Axes) -> None:
     figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, handlelength=3.6)
 
 
-def _words(panel: Panel, number: int, models: Sequence[str]) -> tuple[str, str]:
+def _words(panel: Panel, number: int) -> tuple[str, str]:
     """Return the title of a figure and its caption."""
     first = panel.results[0]
     title = f"Figure {number}: {stage_title(first.run.stage)} {panel.quantity.name} against block size"
     nan = sum(measure.is_nan for result in panel.results if (measure := panel.quantity.read(result)))
     sentences = [
-        f"{', '.join([_evaluated(panel), *models])}.",
+        f"{', '.join([_evaluated(panel), *panel.model])}.",
         "" if panel.quantity is SPEED else "Error bars: ± one standard error.",
         "Series are drawn side by side, so that identical ones stay visible.",
         "The dashed line is the baseline." if panel.baseline else "",

@@ -44,18 +44,20 @@ def by_model(results: Sequence[Result]) -> list[list[Result]]:
     return list(groups.values())
 
 
-def several_models(tree: Tree, result: Result) -> list[str]:
+def several_models(tree: Tree, result: Result) -> tuple[str, ...]:
     """Return the model of a result, where the tree holds several; nothing where it need not be said."""
     several = len({other.run.model for other in tree.results}) > 1
-    return [(result.run.model or "unknown model").rpartition("/")[2]] if several else []
+    return ((result.run.model or "unknown model").rpartition("/")[2],) if several else ()
 
 
 def headline_table(tree: Tree, number: str) -> Table:
-    """List the baseline, then the best accuracy and the best speed of each stage.
+    """List the baseline, then the best accuracy and the best speed of each stage; its only run where recipes were
+    evaluated one by one.
 
     Results of different evaluation settings (n, task, model, ...) do not compete: a stage has two rows for each.
     """
     tasks, models, measures = _task_column(tree), _model_column(tree), _measures(tree.results)
+    single = single_runs(tree)
     rows = [
         (
             label,
@@ -65,7 +67,11 @@ def headline_table(tree: Tree, number: str) -> Table:
             _notes(result, tree),
         )
         for stage in tree.stages
-        for label, result in _best_of_stage(tree.of_stage(stage))
+        for label, result in (
+            [(stage_title(stage), result) for result in tree.of_stage(stage)]
+            if stage in single
+            else _best_of_stage(tree.of_stage(stage))
+        )
     ]
     title = f"Table {number}: Headline results (baseline, and the best of each stage)"
     columns = (CONFIG, *models, *tasks, *_columns(measures), NOTES)
@@ -182,8 +188,6 @@ def _best_of_stage(results: Sequence[Result]) -> list[tuple[str, Result]]:
 def _best(group: Sequence[Result]) -> list[tuple[str, Result]]:
     """Return the most accurate result and the fastest; no row where none has such a figure."""
     stage, limited = stage_title(group[0].run.stage), ", limited" if _limited(group) else ""
-    if len(group) == 1:
-        return [(f"{stage} (limited)" if limited else stage, group[0])]
     rated = [result for result in group if _goodness(result) > -math.inf]
     rows: list[tuple[str, Result]] = []
     if rated:

@@ -11,7 +11,8 @@ import pytest
 from matplotlib.image import imread
 
 from mxlab.errors import ReportError
-from mxlab.report import write_report
+from mxlab.report import dot_plots, write_report
+from mxlab.report.dot_plots import _compared
 from mxlab.report.figures import panels, plot
 from mxlab.report.read import read_tree
 
@@ -166,10 +167,76 @@ def test_every_other_stage_has_a_table(tree, report):
     text = report()
     assert re.findall(r"\*\*(Table 2.*)\*\*", text) == [
         "Table 2.1: Exercise 1 sweep results",
-        "Table 2.2: kv_only results",
-        "Table 2.3: weights_only results",
+        "Table 2.2: Recipes compared",
+    ]
+    assert [row[0] for row in rows(text, "Table 2.2")[1:]] == ["Baseline", "kv_only", "weights_only"]
+    assert [row[0] for row in rows(text, "Table 1")[1:]] == [
+        "Baseline",
+        "Ex1 best (accuracy)",
+        "Ex1 best (speed)",
+        "kv_only",
+        "weights_only",
     ]
     assert rows(text, "Table 1")[4][-1] == "Full eval; no swept options"
+
+
+def test_a_stage_of_several_models_has_a_table_and_figures_for_each(tree, report, tmp_path):
+    """None is dropped because another has more runs."""
+    for model, sizes in (("a/model", (16, 32, 64)), ("b/other", (16, 32))):
+        for size in sizes:
+            options = {"block_size": size, "scale_bits": 8, "custom_cuda": True}
+            folder = tree / "ex1" / f"{model[0]}{size}"
+            add(folder, model_name=model, run={"stage": "ex1", "options": options, "key": {"model": model}})
+    text = report()
+    assert re.findall(r"\*\*(Table 2.*)\*\*", text) == [
+        "Table 2.1a: Exercise 1 sweep results, model",
+        "Table 2.1b: Exercise 1 sweep results, other",
+    ]
+    assert [len(rows(text, f"Table 2.1{letter}")) for letter in "ab"] == [4, 3]
+    drawn = {path.stem for path in (tmp_path / "out" / "figs").iterdir()}
+    assert drawn == {f"ex1_{what}_vs_blocksize_{model}" for what in ("acc", "speed") for model in ("model", "other")}
+    assert "Not drawn" not in text
+
+
+def test_divergence_and_agreement_are_shown_where_they_were_measured(tree, report):
+    scores = {
+        "perplexity,none": 20.0,
+        "kl_divergence,none": 0.25,
+        "top1_agreement,none": 0.875,
+        "cross_entropy,none": 3.0,
+    }
+    for stage, factor in (("one", 1), ("two", 2)):
+        record = metrics() | {"results": {"passages": {**scores, "kl_divergence,none": 0.25 * factor}}}
+        record["n-samples"] = {"passages": {"original": 9, "effective": 9}}
+        add(tree / stage / "default", record=record, run={"stage": stage, "options": {"block_size": None}})
+    text = report()
+    head, *found = rows(text, "Table 2.1")
+    columns = [name for name in head if "KL" in name or "agreement" in name]
+    assert len(columns) == 2
+    by_name = [dict(zip(head, row, strict=True)) for row in found]
+    assert [row[columns[0]][:8] for row in by_name if row["recipe"] in ("one", "two")] == ["0.250000", "0.500000"]
+    assert "Other metrics, not shown: cross_entropy." in text
+    assert "None" not in section(text, "Headline results")
+
+
+def test_a_text_has_no_empty_accuracy_axes(tree, tmp_path):
+    for width in (4, 6, 8):
+        record = metrics() | {"results": {"passages": {"perplexity,none": 10.0 + width}}}
+        record["n-samples"] = {"passages": {"original": 9, "effective": 9}}
+        options = {"calibration": width, "block_size": None}
+        add(tree / "text" / str(width), record=record, run={"stage": "text", "options": options})
+    [results] = _compared(read_tree(tree))
+    figure = dot_plots.plot(results, [])
+    [axes] = figure.axes
+    assert "Perplexity" in axes.get_xlabel()
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["calibration=4", "calibration=6", "calibration=8"]
+
+
+def test_a_narrow_page_has_the_heads_beside_the_cells(tree, tmp_path):
+    add(tree / "ex1" / "20260101_000000_bs16_sb8_cctrue")
+    page = write_report(tree, tmp_path / "out").page.read_text(encoding="utf-8")
+    assert 'data-head="block_size"' in page
+    assert "attr(data-head)" in page
 
 
 def test_tasks_have_a_row_each_and_missing_metrics_a_dash(tree, report):
