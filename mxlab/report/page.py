@@ -38,11 +38,10 @@ figcaption b { color: var(--ink); }
 @media (max-width: 82rem) { th, td { padding: 0.3rem 0.4rem; white-space: normal; overflow-wrap: anywhere; }
   td.right { white-space: nowrap; } td.wrap { min-width: 9rem; } }
 @media (max-width: 44rem) { nav ul { columns: 1; } body { padding: 1.2rem 0.9rem 3rem; }
-  thead { display: none; } table, tbody, tr, td { display: block; width: 100%; }
+  thead { display: none; } table, caption, tbody, tr, td { display: block; width: 100%; }
   tr { padding: 0.5rem 0; border-bottom: 2px solid var(--line); }
-  td, td.right { display: flex; gap: 1rem; justify-content: space-between; text-align: right; border: 0;
-    padding: 0.1rem 0; white-space: normal; overflow-wrap: anywhere; }
-  td::before { content: attr(data-head); color: var(--soft); text-align: left; overflow-wrap: normal; } }
+  td, td.right { text-align: right; border: 0; padding: 0.1rem 0; white-space: normal; overflow-wrap: anywhere; }
+  td::before { content: attr(data-head); float: left; margin-right: 1rem; color: var(--soft); } }
 @media print { body { max-width: none; padding: 0; font-size: 10pt; } table { font-size: 7.5pt; } nav { display: none; }
   th, td { padding: 0.2rem 0.4rem; } figure, tr { break-inside: avoid; } h2, h3, caption { break-after: avoid; } }
 """
