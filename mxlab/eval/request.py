@@ -39,7 +39,8 @@ class EvaluationRequest:
     Attributes:
         recipe: what to quantize.
         model: a hub name, a folder, or ``smollm2``.
-        dtype: float32, bfloat16, float16, or auto for the fastest one that the device computes natively.
+        dtype: float32, bfloat16, float16 (by name, or torch's own), or auto for the fastest one that the device
+            computes natively.
         device: auto, cpu, cuda, cuda:0, ...
         batch_size: rows or windows that go through the model at once.
         data_dir: a folder with the data; None for the hub.
@@ -59,6 +60,7 @@ class EvaluationRequest:
         for name in ("model", "device"):
             check_name(name, getattr(self, name))
         check_int("batch_size", self.batch_size, 1, None, "a whole number, 1 or more")
+        object.__setattr__(self, "dtype", models.dtype_name(self.dtype))
         check_choice("dtype", self.dtype, (AUTO, *DTYPES))
 
     @property

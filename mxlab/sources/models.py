@@ -59,7 +59,7 @@ def load_model(name: str, dtype: str | torch.dtype = AUTO, device: str = "auto")
 
 def dtype_name(dtype: str | torch.dtype) -> str:
     """Return the name of a dtype, without ``torch.``; a name is returned as it is, known or not."""
-    return str(dtype).removeprefix("torch.")
+    return str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
 
 
 def skeleton(name: str, dtype: str | torch.dtype = AUTO) -> Any:

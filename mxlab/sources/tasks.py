@@ -7,6 +7,7 @@ embedded. Nothing ever takes another's place.
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import re
@@ -143,9 +144,13 @@ def _definition(name: str, file: Path) -> dict[str, Any]:
 
 
 def _json_lines(local: _Local, file: Path) -> Path:
-    """Return the JSON lines that the task reads: ``file`` itself, looked through, or the rows of its text, cached."""
+    """Return the JSON lines that the task reads: ``file`` itself, looked through, or the rows of its text, cached.
+
+    A byte order mark is no content: lm-eval would stumble over it, and reads a copy without.
+    """
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")
+        is_marked = file.read_bytes().startswith(codecs.BOM_UTF8)
     except (OSError, UnicodeDecodeError) as e:
         raise SourceError(f"cannot read {file}: {e}") from None
     if not text.strip():
@@ -153,8 +158,11 @@ def _json_lines(local: _Local, file: Path) -> Path:
     try:
         if local.rows is None:
             _check_lines(text, local.field)
-            return file
-        lines = "".join(json.dumps({local.field: row}) + "\n" for row in local.rows(text))
+            if not is_marked:
+                return file
+            lines = text
+        else:
+            lines = "".join(json.dumps({local.field: row}) + "\n" for row in local.rows(text))
     except ValueError as e:
         raise SourceError(f"{file} {e}") from None
 

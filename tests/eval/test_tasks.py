@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
+import torch
 
 from mxlab.errors import ConversionError, FormatError, SpecError
 from mxlab.eval.request import Outcome
@@ -233,3 +234,11 @@ def test_rows_that_share_a_call_of_the_model_are_counted_each(tiny_llama):
     windows, total = seen.done["windows"]
     assert windows > 1
     assert total is None
+
+
+def test_a_dtype_of_torch_is_as_good_as_its_name():
+    own: Any = torch.bfloat16
+    assert TaskRequest(load_recipe("baseline"), dtype=own) == TaskRequest(load_recipe("baseline"), dtype="bfloat16")
+    own = torch.int8
+    with pytest.raises(FormatError, match="dtype is 'int8'"):
+        TaskRequest(load_recipe("baseline"), dtype=own)

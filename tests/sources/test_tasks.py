@@ -1,5 +1,6 @@
 """Tasks by name: where their data comes from, lm-eval's own definitions, and honest errors."""
 
+import codecs
 import json
 import re
 from pathlib import Path
@@ -122,6 +123,14 @@ def test_a_file_with_other_line_ends(folder):
         file.write_bytes(file.read_bytes().replace(b"\n", b"\r\n"))
     assert [doc["page"] for doc in docs("wikitext", folder)] == wikitext_pages(RAW)
     assert [doc["text"] for doc in docs("lambada_openai", folder)][-1] == "Grün ist die Wiese"
+
+
+def test_a_byte_order_mark_is_not_content(folder):
+    expected = {name: docs(name, folder)[:] for name in ("lambada_openai", "wikitext")}
+    for name in ("lambada_openai.jsonl", "wikitext2_test.raw"):
+        file = folder / name
+        file.write_bytes(codecs.BOM_UTF8 + file.read_bytes())
+    assert {name: docs(name, folder)[:] for name in expected} == expected
 
 
 def test_several_tasks(folder):
