@@ -144,4 +144,6 @@ inline float __shfl_sync(unsigned, float value, int lane, int width) {
     return __uint_as_float(read_of(first + static_cast<unsigned>(lane), __float_as_uint(value)));
 }
 
+inline void atomicAdd(unsigned long long* at, unsigned long long value) { *at += value; }
+
 inline void atomicMax(unsigned* at, unsigned value) { *at = *at > value ? *at : value; }

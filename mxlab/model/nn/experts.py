@@ -15,7 +15,7 @@ from mxlab.model.nn.forward import ForwardOverride
 from mxlab.model.nn.operands import LinearOperands, Observable
 from mxlab.model.nn.phase import PassPhase
 from mxlab.model.nn.products import ParameterProducts, ProductOperand
-from mxlab.model.nn.weights import FrozenWeight
+from mxlab.model.nn.weights import FrozenWeight, TensorVersion
 from mxlab.recipe.rule import Phase
 
 Operands = Mapping[Phase, LinearOperands]
@@ -67,10 +67,9 @@ class QuantizedExperts(Observable):
         for name, frozen in self._frozen.items():
             frozen.freeze(getattr(self._module, name), self._module.training)
 
-    def verify_weights(self) -> None:
-        """Notice changes of frozen weights that torch does not count."""
-        for name, frozen in self._frozen.items():
-            frozen.verify(getattr(self._module, name))
+    def versions(self) -> list[tuple[TensorVersion, Tensor]]:
+        """Return each weight beside what recognises the values that it was quantized to."""
+        return [(v, getattr(self._module, name)) for name, frozen in self._frozen.items() for v in frozen.versions]
 
     def compute(self, forward: Callable, *args: Any, **kwargs: Any) -> Any:
         """Return the module's output, its operands quantized.

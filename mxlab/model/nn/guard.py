@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mxlab.model.nn.experts import QuantizedExperts
 from mxlab.model.nn.forward import override_of
-from mxlab.model.nn.weights import QuantizedWeight
+from mxlab.model.nn.weights import QuantizedWeight, TensorVersion, verify
 
 logger = logging.getLogger("mxlab")
 
@@ -36,9 +36,10 @@ class WeightGuard(threading.local):
     def install(self, model: nn.Module) -> None:
         """Check before every call of ``model``, and of the models inside it, which may be called alone."""
         model.register_forward_pre_hook(self._restart)
-        model.register_forward_pre_hook(self._look_for_layers)
+        model.register_forward_pre_hook(self._begin_all, with_kwargs=True)
+        model.register_forward_hook(self._end, always_call=True)
         for module in model.modules():
-            if module is model or isinstance(module, PreTrainedModel):
+            if module is not model and isinstance(module, PreTrainedModel):
                 module.register_forward_pre_hook(self._begin, with_kwargs=True)
                 module.register_forward_hook(self._end, always_call=True)
 
@@ -46,20 +47,29 @@ class WeightGuard(threading.local):
         if not torch.compiler.is_compiling():
             self._depth = 0  # an interrupted pass has not ended
 
-    def _begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if torch.compiler.is_compiling():
-            return
-        self._depth += 1
-        if self._depth == 1 and not _is_of_single_tokens(args, kwargs):
-            verify_weights(module)
+    def _begin_all(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Check the model that was converted, and that all layers which were are still in it."""
+        found = self._check(model, args, kwargs)
+        if found and not self._is_missed and sum(isinstance(m, QuantizedWeight) for m in found) < len(self._names):
+            self._is_missed = True
+            self._warn_of_missing_layers(model)
 
-    def _look_for_layers(self, model: nn.Module, *_: Any) -> None:
-        """Warn once where a converted layer was replaced, such as the head by resize_token_embeddings."""
-        if torch.compiler.is_compiling() or self._is_missed:
-            return
-        if sum(isinstance(module, QuantizedWeight) for module in model.modules()) >= len(self._names):
-            return
-        self._is_missed = True
+    def _begin(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        self._check(model, args, kwargs)
+
+    def _check(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> list[nn.Module]:
+        """Verify the weights at the start of a pass; return the modules that were looked at."""
+        if torch.compiler.is_compiling():
+            return []
+        self._depth += 1
+        if self._depth > 1 or _is_of_single_tokens(args, kwargs):
+            return []
+        modules = list(model.modules())
+        verify(found for module in modules for found in _versions(module))
+        return modules
+
+    def _warn_of_missing_layers(self, model: nn.Module) -> None:
+        """Warn where a converted layer was replaced, such as the head by resize_token_embeddings."""
         modules = dict(model.named_modules())
         missing = [name for name in self._names if not isinstance(modules.get(name), QuantizedWeight)]
         logger.warning(
@@ -76,16 +86,14 @@ class WeightGuard(threading.local):
         return WeightGuard, (self._names,)
 
 
-def verify_weights(model: nn.Module) -> None:
-    """Notice changes of the frozen weights of ``model`` that torch does not count."""
-    for module in model.modules():
-        if isinstance(module, QuantizedWeight):
-            module.verify_weights()
-        elif isinstance(experts := override_of(module), QuantizedExperts):
-            experts.verify_weights()
+def _versions(module: nn.Module) -> list[tuple[TensorVersion, Tensor]]:
+    if isinstance(module, QuantizedWeight):
+        return module.versions()
+    experts = override_of(module)
+    return experts.versions() if isinstance(experts, QuantizedExperts) else []
 
 
 def _is_of_single_tokens(args: tuple, kwargs: dict[str, Any]) -> bool:
     named = (kwargs.get(name) for name in ("input_ids", "inputs_embeds"))
-    tokens = next((x for x in (*args[:1], *named) if isinstance(x, torch.Tensor)), None)
+    tokens = next((x for x in (*args[:1], *named) if isinstance(x, Tensor)), None)
     return tokens is not None and tokens.ndim > 1 and tokens.shape[1] == 1

@@ -72,8 +72,9 @@ class QuantizedLayer(Observable, QuantizedWeight):
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute [..., out] from [..., in]."""
-        mx, bias = self.mx, self.bias
-        self._note("weight", self.phase.current)
+        phase = self.phase.current
+        mx, bias = self.operands[phase], self.bias
+        self._note("weight", phase)
         self._show("weight", "activation", x)
         inputs, weight = self._quantized_input(x, mx), self._quantized_weight(mx)
         if bias is None or mx.adds_bias_apart:

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mxlab.model.nn.operands import LinearOperands
+from mxlab.numerics.fingerprints import fingerprint, fingerprints
 from mxlab.recipe import Phase
-
-
-def fingerprint(weight: Tensor) -> int:
-    """Return a number that changes with the values: the sum of their memory, read as integers of 64 bits."""
-    memory = weight.detach().contiguous().view(-1).view(torch.uint8)
-    whole = memory.numel() // 8 * 8
-    return int(memory[:whole].view(torch.int64).sum()) + int(memory[whole:].sum())
 
 
 class TensorVersion:
@@ -38,7 +32,7 @@ class TensorVersion:
         """Return what recognises the values of a weight by the fingerprint it had in ``dtype``."""
         made = cls.__new__(cls)
         made.dtype, made.fingerprint = dtype, number
-        made._weight, made._version, made._address = None, -1, 0
+        made._note(None)
         return made
 
     def is_of(self, weight: Tensor) -> bool:
@@ -48,24 +42,29 @@ class TensorVersion:
             return True
         return self.verify(weight)
 
-    def verify(self, weight: Tensor) -> bool:
+    def verify(self, weight: Tensor, number: int | None = None) -> bool:
         """Return the same by the values themselves, which takes as long as reading them.
 
-        Values that were cast to another dtype are the same if that changed none.
+        Values that were cast to another dtype are the same if that changed none. ``number`` is the fingerprint of
+        ``weight``, if that is known.
         """
+        is_same = self._has_values_of(weight, number)
+        self._note(weight if is_same else None)
+        return is_same
+
+    def _has_values_of(self, weight: Tensor, number: int | None) -> bool:
         kept = weight.detach()
         if weight.dtype != self.dtype:
             kept = kept.to(self.dtype)
             if not torch.equal(kept.to(weight.dtype), weight.detach()):
                 return False
-        if fingerprint(kept) != self.fingerprint:
-            return False
-        self._note(weight)
-        return True
+            number = None
+        return (fingerprint(kept) if number is None else number) == self.fingerprint
 
-    def _note(self, weight: Tensor) -> None:
-        self._weight: Any = weakref.ref(weight)
-        self._version, self._address = _version(weight), weight.data_ptr()
+    def _note(self, weight: Tensor | None) -> None:
+        """Remember the tensor that has the values; None: that which had them has others."""
+        self._weight: Any = None if weight is None else weakref.ref(weight)
+        self._version, self._address = (-1, 0) if weight is None else (_version(weight), weight.data_ptr())
 
     def __reduce__(self) -> tuple[Any, ...]:
         return TensorVersion.recorded, (self.dtype, self.fingerprint)  # a copy knows the values, not the tensor
@@ -73,6 +72,13 @@ class TensorVersion:
 
 def _version(weight: Tensor) -> int:
     return 0 if weight.is_inference() else weight._version
+
+
+def verify(versions: Iterable[tuple[TensorVersion, Tensor]]) -> None:
+    """Notice changes of weights that torch does not count: :meth:`TensorVersion.is_of` knows of them from then on."""
+    present = [(version, weight) for version, weight in versions if not weight.is_meta]
+    for (version, weight), number in zip(present, fingerprints([weight for _, weight in present]), strict=True):
+        version.verify(weight, number)
 
 
 class FrozenWeight:
@@ -141,10 +147,10 @@ class FrozenWeight:
             self._mark = None
         return self._mark is not None
 
-    def verify(self, weight: Tensor) -> None:
-        """Notice also a change that torch does not count."""
-        if self._mark is not None and not weight.is_meta and not self._mark.verify(weight):
-            self._mark = None
+    @property
+    def versions(self) -> list[TensorVersion]:
+        """What recognises the quantized values, if the weight was frozen."""
+        return [] if self._mark is None else [self._mark]
 
     def _is_frozen_in_trace(self, weight: nn.Parameter, is_training: bool) -> bool:
         # Neither the version nor the values of a weight can be traced. The marks are guards of the compiled code.
@@ -188,10 +194,10 @@ class QuantizedWeight(nn.Module):
         """Quantize the weight, as :meth:`FrozenWeight.freeze`."""
         self.frozen.freeze(self.weight, self.training, self._is_offloaded)
 
-    def verify_weights(self) -> None:
-        """Notice changes that torch does not count, as far as quantized values are remembered."""
-        self.frozen.verify(self.weight)
-        self._copies = {kind: kept for kind, kept in self._copies.items() if kept[0].verify(self.weight)}
+    def versions(self) -> list[tuple[TensorVersion, Tensor]]:
+        """Return the weight beside what recognises the values that it was quantized to, or copied from."""
+        copied_from = [version for version, _ in self._copies.values()]
+        return [(version, self.weight) for version in (*self.frozen.versions, *copied_from)]
 
     @property
     def is_frozen(self) -> bool:
@@ -200,7 +206,9 @@ class QuantizedWeight(nn.Module):
 
     @property
     def _is_offloaded(self) -> bool:
-        hook = getattr(self, "_hf_hook", None)
+        hook = vars(self).get("_hf_hook")  # getattr would search parameters and modules, at every call
+        if hook is None:
+            return False
         return any(getattr(h, "offload", False) for h in getattr(hook, "hooks", [hook]))
 
     def _quantized_weight(self, operands: LinearOperands) -> Tensor:
@@ -230,7 +238,7 @@ class QuantizedWeight(nn.Module):
         self.frozen.is_frozen(self.weight)  # compiled code is to know at once
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        self.verify_weights()
+        verify(self.versions())
         self.freeze()
         super()._save_to_state_dict(destination, prefix, keep_vars)
 

@@ -1,7 +1,8 @@
 """The compiled backends: C++ for the CPU and CUDA C++ for NVIDIA GPUs, with the bits of the reference.
 
 Read in this order: ``compiled`` (what both share: tensors become dense buffers and layouts), ``native`` (the CPU's
-extension module), ``cuda`` (kernels compiled by NVRTC at run time).
+extension module), ``launches`` (which CUDA kernels with which arguments), ``cuda`` (compiles them by NVRTC at run time
+and launches them).
 
 Then ``csrc/``. Both backends compile ``mx.h`` (formats, float32 bits, storage types, random numbers), ``exact.h`` and
 ``microxcaling.h`` (one block's scale and one element, in either numerics) and ``ops.h`` (these as template arguments of

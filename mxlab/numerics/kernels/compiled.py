@@ -6,6 +6,7 @@ have another order in memory is processed in that order; one with gaps or overla
 
 from __future__ import annotations
 
+import functools
 import math
 from abc import ABC, abstractmethod
 from typing import Literal, NamedTuple
@@ -162,13 +163,17 @@ def _check(fmt: MXFormat, x: Tensor, numerics: Numerics) -> None:
 
 
 def _layout(x: Tensor, fmt: MXFormat, axis: int) -> Layout:
-    shape = x.shape
-    if not x.is_contiguous():
-        order = _memory_order(x)
-        shape, axis = [shape[i] for i in order], order.index(axis)
+    block_size = 1 if fmt.scale_rule == "none" else fmt.block_size
+    if x.is_contiguous():
+        return _contiguous(x.shape, block_size, axis)
+    order = _memory_order(x)
+    return _contiguous(torch.Size(x.shape[i] for i in order), block_size, order.index(axis))
+
+
+@functools.lru_cache(maxsize=1024)
+def _contiguous(shape: torch.Size, block_size: int, axis: int) -> Layout:
     length, inner = shape[axis], math.prod(shape[axis + 1 :])
-    block = 1 if fmt.scale_rule == "none" else min(fmt.block_size or length, length)
-    return Layout(x.numel() // max(length * inner, 1), length, inner, block)
+    return Layout(math.prod(shape[:axis]), length, inner, min(block_size or length, length))
 
 
 def _memory_order(x: Tensor) -> list[int]:

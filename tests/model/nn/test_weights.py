@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 import mxlab
-from mxlab.model.nn.weights import FrozenWeight, TensorVersion, fingerprint
+from mxlab.model.nn.weights import FrozenWeight, TensorVersion
+from mxlab.numerics.fingerprints import fingerprint
 from mxlab.recipe import Recipe, Rule
 from mxlab.recipe.rule import PHASES
 

@@ -20,7 +20,8 @@ from mxlab import quantize
 from mxlab.errors import FormatError
 from mxlab.formats import ELEMENTS, NUMERICS, ROUNDINGS, MXFormat, element, elementwise_format
 from mxlab.numerics import microxcaling, operators, philox, quantize_, reference, round_elementwise
-from mxlab.numerics.kernels import cuda
+from mxlab.numerics.fingerprints import fingerprint, fingerprints
+from mxlab.numerics.kernels import cuda, launches
 from mxlab.numerics.kernels.compiled import Compiled, address
 
 from support import golden
@@ -66,24 +67,26 @@ class OnCpu(Compiled):
     def __init__(self, kernels: dict) -> None:
         self.kernels = kernels
 
-    def start(self, launch: cuda.Launch) -> None:
+    def start(self, launch: launches.Launch) -> None:
         arguments = (ctypes.c_longlong * len(launch.arguments))(*launch.arguments)
         well = self.kernels[launch.kernel](ctypes.c_longlong(launch.threads), arguments, len(arguments))
         assert well, f"{launch.kernel}: not every thread reached a shuffle"
 
     def uniform(self, shape, seed, device):
         out = torch.full(shape, -1.0)
-        self.start(cuda.plan_uniform(out.data_ptr(), out.numel(), seed))
+        self.start(launches.plan_uniform(out.data_ptr(), out.numel(), seed))
         return out
 
     def _run(self, x, out, noise, fmt, numerics, layout):
-        scratch = torch.zeros(cuda.scratch_words(fmt, layout), dtype=torch.int32)
-        for launch in cuda.plan((*map(address, (x, out, noise)),), x.dtype, fmt, numerics, layout, scratch.data_ptr()):
+        scratch = torch.zeros(launches.scratch_words(fmt, layout), dtype=torch.int32)
+        for launch in launches.plan(
+            (*map(address, (x, out, noise)),), x.dtype, fmt, numerics, layout, scratch.data_ptr()
+        ):
             self.start(launch)
 
     def _run_elementwise(self, x, out, noise, element, rounding, subnormals, numerics):
         addresses = (*map(address, (x, out, noise)),)
-        self.start(cuda.plan_elementwise(addresses, x.dtype, x.numel(), element, rounding, subnormals, numerics))
+        self.start(launches.plan_elementwise(addresses, x.dtype, x.numel(), element, rounding, subnormals, numerics))
 
 
 # What serves the rules and scales other than floor and e8m0, and the roundings that the tests below use.
@@ -103,7 +106,7 @@ def vector_sizes(rounding: str) -> tuple[int, ...]:
 
 def kernel_names() -> list[str]:
     finding = product(("find_largest", "find_largest_finite"), ("F32", "BF16", "F16"))
-    names = ["uniform_numbers", *(f"{kernel}<mx::device::{t}>" for kernel, t in finding)]
+    names = ["uniform_numbers", "sum_words", *(f"{kernel}<mx::device::{t}>" for kernel, t in finding)]
     operations = ("Exact", "Microxcaling", "SimpleMicroxcaling")
     for storage, op, rounding in product(("F32", "BF16", "F16"), operations, ROUNDINGS):
         operation = f"mx::device::{op}<mx::device::{storage}, mx::Rounding::{rounding}>"
@@ -196,7 +199,7 @@ def test_rules_and_scales(on_cpu, text, dtype):
 
 
 @pytest.mark.parametrize("rounding", ROUNDINGS)
-@pytest.mark.parametrize("name", [n for n in FORMATS if cuda._is_simple(element(n), torch.bfloat16)])
+@pytest.mark.parametrize("name", [n for n in FORMATS if launches._is_simple(element(n), torch.bfloat16)])
 def test_every_bfloat16_beside_a_largest_one(on_cpu, name, rounding):
     """round_scaled_simply gives the bits of round_scaled under the conditions that microxcaling.h states."""
     values = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16)
@@ -262,6 +265,14 @@ def test_random_numbers(on_cpu):
         check(on_cpu.uniform((count,), seed, torch.device("cpu")), philox.uniform((count,), seed, torch.device("cpu")))
 
 
+def test_sums_of_memory(on_cpu):
+    tensors = [torch.randn(n, generator=torch.Generator().manual_seed(n)) for n in (4, 4096, 20_000)]
+    table = torch.tensor([(t.data_ptr(), t.numel() * 4 // launches.PAIR) for t in tensors])
+    sums = torch.zeros(len(tensors), dtype=torch.int64)
+    on_cpu.start(launches.plan_sums(table.data_ptr(), sums.data_ptr(), len(tensors)))
+    assert sums.tolist() == [fingerprint(t) for t in tensors]
+
+
 def test_a_shuffle_that_some_threads_miss_is_noticed(on_cpu):
     """The fibers are no use if they cannot fail."""
     assert not on_cpu.kernels["diverging"](ctypes.c_longlong(1), (ctypes.c_longlong * 1)(), 0)
@@ -297,6 +308,7 @@ OPERATIONS = [
 ]
 COMPILED = [
     "uniform_numbers",
+    "sum_words",
     "find_largest<mx::device::BF16>",
     "find_largest_finite<mx::device::BF16>",
     *(f"quantize_vectors<{op}, {size}>" for op in OPERATIONS for size in (1, 32)),
@@ -475,6 +487,12 @@ def test_the_current_stream_is_used(gpu):
             result = quantize(x * 2, "fp4@32", backend="cuda")
     stream.synchronize()
     check(result.cpu(), expected.cpu())
+
+
+def test_fingerprints_on_a_gpu(gpu):
+    memory = torch.randn(100_001, generator=torch.Generator().manual_seed(0)).bfloat16()
+    tensors = [memory[:8], memory[1:9], memory[:80_000].view(8, -1).t(), memory, memory[:0], memory.float()]
+    assert fingerprints([t.to(gpu) for t in tensors]) == [fingerprint(t) for t in tensors]
 
 
 def test_cuda_graphs(gpu):

@@ -19,7 +19,7 @@ constexpr u32 WARP = 0xFFFFFFFFu;
 
 // ------------------------------------------------------------------------------------------------------ arguments
 
-// Unpack a format from the three words that cuda.py packs: small integers; the smallest normal and the largest element;
+// Unpack a format from the three words that launches.py packs: small integers; the smallest normal and the largest element;
 // the same of a floating-point scale, or the carry into the exponent of another. `tensor` points to the largest finite
 // magnitude of the tensor if the format has a scale for the tensor, and is null otherwise.
 MX_DEVICE Format unpacked(u64 small, u64 limits, u64 scale = 0, const u32* tensor = nullptr) {
@@ -296,6 +296,23 @@ MX_KERNEL uniform_numbers(float* target, i64 count, u64 seed) {
     const i64 counter = thread_index();
     const Words words = philox(static_cast<u64>(counter), seed);
     for (int i = 0; i < 4 && counter * 4 + i < count; ++i) target[counter * 4 + i] = uniform(words.word[i]);
+}
+
+// Add up the memory of many tensors as 64-bit words. Of tensor i, table[2 * i] is the address, aligned to 16 bytes, and
+// table[2 * i + 1] the number of pairs of words; sums[i] holds zero. SUMMING_BLOCKS thread blocks share a tensor.
+MX_KERNEL sum_words(const u64* table, u64* sums) {
+    constexpr int SUMMING_BLOCKS = 8;
+    struct alignas(16) Pair {
+        u64 low, high;
+    };
+    const u64* const entry = table + 2 * (blockIdx.x / SUMMING_BLOCKS);
+    const Pair* const pairs = reinterpret_cast<const Pair*>(entry[0]);
+    const u64 count = entry[1], stride = SUMMING_BLOCKS * THREADS;
+    u64 sum = 0;
+#pragma unroll 4
+    for (u64 i = blockIdx.x % SUMMING_BLOCKS * THREADS + threadIdx.x; i < count; i += stride)
+        sum += pairs[i].low + pairs[i].high;
+    atomicAdd(sums + blockIdx.x / SUMMING_BLOCKS, sum);
 }
 
 }  // namespace MX_ISA
