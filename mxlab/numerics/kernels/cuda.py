@@ -64,7 +64,7 @@ round_elementwise, uniform = _backend.round_elementwise, _backend.uniform
 def sum_words(tensors: Sequence[Tensor]) -> Tensor:
     """Return the sum of each tensor's memory read as 64-bit integers, modulo 2^64, as int64 [tensors].
 
-    All are contiguous, on one GPU, and aligned to :data:`~mxlab.numerics.kernels.launches.PAIR` bytes, of which each has a whole number.
+    All are contiguous, on one GPU, and aligned to ``launches.PAIR`` bytes, of which each has a whole number.
     """
     device = tensors[0].device
     entries = [(t.data_ptr(), t.nbytes // launches.PAIR) for t in tensors]
