@@ -13,7 +13,9 @@ from mxlab.numerics.operators import choose
 
 def fingerprint(x: Tensor) -> int:
     """Return a number that changes with the values: the sum of their memory, read as integers of 64 bits."""
-    memory = _memory(x)
+    memory = x.detach().contiguous().view(-1).view(torch.uint8)
+    if memory.storage_offset() % 8:  # torch reads words only where they are aligned
+        memory = memory.clone()
     whole = memory.numel() // 8 * 8
     return int(memory[:whole].view(torch.int64).sum()) + int(memory[whole:].sum())
 
@@ -33,8 +35,3 @@ def fingerprints(tensors: Sequence[Tensor]) -> list[int]:
             sums = cuda.sum_words([tensors[i] for i in places])
             found.update(zip(places, sums.tolist(), strict=True))
     return [found[i] if i in found else fingerprint(x) for i, x in enumerate(tensors)]
-
-
-def _memory(x: Tensor) -> Tensor:
-    """Return the bytes of a tensor in the order of its elements, as uint8."""
-    return x.detach().contiguous().view(-1).view(torch.uint8)
