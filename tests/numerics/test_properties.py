@@ -15,6 +15,7 @@ from mxlab.formats.scales import SCALE_RULES
 from mxlab.numerics import philox, quantize, round_elementwise
 
 from support.bits import same
+from support.roundings import NUMERICS_AND_ROUNDINGS
 from support.strategies import (
     DTYPES,
     EVERY_NAME,
@@ -248,8 +249,7 @@ def test_flush():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rounding", ROUNDINGS)
-@pytest.mark.parametrize("numerics", NUMERICS)
+@pytest.mark.parametrize(("numerics", "rounding"), NUMERICS_AND_ROUNDINGS)
 def test_the_gradient_passes_straight_through(numerics, rounding, dtype):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(5, 40, generator=generator)
