@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mxlab.compat.mx._operator import aten
 from mxlab.compat.mx.elemwise_ops import quantize_elemwise_op
 from mxlab.compat.mx.mx_ops import quantize_mx_op
 from mxlab.compat.mx.specs import MxSpecs, get_backwards_mx_specs
@@ -41,7 +42,7 @@ class Plan:
     round_in2: str = "round_output"
     round_grad_in2: str = "round_grad_input"
     # How matrices are multiplied, and whether in1ᵀ @ g sums over the leading dimensions before it is rounded.
-    multiply: Callable[[Tensor, Tensor], Tensor] = torch.matmul
+    multiply: Callable[[Tensor, Tensor], Tensor] = aten.matmul
     sums_first: bool = False
     # in2 and the bias are rounded already, and cannot be trained.
     prequantized: bool = False
