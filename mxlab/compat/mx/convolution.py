@@ -203,7 +203,9 @@ def conv3d(
     return _convolve(3, input, weight, bias, stride, padding, dilation, groups, mx_specs)
 
 
-class _ConvLayer(Layer, torch.nn.modules.conv._ConvNd):
+class _ConvLayer(Layer):
+    """What the three layers share; the next class in line is torch's."""
+
     ndim: int
 
     def __init__(
@@ -220,26 +222,18 @@ class _ConvLayer(Layer, torch.nn.modules.conv._ConvNd):
         name: str | None = None,
         **more: Any,
     ) -> None:
-        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, **more)
+        given: Any = (in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
+        super().__init__(*given, **more)
         self.configure(mx_specs, name)
 
-    def forward(self, inputs: Tensor) -> Tensor:
+    def forward(self: Any, inputs: Tensor) -> Tensor:
         """Return (N, O, ...) of (N, I, ...)."""
         padding = self.padding
         if self.padding_mode != "zeros":
             inputs = F.pad(inputs, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0
-        return _convolve(
-            self.ndim,
-            inputs,
-            self.weight,
-            self.bias,
-            self.stride,
-            padding,
-            self.dilation,
-            self.groups,
-            self.given_specs,
-        )
+        weight, bias, specs = self.weight, self.bias, self.given_specs
+        return _convolve(self.ndim, inputs, weight, bias, self.stride, padding, self.dilation, self.groups, specs)
 
 
 class Conv1d(_ConvLayer, torch.nn.Conv1d):

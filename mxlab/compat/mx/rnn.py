@@ -42,9 +42,10 @@ class LSTM(Layer, torch.nn.LSTM):
         if self.mx_none:
             return super().forward(input, hx)
         packed = input if isinstance(input, PackedSequence) else None
-        x, sizes = (packed.data, packed.batch_sizes) if packed else (input, None)
+        x: Any = input if packed is None else packed.data
+        sizes = None if packed is None else packed.batch_sizes
         steps = _steps(x, sizes)
-        batch = int(sizes[0]) if packed else x.shape[1]
+        batch = x.shape[1] if sizes is None else int(sizes[0])
         states = self._first_states(x, batch, hx, packed)
         self.check_forward_args(x, states, sizes)
         last = []
