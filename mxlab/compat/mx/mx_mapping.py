@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -113,22 +114,31 @@ _ORIGINALS: dict[_Place, Any] = {
 }
 
 
-def inject_pyt_ops(mx_specs: Specs) -> None:
+def inject_pyt_ops(mx_specs: Specs, calls: Counter[str] | None = None) -> None:
     """Put the operators, with these options, in the place of torch's; build the model afterwards.
 
     Calling it again takes other options. :func:`injected` undoes it at the end of a block.
 
     A function computes as torch does where none of its tensors is floating-point; ``dtype`` converts its result.
+
+    Args:
+        mx_specs: the options; None computes as torch does.
+        calls: where to count, by name, the calls of functions that compute with these options.
     """
+    calls = Counter() if calls is None else calls
     for (space, name), original in _ORIGINALS.items():
-        setattr(space, name, _replacement(name, original, mx_specs))
+        if name in MODULE_MAPPING:
+            replacement = _layer(MODULE_MAPPING[name], original, mx_specs)
+        else:
+            replacement = _function(name, original, mx_specs, calls)
+        setattr(space, name, replacement)
 
 
 @contextmanager
-def injected(mx_specs: Specs) -> Iterator[None]:
+def injected(mx_specs: Specs, calls: Counter[str] | None = None) -> Iterator[None]:
     """Have :func:`inject_pyt_ops` in force for a block of code; what was in force before is put back after it."""
     before = {(space, name): getattr(space, name) for space, name in _ORIGINALS}
-    inject_pyt_ops(mx_specs)
+    inject_pyt_ops(mx_specs, calls)
     try:
         yield
     finally:
@@ -136,16 +146,13 @@ def injected(mx_specs: Specs) -> Iterator[None]:
             setattr(space, name, found)
 
 
-def _replacement(name: str, original: Any, mx_specs: Specs) -> Any:
-    if name in MODULE_MAPPING:
-        return _layer(MODULE_MAPPING[name], original, mx_specs)
-    return _function(FUNCTION_MAPPING[name], original, mx_specs)
+def _function(name: str, original: Callable[..., Any], mx_specs: Specs, calls: Counter[str]) -> Callable[..., Any]:
+    ours = FUNCTION_MAPPING[name]
 
-
-def _function(ours: Callable[..., Any], original: Callable[..., Any], mx_specs: Specs) -> Callable[..., Any]:
     def call(*args: Any, dtype: torch.dtype | None = None, **kwargs: Any) -> Any:
         if not any(isinstance(x, Tensor) and x.is_floating_point() for x in (*args, *kwargs.values())):
             return original(*args, **kwargs) if dtype is None else original(*args, dtype=dtype, **kwargs)
+        calls[name] += 1
         out = ours(*args, mx_specs=mx_specs, **kwargs)
         return out if dtype is None else out.to(dtype)
 
