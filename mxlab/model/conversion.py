@@ -130,7 +130,9 @@ class Conversion:
 
     @property
     def linears_in_high_precision(self) -> list[str]:
-        """The names of the linear layers, and of the experts' weights, that no rule matched."""
+        """The names of the linear layers, and of the experts' weights, that no rule matched; none under injection."""
+        if self.injection is not None:
+            return []
         replaced = {site.name for site in self.linears}
         return [
             site.name for site in sites.find_sites(self.model) if site.kind != "attention" and site.name not in replaced
