@@ -31,10 +31,10 @@ def chosen_recipe(name: str | None, assignments: list[str], model: str) -> Recip
     else:
         recipe = load_any_recipe(name)
     changed = override(recipe, assigned(assignments))
-    if assignments and not changed.rules:
+    if assignments and not changed.quantizes:
         raise SpecError(f"recipe {recipe.name} quantizes nothing, so that --set {assignments[0]} has no effect")
     # A recipe that quantizes is no baseline, and must not stand among them.
-    return replace(changed, name="custom") if changed.rules and not recipe.rules else changed
+    return replace(changed, name="custom") if changed.quantizes and not recipe.quantizes else changed
 
 
 def assigned(assignments: list[str]) -> dict[str, Any]:

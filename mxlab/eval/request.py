@@ -97,6 +97,8 @@ class EvaluationRequest:
 
 def check_rules_acted(conversion: Conversion) -> None:
     """Raise RunError at a rule under which nothing computed; only warn where the model was compiled, which hides it."""
+    if conversion.injection is not None and not conversion.injection.calls:
+        raise RunError("None of the injected operators was called, so that the result would not be the recipe's")
     idle = conversion.idle_rules()
     if not idle:
         return

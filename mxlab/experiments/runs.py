@@ -60,7 +60,7 @@ def run(
         with _logged(folder / rundir.LOG):
             outcome, batch_size = _evaluate(request, folder, load)
         key = {**key, "revision": models.revision(request.model)}  # this run may have fetched the model
-        record = {"stage": stage_folder.name, "options": options, "quantized": bool(request.recipe.rules), "key": key}
+        record = {"stage": stage_folder.name, "options": options, "quantized": request.recipe.quantizes, "key": key}
         _write_after(folder, outcome, {**record, "batch_size": batch_size})
         return rundir.publish(folder, stage_folder, label(request.recipe, request.model, stage_folder.name))
 
@@ -143,7 +143,7 @@ def label(recipe: Recipe, model: str, stage: str) -> str:
 
 def _options_label(recipe: Recipe) -> str:
     """``bs16_sb8_cctrue``; empty where the recipe quantizes nothing."""
-    if not recipe.rules:
+    if not recipe.quantizes:
         return ""
     options = {"block_size": "mix", "scale_bits": "mix", **recipe.options}
     custom_cuda = str(options["custom_cuda"]).lower()

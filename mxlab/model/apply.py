@@ -26,6 +26,7 @@ from mxlab.model.nn.attention import EAGER_ROLES, INNER_ROLES, QuantizedAttentio
 from mxlab.model.nn.experts import QuantizedExperts
 from mxlab.model.nn.forward import override_of
 from mxlab.model.nn.guard import WeightGuard
+from mxlab.model.nn.injection import Injection
 from mxlab.model.nn.linear import QuantizedLayer
 from mxlab.model.nn.operands import LinearOperands
 from mxlab.model.nn.phase import PassPhase
@@ -37,6 +38,7 @@ from mxlab.model.structure import cache_argument
 from mxlab.progress import track
 from mxlab.recipe import Phase, Recipe
 from mxlab.recipe.carried import carried_recipe
+from mxlab.recipe.mx_specs import injected_options
 
 logger = logging.getLogger("mxlab")
 
@@ -131,7 +133,8 @@ def _install(
 ) -> Conversion:
     model, recipe = plan.model, plan.recipe
     _check_experts(plan)
-    remarks = (*_make_eager(model, plan.sites), *remarks)
+    injection = Injection(injected_options(recipe)) if recipe.inject and not is_passive else None
+    remarks = (*_make_eager(model, plan.sites, injection), *remarks)
     installer = _Installer(recipe, is_passive)
     for site in plan.sites:
         installer.install(site)
@@ -139,7 +142,10 @@ def _install(
         shared.install(model.get_submodule(parent))
     if any(site.by_phase["prefill"] != site.by_phase["decode"] for site in plan.sites):
         installer.phase.install(model)
-    conversion = Conversion(model, recipe, plan.sites, dict(clamps or {}), remarks)
+    conversion = Conversion(model, recipe, plan.sites, dict(clamps or {}), remarks, injection)
+    if injection is not None:
+        injection.install(model)
+        saved.SavePretrained(conversion).install()
     if plan.sites and not is_passive:
         saved.expect_frozen(conversion, saved.frozen_versions(saved.carried_config(model)))
         WeightGuard([site.name for site in plan.sites if site.kind == "linear"]).install(model)
@@ -209,11 +215,13 @@ def _check_experts(plan: Plan) -> None:
             )
 
 
-def _make_eager(model: Any, found: tuple[QuantizedSite, ...]) -> list[str]:
-    """Have the model compute its attention eagerly where a role is met only there; say so in words."""
+def _make_eager(model: Any, found: tuple[QuantizedSite, ...], injection: Injection | None) -> list[str]:
+    """Have the model compute its attention eagerly where what is quantized is met only there; say so in words."""
     roles = {role for site in found for role in site.roles}
     present = getattr(getattr(model, "config", None), "_attn_implementation", None)
     wanted = ", ".join(sorted(roles.intersection(EAGER_ROLES if present == "sdpa" else INNER_ROLES)))
+    if injection is not None:
+        wanted = "its products and softmax"
     if not wanted or present in (None, "eager"):
         return []
     model.set_attn_implementation("eager")

@@ -16,6 +16,7 @@ from torch import nn
 
 from mxlab.model import sites
 from mxlab.model.nn.forward import override_of
+from mxlab.model.nn.injection import Injection
 from mxlab.model.nn.operands import Observable
 from mxlab.model.plan import QuantizedSite
 from mxlab.recipe import Phase, Recipe, Rule
@@ -30,7 +31,8 @@ class Conversion:
     """What :func:`mxlab.apply` did to ``model``.
 
     ``weight_clamps`` counts, over all quantized weights as they were before, the blocks whose shared scale was out of
-    range (see :func:`mxlab.numerics.scale_clamps`). ``remarks`` are what else a user should know.
+    range (see :func:`mxlab.numerics.scale_clamps`). ``remarks`` are what else a user should know. ``injection`` is what
+    computes the model where the recipe has operators injected.
     """
 
     model: nn.Module
@@ -38,6 +40,7 @@ class Conversion:
     sites: tuple[QuantizedSite, ...]
     weight_clamps: dict[str, int] = field(default_factory=dict)
     remarks: tuple[str, ...] = ()
+    injection: Injection | None = None
 
     @property
     def linears(self) -> list[QuantizedSite]:
@@ -109,6 +112,10 @@ class Conversion:
 
     def summary(self) -> str:
         """Return one line: how many layers, which formats, KV or not."""
+        if self.injection is not None:
+            given = ", ".join(f"{name} {value}" for name, value in self.recipe.inject.items())
+            injected = f"recipe {self.recipe.name}: torch's operators are replaced while the model computes ({given})"
+            return "; ".join([injected, f"{self.recipe.numerics} numerics", *self.notes])
         if not self.sites:
             return f"recipe {self.recipe.name}: nothing is quantized"
         parts = [
@@ -123,7 +130,9 @@ class Conversion:
 
     @property
     def linears_in_high_precision(self) -> list[str]:
-        """The names of the linear layers, and of the experts' weights, that no rule matched."""
+        """The names of the linear layers, and of the experts' weights, that no rule matched; none under injection."""
+        if self.injection is not None:
+            return []
         replaced = {site.name for site in self.linears}
         return [
             site.name for site in sites.find_sites(self.model) if site.kind != "attention" and site.name not in replaced
@@ -167,6 +176,7 @@ class Conversion:
             "linear_layers_in_high_precision": self.linears_in_high_precision,
             "idle_rules": [str(rule) for rule in self.idle_rules()],
             "notes": self.notes,
+            **({} if self.injection is None else {"injected_calls": dict(self.injection.calls)}),
         }
 
     def write_inventory(self, file: Path | None) -> None:

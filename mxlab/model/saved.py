@@ -97,7 +97,7 @@ def check_same(present: Recipe, wanted: Recipe) -> None:
         return
     remedy = (
         "take its own recipe, or load the unquantized model for another"
-        if wanted.rules
+        if wanted.quantizes
         else "for a baseline load the model that it was made from"
     )
     raise ConversionError(

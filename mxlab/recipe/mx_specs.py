@@ -157,6 +157,8 @@ def override(recipe: Recipe, options: Mapping[str, Any]) -> Recipe:
     Raises:
         SpecError: an unknown option, a value that it does not take, or an option that changes nothing here.
     """
+    if recipe.inject:
+        return _with_injected(recipe, options)
     for name in filter(_is_inert, options):
         raise SpecError(f"{name} has no effect on the layers that mxlab replaces: leave it out")
     given = {name: _checked(name, value) for name, value in options.items()}
@@ -170,6 +172,33 @@ def override(recipe: Recipe, options: Mapping[str, Any]) -> Recipe:
     recipe = replace(recipe, rules=rules, elementwise=elementwise).map_formats(**_format_changes(given))
     if "custom_cuda" in given:
         recipe = replace(recipe, numerics="exact" if given["custom_cuda"] else "microxcaling")
+    return recipe
+
+
+def injected_options(recipe: Recipe) -> dict[str, Any]:
+    """Return the options that a recipe hands to ``inject_pyt_ops``, ``custom_cuda`` among them.
+
+    Raises:
+        SpecError: an option that microxcaling does not have, a value that it does not take, or no format at all.
+    """
+    for name in (name for name in recipe.inject if name in OPTIONS and OPTIONS[name].metadata.get("ours")):
+        raise SpecError(f"recipe {recipe.name}, inject: {name} is not an option of microxcaling's")
+    try:
+        given = {name: _checked(name, value) for name, value in recipe.inject.items()}
+        elementwise_format(given.get("bfloat", 0), given.get("fp", 0))
+    except (FormatError, SpecError) as e:
+        raise SpecError(f"recipe {recipe.name}, inject: {e}") from None
+    if not any(value for name, value in given.items() if "elem_format" in name or name in ("bfloat", "fp")):
+        raise SpecError(f"recipe {recipe.name}, inject: no format, bfloat or fp is given, so nothing is quantized")
+    return {**given, "custom_cuda": recipe.numerics == "exact"}
+
+
+def _with_injected(recipe: Recipe, options: Mapping[str, Any]) -> Recipe:
+    """Return a recipe that injects with these options over its own."""
+    given = {**recipe.inject, **options}
+    custom_cuda = _checked("custom_cuda", given.pop("custom_cuda", recipe.numerics == "exact"))
+    recipe = replace(recipe, inject=given, numerics="exact" if custom_cuda else "microxcaling")
+    injected_options(recipe)  # raises
     return recipe
 
 

@@ -69,10 +69,12 @@ class Recipe:
     """Ordered rules (the first that matches a module wins), the numerics and the element-wise rounding.
 
     ``name`` is a label: it is not part of the hash. ``algorithms`` holds the tables of the algorithms to run before
-    quantizing, by name.
+    quantizing, by name. ``inject`` stands alone: microxcaling's options for its ``inject_pyt_ops``, under which all of
+    its operators take the place of torch's; ``custom_cuda`` is not among them, as ``numerics`` says that.
 
     Raises:
-        SpecError: a name that is no folder's, rules without effect, a format that the numerics do not have.
+        SpecError: a name that is no folder's, rules without effect, rules beside ``inject``, a format that the numerics
+            do not have.
         FormatError: unknown numerics or algorithms.
     """
 
@@ -81,6 +83,7 @@ class Recipe:
     numerics: Numerics = "exact"
     elementwise: Elementwise = field(default_factory=Elementwise)
     algorithms: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    inject: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
@@ -101,6 +104,10 @@ class Recipe:
         self._check_effect()
 
     def _check_effect(self) -> None:
+        if self.inject and (self.rules or self.algorithms or self.elementwise.is_used):
+            raise SpecError("inject replaces every operator: leave out rules, algorithms and elementwise")
+        if "custom_cuda" in self.inject:
+            raise SpecError("inject has custom_cuda: write numerics instead, 'exact' for true")
         for rule in self.rules:
             if not (rule.skip or rule.formats or self.elementwise.is_used):
                 raise SpecError(
@@ -118,19 +125,24 @@ class Recipe:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
+    def quantizes(self) -> bool:
+        """Whether there is anything that it quantizes."""
+        return bool(self.rules or self.inject)
+
+    @property
     def formats(self) -> tuple[NumberFormat, ...]:
         """Every format the rules give, in order."""
         return tuple(fmt for rule in self.rules for fmt in rule.formats.values())
 
     @property
     def options(self) -> dict[str, Any]:
-        """``block_size`` and ``scale_bits`` where all formats agree on them, and ``custom_cuda``; {} without rules."""
-        found: dict[str, Any] = {}
+        """``block_size`` and ``scale_bits`` where all formats agree on them, and ``custom_cuda``; {} for a baseline."""
+        found = {name: self.inject[name] for name in ("block_size", "scale_bits") if name in self.inject}
         for name in ("block_size", "scale_bits"):
             values = {getattr(fmt, name, None) for fmt in self.formats}
             if len(values) == 1:
                 found[name] = values.pop()
-        return {**found, "custom_cuda": self.numerics == "exact"} if self.rules else {}
+        return {**found, "custom_cuda": self.numerics == "exact"} if self.quantizes else {}
 
     def map_formats(self, **changes: Any) -> Recipe:
         """Return the recipe with these fields changed in every format.
@@ -154,7 +166,8 @@ class Recipe:
             "elementwise": asdict(self.elementwise),
             "rules": [rule.to_dict() for rule in self.rules],
         }
-        return values | ({"algorithms": deepcopy(dict(self.algorithms))} if self.algorithms else {})
+        values |= {"algorithms": deepcopy(dict(self.algorithms))} if self.algorithms else {}
+        return values | ({"inject": dict(self.inject)} if self.inject else {})
 
     def to_toml(self) -> str:
         """Return the recipe as TOML, which :meth:`from_toml` reads back equal."""
@@ -177,8 +190,11 @@ class Recipe:
         rules = tuple(Rule.from_dict(r, f"{source}, rule {i}") for i, r in enumerate(rules, 1))
         elementwise = _elementwise(values.get("elementwise", {}), f"{source}, [elementwise]")
         algorithms = _algorithms(values.get("algorithms", {}), f"{source}, [algorithms]")
+        inject = values.get("inject", {})
+        if not isinstance(inject, Mapping):
+            raise SpecError(f"{source}, [inject]: must be a table of microxcaling's options")
         try:
-            return cls(values["name"], rules, values.get("numerics", "exact"), elementwise, algorithms)
+            return cls(values["name"], rules, values.get("numerics", "exact"), elementwise, algorithms, dict(inject))
         except (FormatError, SpecError) as e:
             raise SpecError(f"{source}: {e}") from None
 

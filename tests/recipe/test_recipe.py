@@ -12,6 +12,7 @@ from mxlab import shipped
 from mxlab.errors import SpecError
 from mxlab.formats import ELEMENTS, EMULATED_ROUNDINGS, ROUNDINGS, MXFormat
 from mxlab.recipe import Elementwise, Recipe, load_recipe
+from mxlab.recipe.mx_specs import injected_options, override
 from mxlab.recipe.rule import Rule
 
 EXERCISES = ("activations_only", "baseline", "ex1", "ex2", "kv_only", "weights_only")
@@ -123,11 +124,48 @@ def test_the_hash_is_the_same_tomorrow():
     assert Recipe("a").hash == Recipe("b").hash == "22af7e435e6c0922"
 
 
+# ---- injected operators
+
+
+def test_injected_options():
+    recipe = load_recipe("injected")
+    assert Recipe.from_toml(recipe.to_toml()) == recipe
+    assert recipe.quantizes
+    assert recipe.options == {"block_size": 32, "scale_bits": 8, "custom_cuda": True}
+    changed = override(recipe, {"block_size": 16, "custom_cuda": False, "softmax_exp2": True})
+    assert injected_options(changed) == {**recipe.inject, "block_size": 16, "softmax_exp2": True, "custom_cuda": False}
+    assert len({recipe.hash, changed.hash, Recipe("baseline").hash}) == 3
+
+
+@pytest.mark.parametrize(
+    ("inject", "message"),
+    [
+        ({"blocksize": 32}, "recipe r, inject: unknown option 'blocksize'; did you mean 'block_size'"),
+        ({"kv_elem_format": "int8"}, "kv_elem_format is not an option of microxcaling's"),
+        ({"a_elem_format": "fp9"}, "unknown element format 'fp9'"),
+        ({"bfloat": 9}, "bfloat must be 10 to 32"),
+        ({"block_size": 32}, "no format, bfloat or fp is given"),
+    ],
+)
+def test_injected_options_that_are_none(inject, message):
+    with pytest.raises(SpecError, match=message):
+        override(Recipe("r", inject=inject), {})
+
+
+def test_injected_operators_stand_alone():
+    with pytest.raises(SpecError, match="inject replaces every operator: leave out rules"):
+        Recipe("r", rules=load_recipe("ex1").rules, inject={"bfloat": 16})
+    with pytest.raises(SpecError, match="write numerics instead"):
+        Recipe("r", inject={"bfloat": 16, "custom_cuda": True})
+    with pytest.raises(SpecError, match=r"f\.toml, \[inject\]: must be a table"):
+        Recipe.from_dict({"name": "r", "inject": 16}, "f.toml")
+
+
 # ---- the shipped ones
 
 
 def test_the_shipped_recipes():
-    assert sorted(path.stem for path in shipped.files("recipe").values()) == sorted(EXERCISES + TIERS)
+    assert sorted(path.stem for path in shipped.files("recipe").values()) == sorted((*EXERCISES, *TIERS, "injected"))
     assert all(load_recipe(name).name == name for name in EXERCISES + TIERS)
 
 

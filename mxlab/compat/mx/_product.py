@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mxlab.compat.mx._operator import aten
 from mxlab.compat.mx.elemwise_ops import quantize_elemwise_op
 from mxlab.compat.mx.mx_ops import quantize_mx_op
 from mxlab.compat.mx.specs import MxSpecs, get_backwards_mx_specs
@@ -41,7 +42,7 @@ class Plan:
     round_in2: str = "round_output"
     round_grad_in2: str = "round_grad_input"
     # How matrices are multiplied, and whether in1ᵀ @ g sums over the leading dimensions before it is rounded.
-    multiply: Callable[[Tensor, Tensor], Tensor] = torch.matmul
+    multiply: Callable[[Tensor, Tensor], Tensor] = aten.matmul
     sums_first: bool = False
     # in2 and the bias are rounded already, and cannot be trained.
     prequantized: bool = False
@@ -130,8 +131,9 @@ def _grad_in2(grad: Tensor, in1: Tensor, rounder: _Rounder, plan: Plan) -> Tenso
     """Return the gradient of ``in2`` (..., K, N) from that of the product (..., M, N) and ``in1`` (..., M, K)."""
     grad = rounder.mx(grad, plan.grad_for_in2, -2)
     in1 = rounder.mx(in1, plan.in1_backward, -2)
-    if plan.sums_first:
+    if plan.sums_first:  # as the gradient of a weight (N, K): the bits of a product depend on which way round it is
         grad, in1 = grad.flatten(0, -2), in1.flatten(0, -2)
+        return rounder.elementwise(plan.multiply(grad.mT, in1), plan.round_grad_in2).mT
     return rounder.elementwise(plan.multiply(in1.mT, grad), plan.round_grad_in2)
 
 

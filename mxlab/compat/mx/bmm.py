@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from mxlab.compat.mx._operator import aten
 from mxlab.compat.mx._product import product
 from mxlab.compat.mx.matmul import PLANS
 from mxlab.compat.mx.specs import apply_mx_specs, mx_assert_test
 
-_BMM = replace(PLANS["aa"], multiply=torch.bmm)
+_BMM = replace(PLANS["aa"], multiply=aten.bmm)
 
 
 def bmm(in1: Tensor, in2: Tensor, mx_specs: Mapping[str, Any] | None = None, name: str | None = None) -> Tensor:
@@ -34,5 +34,5 @@ def bmm(in1: Tensor, in2: Tensor, mx_specs: Mapping[str, Any] | None = None, nam
     """
     mx_assert_test(mx_specs)
     if mx_specs is None:
-        return torch.bmm(in1, in2)
+        return aten.bmm(in1, in2)
     return product(in1, in2, None, apply_mx_specs(mx_specs), _BMM)

@@ -7,9 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from mxlab.compat.mx._operator import Layer, aten
 from mxlab.compat.mx._product import Plan, Step, product
 from mxlab.compat.mx.elemwise_ops import quantize_elemwise_op
 from mxlab.compat.mx.specs import apply_mx_specs, mx_assert_test
@@ -57,7 +57,7 @@ def linear(
     """
     mx_assert_test(mx_specs)
     if mx_specs is None:
-        return F.linear(input, weight, bias)
+        return aten.linear(input, weight, bias)
     if prequantized_weights and {weight.dtype, weight.dtype if bias is None else bias.dtype} != {torch.bfloat16}:
         raise SpecError(
             "prequantized_weights is true: weight and bias must be bfloat16, as prequantize_weights() makes"
@@ -66,8 +66,11 @@ def linear(
     return product(input, weight.mT, bias, apply_mx_specs(mx_specs), plan)
 
 
-class Linear(torch.nn.Linear):
-    """A ``torch.nn.Linear`` that computes as :func:`linear` does; with ``mx_specs`` of None it is torch's."""
+class Linear(Layer, torch.nn.Linear):
+    """A ``torch.nn.Linear`` that computes as :func:`linear` does; with ``mx_specs`` of None it is torch's.
+
+    ``more`` goes to ``torch.nn.Linear``.
+    """
 
     def __init__(
         self,
@@ -76,21 +79,11 @@ class Linear(torch.nn.Linear):
         bias: bool = True,
         mx_specs: Mapping[str, Any] | None = None,
         name: str | None = None,
+        **more: Any,
     ) -> None:
-        super().__init__(in_features, out_features, bias)
-        self.name = name
+        super().__init__(in_features, out_features, bias, **more)
         self.prequantized_weights = False
-        self.apply_mx_specs(mx_specs)
-
-    def apply_mx_specs(self, mx_specs: Mapping[str, Any] | None) -> None:
-        """Compute with these options from now on."""
-        mx_assert_test(mx_specs)
-        self.mx_none = mx_specs is None
-        self.mx_specs = apply_mx_specs(mx_specs)
-
-    def append_name(self, postfix: str) -> None:
-        """Add ``postfix`` to the layer's name."""
-        self.name = f"{self.name or ''}{postfix}"
+        self.configure(mx_specs, name)
 
     def prequantize_weights(self) -> None:
         """Round weight and bias to bfloat16, once and for all; the layer then serves evaluation only.
@@ -110,8 +103,6 @@ class Linear(torch.nn.Linear):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return [..., out] of [..., in]."""
-        if self.mx_none:
-            return super().forward(inputs)
         if self.prequantized_weights and self.training:
             raise SpecError("prequantized weights cannot be trained: call eval() first")
-        return linear(inputs, self.weight, self.bias, self.mx_specs, self.prequantized_weights, self.name)
+        return linear(inputs, self.weight, self.bias, self.given_specs, self.prequantized_weights)

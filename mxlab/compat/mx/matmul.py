@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from mxlab.compat.mx._operator import aten
 from mxlab.compat.mx._product import Plan, Step, product
 from mxlab.compat.mx.specs import apply_mx_specs, mx_assert_test
 from mxlab.errors import SpecError
@@ -64,6 +64,6 @@ def matmul(
 
 def _plain(in1: Tensor, in2: Tensor, bias: Tensor | None) -> Tensor:
     if bias is not None and in1.ndim == in2.ndim == 2:
-        return torch.addmm(bias, in1, in2)
-    out = torch.matmul(in1, in2)
+        return aten.addmm(bias, in1, in2)
+    out = aten.matmul(in1, in2)
     return out if bias is None else out + bias
