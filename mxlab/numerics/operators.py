@@ -74,6 +74,24 @@ def parse(fmt: NumberFormat | str, numerics: str, backend: str) -> NumberFormat:
     return fmt
 
 
+def spelled(fmt: NumberFormat | str, numerics: str, backend: str) -> tuple[str, bool]:
+    """Return the format's own text, by which an operator takes it, and whether it draws random numbers.
+
+    Raises:
+        FormatError: as :func:`parse`.
+    """
+    return _spelled_text(fmt, numerics, backend) if isinstance(fmt, str) else _spelled(fmt, numerics, backend)
+
+
+def _spelled(fmt: NumberFormat | str, numerics: str, backend: str) -> tuple[str, bool]:
+    parsed = parse(fmt, numerics, backend)
+    return str(parsed), parsed.is_random
+
+
+# torch.compile cannot follow how a text is read.
+_spelled_text = torch.compiler.assume_constant_result(_spelled)
+
+
 def _quantize(x: Tensor, fmt: str, axes: list[int], numerics: Numerics, backend: str, seed: int) -> Tensor:
     check(x, numerics, backend)
     parsed = parse(fmt, numerics, backend)

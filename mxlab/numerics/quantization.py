@@ -59,17 +59,17 @@ def quantize(
     Source: OCP Microscaling Formats (MX) v1.0, section 6.3; :mod:`mxlab.formats.scales` for the other rules and scales.
     """
     _check(x, numerics, backend)
-    fmt = operators.parse(fmt, numerics, backend)
+    text, is_random = operators.spelled(fmt, numerics, backend)
     axes = _axes(x, axis)
     if out is not None:
         if x.requires_grad and torch.is_grad_enabled():
             raise FormatError("x requires a gradient, which cannot pass through out: leave out away, or use no_grad")
-        operators.quantize_out(x, out, str(fmt), axes, numerics, backend, _seed(fmt.is_random, seed))
+        operators.quantize_out(x, out, text, axes, numerics, backend, _seed(is_random, seed))
         return out
     if x.numel() == 0:
         return x.clone()
-    seed = _seed(fmt.is_random, seed)
-    return _straight_through(operators.quantize, x, str(fmt), axes, numerics, backend, seed)
+    seed = _seed(is_random, seed)
+    return _straight_through(operators.quantize, x, text, axes, numerics, backend, seed)
 
 
 def quantize_(
@@ -87,12 +87,12 @@ def quantize_(
         FormatError: as :func:`quantize`; or ``x`` requires a gradient, which cannot pass through what is overwritten.
     """
     _check(x, numerics, backend)
-    fmt = operators.parse(fmt, numerics, backend)
+    text, is_random = operators.spelled(fmt, numerics, backend)
     axes = _axes(x, axis)
     if x.requires_grad and torch.is_grad_enabled():
         raise FormatError("x requires a gradient: quantize it in place under torch.no_grad(), or use quantize")
     if x.numel():
-        operators.quantize_(x, str(fmt), axes, numerics, backend, _seed(fmt.is_random, seed))
+        operators.quantize_(x, text, axes, numerics, backend, _seed(is_random, seed))
     return x
 
 
