@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from mxlab import rundir
 from mxlab.errors import RunError
@@ -15,26 +17,39 @@ from mxlab.sources import models
 
 
 def save_converted(model: str, recipe: Recipe, dtype: str, out: Path) -> Conversion:
-    """Load ``model`` on the CPU, apply ``recipe``, and save it into the new folder ``out``, whole or not at all.
+    """Load ``model`` on the CPU, apply ``recipe``, and :func:`save` it into the new folder ``out``.
+
+    Raises:
+        RunError: as :func:`save`.
+        SourceError, ConversionError: as :func:`mxlab.sources.models.load_model` and :func:`mxlab.apply`.
+    """
+
+    def convert() -> tuple[Conversion, Any]:
+        loaded = models.load_model(model, dtype, "cpu")
+        return apply(loaded.model, recipe), loaded.tokenizer
+
+    return save(convert, out)
+
+
+def save(make: Callable[[], tuple[Conversion, Any]], out: Path) -> Conversion:
+    """Make a converted model and its tokenizer, and save both into the new folder ``out``, whole or not at all.
 
     The folder carries its recipe. With mxlab imported it loads in transformers as a converted model, under every tool;
     without mxlab transformers warns that it does not know the method, and computes with the weights on the grid alone.
 
     Raises:
-        RunError: ``out`` exists already, or cannot be written.
-        SourceError, ConversionError: as :func:`mxlab.sources.models.load_model` and :func:`mxlab.apply`.
+        RunError: ``out`` exists already, or cannot be written. That is found out before ``make`` is called.
     """
     if out.exists():
         raise RunError(f"{out} exists already: give another --out folder")
     try:
         with rundir.partial(out.parent) as folder:
-            loaded = models.load_model(model, dtype, "cpu")
-            conversion = apply(loaded.model, recipe)
+            conversion, tokenizer = make()
             with Steps("saving"):
-                loaded.model.save_pretrained(folder)
-                loaded.tokenizer.save_pretrained(folder)
+                conversion.model.save_pretrained(folder)  # pyright: ignore[reportCallIssue]
+                tokenizer.save_pretrained(folder)
             inventory = json.dumps(conversion.inventory(), indent=1) + "\n"
-            (folder / rundir.RECIPE).write_text(recipe.to_toml(), encoding="utf-8")
+            (folder / rundir.RECIPE).write_text(conversion.recipe.to_toml(), encoding="utf-8")
             (folder / rundir.INVENTORY).write_text(inventory, encoding="utf-8")
             folder.rename(out)
     except OSError as e:

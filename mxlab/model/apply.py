@@ -39,6 +39,8 @@ from mxlab.progress import track
 from mxlab.recipe import Phase, Recipe
 from mxlab.recipe.carried import carried_recipe
 from mxlab.recipe.mx_specs import injected_options
+from mxlab.recipe.recipe import MASE
+from mxlab.recipe.transform import Hadamard
 
 logger = logging.getLogger("mxlab")
 
@@ -68,15 +70,28 @@ def apply(model: nn.Module, recipe: Recipe | str | Path) -> Conversion:
     if (present := saved.conversion_of(model)) is not None:
         saved.check_same(present.recipe, chosen)
         return present
+    _refuse_tables_of_mase(chosen)
+    if chosen.algorithms and saved.carried_config(model) is None:
+        raise ConversionError(
+            f"recipe {chosen.name} asks for {', '.join(chosen.algorithms)}, which take a calibration text: use "
+            "mxlab quantize, and load what it saves; or take [algorithms] out, to round to nearest"
+        )
     plan = _checked_plan(model, chosen)
     plan.check_finite()
     versions = saved.frozen_versions(saved.carried_config(model))
     # Counted first: once quantized, a block whose scale was clamped may be all zeros.
     clamps = count_weight_clamps([site for site in plan.sites if not _is_frozen(site, versions)])
     conversion = _install(plan, clamps=clamps, remarks=_meta_remarks(plan))
-    _freeze(plan)
+    _freeze(plan.sites)
     logger.info(conversion.summary())
     conversion.write_inventory(environment.inventory_file())
+    return conversion
+
+
+def finish(conversion: Conversion) -> Conversion:
+    """Quantize the weights that are not yet quantized, once those of the others have been chosen."""
+    _freeze(conversion.sites)
+    logger.info(conversion.summary())
     return conversion
 
 
@@ -105,13 +120,7 @@ def _is_frozen(site: QuantizedSite, versions: Mapping[str, TensorVersion]) -> bo
 
 
 def _checked_plan(model: nn.Module, recipe: Recipe) -> Plan:
-    if recipe.algorithms:
-        keys = ", ".join(_KEYS_OF_MASE[name] for name in recipe.algorithms)
-        raise ConversionError(
-            f"recipe {recipe.name} asks for {', '.join(recipe.algorithms)}, which this version of mxlab does not have: "
-            "to quantize by rounding to nearest, take [algorithms] out of the recipe, or out of a file of MASE's "
-            f"{keys}"
-        )
+    _refuse_tables_of_mase(recipe)
     if any(isinstance(m, QuantizedLayer) or override_of(m) for m in model.modules()):
         raise ConversionError(
             "this model is quantized already: load it anew, and use either MX_SPECS_JSON with a patched transformers "
@@ -126,6 +135,15 @@ def _checked_plan(model: nn.Module, recipe: Recipe) -> Plan:
             "format; load the unquantized model"
         )
     return make_plan(model, recipe)
+
+
+def _refuse_tables_of_mase(recipe: Recipe) -> None:
+    if MASE in recipe.algorithms:
+        tables = recipe.algorithms[MASE]
+        raise ConversionError(
+            f"recipe {recipe.name} asks for MASE's {', '.join(tables)}, which this version of mxlab does not have: to "
+            f"quantize by rounding to nearest, take {', '.join(_KEYS_OF_MASE[name] for name in tables)} out of the file"
+        )
 
 
 def _install(
@@ -169,7 +187,14 @@ class _Installer:
             argument = cache_argument(site.module)
             assert argument is not None  # or it would not be an attention
             QuantizedAttention(
-                site.name, site.module, argument, site.by_phase, self.recipe.numerics, self.phase, self.is_passive
+                site.name,
+                site.module,
+                argument,
+                site.by_phase,
+                self.recipe.numerics,
+                self.phase,
+                self.is_passive,
+                site.transform,
             ).install()
         elif site.kind == "linear":
             shared = self.shared[site.name.rpartition(".")[0]]
@@ -188,17 +213,19 @@ class _Installer:
     def _operands(self, site: QuantizedSite) -> dict[Phase, LinearOperands]:
         if self.is_passive:
             return dict.fromkeys(site.by_phase, LinearOperands())
-        return {phase: linear_operands(self.recipe, formats) for phase, formats in site.by_phase.items()}
+        return {phase: linear_operands(self.recipe, of, site.transform) for phase, of in site.by_phase.items()}
 
 
-def linear_operands(recipe: Recipe, formats: Mapping[str, NumberFormat]) -> LinearOperands:
+def linear_operands(
+    recipe: Recipe, formats: Mapping[str, NumberFormat], transform: Hadamard | None = None
+) -> LinearOperands:
     """Return how ``recipe`` treats the operands of a linear layer with these formats by role."""
-    return LinearOperands(**formats, elementwise=recipe.elementwise, numerics=recipe.numerics)
+    return LinearOperands(**formats, elementwise=recipe.elementwise, numerics=recipe.numerics, transform=transform)
 
 
-def _freeze(plan: Plan) -> None:
+def _freeze(found: Sequence[QuantizedSite]) -> None:
     """Quantize the weights of all converted modules in place, as far as they can be."""
-    for module in track(list(dict.fromkeys(site.module for site in plan.sites)), "quantizing weights"):
+    for module in track(list(dict.fromkeys(site.module for site in found)), "quantizing weights"):
         if isinstance(module, QuantizedLayer):
             module.freeze()
         elif isinstance(experts := override_of(module), QuantizedExperts):

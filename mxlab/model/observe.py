@@ -44,6 +44,27 @@ def observe(conversion: Conversion, observer: SiteObserver) -> Iterator[None]:
             computer_of(site).set_observer(site.parameter, None)
 
 
+@contextmanager
+def observe_inputs(conversion: Conversion, observer: Callable[[QuantizedSite, Tensor], None]) -> Iterator[None]:
+    """Show ``observer`` the input [..., in] of every linear layer, whether it is quantized or not.
+
+    It is shown before it is transformed and quantized, and before the layer reads its weight.
+    """
+
+    def only_inputs(site: QuantizedSite, role: str, x: Tensor, axis: int) -> None:
+        if role == "activation":
+            observer(site, x)
+
+    layers = [site for site in conversion.sites if site.kind == "linear"]
+    for site in layers:
+        computer_of(site).set_observer(site.parameter, partial(only_inputs, site))
+    try:
+        yield
+    finally:
+        for site in layers:
+            computer_of(site).set_observer(site.parameter, None)
+
+
 def count_scale_clamps(conversion: Conversion) -> dict[str, Counter[str]]:
     """Count clamped and overflowed shared scales by role, in all weights and in the first batch of activations.
 

@@ -21,8 +21,10 @@ from mxlab.model.nn.attention import ROPE_ARGUMENT
 from mxlab.model.nn.linear import is_convertible
 from mxlab.model.sites import Site
 from mxlab.model.structure import CACHE_ARGUMENTS, Structure, takes_argument, writes_cache
+from mxlab.model.transforms import transform_of
 from mxlab.numerics import DTYPES
 from mxlab.recipe import PHASES, Phase, Recipe, Rule
+from mxlab.recipe.transform import Hadamard
 
 Rules = Mapping[Phase, Rule | None]
 
@@ -34,11 +36,13 @@ class QuantizedSite(Site):
     Attributes:
         by_phase: the formats by role, for each phase of generation.
         rules: the number of the rule that gave them, for each phase that has one.
+        transform: of the operands before they are quantized; None where there is none.
         tied_to: name of a module that shares the weight; None where there is none.
     """
 
     by_phase: Mapping[Phase, Mapping[str, NumberFormat]] = field(default_factory=dict)
     rules: Mapping[Phase, int] = field(default_factory=dict)
+    transform: Hadamard | None = None
     tied_to: str | None = None
 
     @property
@@ -119,7 +123,7 @@ class Plan:
         steps in (:mod:`mxlab.recipe.subset`).
         """
         rules = tuple(
-            Rule(name=site.name, phase=phase, **formats)  # pyright: ignore[reportArgumentType]
+            Rule(name=site.name, phase=phase, transform=site.transform, **formats)  # pyright: ignore[reportArgumentType]
             for site in self.sites
             for phase, formats in _distinct_phases(site)
         )
@@ -307,7 +311,9 @@ def _quantized_site(
         for phase, rule in rules.items()
     }
     by_number: dict[Phase, int] = {phase: numbers[id(rule)] for phase, rule in rules.items() if rule}
-    found = QuantizedSite(**vars(site), by_phase=by_phase, rules=by_number)
+    found = QuantizedSite(
+        **vars(site), by_phase=by_phase, rules=by_number, transform=transform_of(site, rules.values())
+    )
     if site.kind == "attention":
         return found
     weight = found.weight

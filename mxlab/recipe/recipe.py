@@ -30,10 +30,12 @@ from mxlab.formats import (
     elementwise_format,
     roundings_of,
 )
+from mxlab.recipe.algorithms import TABLES, read_table
 from mxlab.recipe.rule import Rule
 
-# Algorithms that rewrite weights or rotate activations; a recipe may ask for them, each with a table of options.
-ALGORITHMS = ("gptq", "clip_search", "rotation_search")
+# The tables of algorithms: mxlab's own, and those of a file of MASE's as they are in it.
+MASE = "mase"
+ALGORITHMS = (*TABLES, MASE)
 
 
 _NAME = re.compile(r"[^\W_][\w .+=,-]*")
@@ -117,6 +119,10 @@ class Recipe:
             raise SpecError(
                 "every rule skips, so nothing is quantized: give formats, or no rules for the model as it is"
             )
+
+    def algorithm(self, name: str) -> Any:
+        """Return the options of an algorithm, as :data:`~mxlab.recipe.algorithms.TABLES` has them; None without it."""
+        return read_table(name, self.algorithms[name], f"[algorithms.{name}]") if name in self.algorithms else None
 
     @property
     def hash(self) -> str:
@@ -256,4 +262,6 @@ def _algorithms(values: object, source: str) -> dict[str, dict[str, Any]]:
     for name, options in values.items():
         if not isinstance(options, Mapping):
             raise SpecError(f"{source}: {name} is {options!r}: it must be a table of options")
+        if name in TABLES:
+            read_table(name, options, f"{source[:-1]}.{name}]")
     return deepcopy({name: dict(options) for name, options in values.items()})

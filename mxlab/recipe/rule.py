@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 from mxlab.checks import check_choice, check_keys
 from mxlab.errors import FormatError, SpecError
 from mxlab.formats import NumberFormat, parse_format
+from mxlab.recipe.transform import Hadamard, parse_transform
 
 Part = Literal["mlp", "attention", "mixer", "router", "head", "vision", "all"]
 Phase = Literal["prefill", "decode"]
@@ -20,6 +21,8 @@ LINEAR_ROLES = ("weight", "activation", "bias", "output")
 KV_ROLES = ("k", "v")
 ATTENTION_ROLES = (*KV_ROLES, "q", "p", "softmax", "rope")
 ROLES = LINEAR_ROLES + ATTENTION_ROLES
+TRANSFORMED_LINEAR_ROLES = ("weight", "activation")
+TRANSFORMED_ATTENTION_ROLES = (*KV_ROLES, "q")
 SELECTORS = ("modules", "type", "name", "part")
 _FLAGS = ("skip", "bias_optional")
 
@@ -42,6 +45,9 @@ class Rule:
     their last axis: ``bias``, ``output``. Roles of an attention: ``k`` (after the rotary embedding), ``v`` and ``q``
     (the query into QKᵀ) along head_dim; ``softmax`` (its input) and ``p`` (the probabilities into PV) along the keys;
     ``rope`` (the cosines and sines) along head_dim. With ``skip`` the modules stay in high precision.
+
+    A ``transform`` is applied to both operands of the product, before they are quantized: to the weight and the
+    activation of a linear layer along the dimension it sums over, to ``k``, ``q`` and ``v`` along head_dim.
 
     Attributes:
         layers: decoder layers, such as ``0-3, 8, -1``; ranges include both ends, -1 is the last layer.
@@ -70,6 +76,7 @@ class Rule:
     p: NumberFormat | None = None
     softmax: NumberFormat | None = None
     rope: NumberFormat | None = None
+    transform: Hadamard | None = None
     bias_optional: bool = False
 
     def __post_init__(self) -> None:
@@ -83,6 +90,10 @@ class Rule:
             raise SpecError(f"{self} says bias_optional but gives no format for bias: take it out, or give one")
         if self.skip and self.formats:
             raise SpecError(f"{self} skips its modules and gives formats for {', '.join(self.formats)}: one or other")
+        if self.transform is not None:
+            object.__setattr__(self, "transform", parse_transform(self.transform))
+            if not any(role in self.formats for role in (*TRANSFORMED_LINEAR_ROLES, *TRANSFORMED_ATTENTION_ROLES)):
+                raise SpecError(f"{self} gives a transform, and no format for what it transforms: give one")
         if self.is_attention and any(role in self.formats for role in LINEAR_ROLES):
             raise SpecError(f"{self} gives formats for a linear layer and for an attention: write two rules")
 
@@ -138,6 +149,8 @@ class Rule:
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, as in the TOML file; what is None or false is left out."""
         keys = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ROLES}
+        if self.transform is not None:
+            keys["transform"] = str(self.transform)
         return {k: v for k, v in keys.items() if v not in (None, False)} | {r: str(f) for r, f in self.formats.items()}
 
     @classmethod

@@ -1,6 +1,7 @@
 """One rule: its selector, layers, phase and formats; what it prints as; errors. No model is involved."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -9,9 +10,11 @@ from hypothesis import strategies as st
 from mxlab import shipped
 from mxlab.errors import FormatError, SpecError
 from mxlab.formats import MXFormat, parse_format
-from mxlab.recipe import ALGORITHMS, Elementwise, Recipe, load_recipe
+from mxlab.recipe import Elementwise, Recipe, load_recipe
+from mxlab.recipe.algorithms import ORDERS
 from mxlab.recipe.mx_specs import override
 from mxlab.recipe.rule import ATTENTION_ROLES, LINEAR_ROLES, PARTS, PHASES, Rule
+from mxlab.recipe.transform import Hadamard, parse_transform
 
 from support.paths import ROOT
 
@@ -44,8 +47,13 @@ every_rule = st.builds(
     st.one_of(st.just({"skip": True}), roles(LINEAR_ROLES), roles(ATTENTION_ROLES)),
     st.fixed_dictionaries({"layers": st.none() | layers, "phase": st.none() | st.sampled_from(PHASES)}),
 )
-tables = st.dictionaries(
-    st.sampled_from(ALGORITHMS), st.dictionaries(st.text(max_size=5), st.integers() | st.booleans())
+tables = st.fixed_dictionaries(
+    {},
+    optional={
+        "mase": st.dictionaries(st.text(max_size=5), st.integers() | st.booleans()),
+        "gptq": st.fixed_dictionaries({}, optional={"damping": st.floats(0.001, 1), "order": st.sampled_from(ORDERS)}),
+        "calibration": st.fixed_dictionaries({}, optional={"samples": st.integers(1, 99)}),
+    },
 )
 
 
@@ -210,7 +218,43 @@ def test_an_unknown_algorithm_in_code():
 
 
 def test_options_of_algorithms_are_in_the_hash():
-    hashes = {
-        Recipe("a", algorithms=a).hash for a in ({}, {"gptq": {}}, {"gptq": {"nsamples": 8}}, {"clip_search": {}})
-    }
+    hashes = {Recipe("a", algorithms=a).hash for a in ({}, {"gptq": {}}, {"gptq": {"damping": 0.1}}, {"mase": {}})}
     assert len(hashes) == 4
+
+
+# ---- transforms and algorithms
+
+
+def test_a_transform_is_read_printed_and_hashed():
+    rule = Rule.from_dict({"part": "mlp", "weight": "fp4@32", "transform": "hadamard@32"}, "file")
+    assert rule.transform == Hadamard(32)
+    assert Rule.from_dict(rule.to_dict(), "file") == rule
+    assert str(parse_transform("hadamard")) == "hadamard"
+    others = [replace(rule, transform=t) for t in (None, Hadamard(64), Hadamard())]
+    assert len({Recipe("a", (r,)).hash for r in (rule, *others)}) == 4
+
+
+@pytest.mark.parametrize("text", ["hadamrd", "hadamard@", "hadamard@1", "hadamard@-2", 32, "wush"])
+def test_another_transform_is_refused(text):
+    with pytest.raises(SpecError, match="transform"):
+        Rule.from_dict({"part": "mlp", "weight": "fp4@32", "transform": text}, "file")
+
+
+def test_a_transform_of_nothing_is_refused():
+    with pytest.raises(SpecError, match="no format for what it transforms"):
+        Rule(part="attention", p=INT8, transform=Hadamard(32))
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ('[algorithms.gptq]\norder = "size"', "order is 'size'"),
+        ("[algorithms.gptq]\ndamping = 0", "above 0"),
+        ("[algorithms.gptq]\ncorrection = [0, 2]", "between 0 and 1"),
+        ("[algorithms.gptq]\nnsamples = 8", "unknown key 'nsamples'"),
+        ("[algorithms.calibration]\nsamples = 0", "samples is 0"),
+    ],
+)
+def test_a_bad_option_of_an_algorithm_is_named(table, message):
+    with pytest.raises(SpecError, match=message):
+        Recipe.from_toml(f'name = "a"\n{table}')

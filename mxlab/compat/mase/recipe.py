@@ -20,6 +20,7 @@ from mxlab.compat.mase.formats import FAMILIES, ROTATIONS, by_operand, spelled, 
 from mxlab.compat.mase.selectors import Selector, Table
 from mxlab.errors import SpecError
 from mxlab.recipe import Recipe, Rule
+from mxlab.recipe.recipe import MASE
 from mxlab.shipped import parse_toml, read_toml
 
 # MASE's ways of selecting, and the key of a rule that does the same.
@@ -191,7 +192,7 @@ def _algorithms(tables: dict[str, Table], by: str, selectors: list[Selector], no
         algorithms["gptq"]["modules"] = _patterns(by, [s for s in selectors if s.is_gptq])
         if not algorithms["gptq"]["modules"]:
             notes.append("[gptq] is for no selector: none says gptq = true")
-    return algorithms
+    return {MASE: algorithms} if algorithms else {}
 
 
 def _patterns(by: str, selectors: list[Selector]) -> list[str]:

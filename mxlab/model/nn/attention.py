@@ -25,8 +25,9 @@ from mxlab.model.nn.forward import ForwardOverride
 from mxlab.model.nn.operands import Observable
 from mxlab.model.nn.phase import PassPhase
 from mxlab.model.nn.products import AttentionProducts, unseen
-from mxlab.numerics import quantize
-from mxlab.recipe.rule import KV_ROLES, Phase
+from mxlab.numerics import hadamard, quantize
+from mxlab.recipe.rule import KV_ROLES, TRANSFORMED_ATTENTION_ROLES, Phase
+from mxlab.recipe.transform import Hadamard
 
 # The roles that are met inside the attention's own computation; the last two not in a fused one.
 INNER_ROLES = ("q", "softmax", "p")
@@ -50,6 +51,8 @@ class QuantizedAttention(Observable):
         numerics: ``exact`` or ``microxcaling``.
         phase: which phase a pass is in.
         is_passive: show the operands to observers, and leave them unchanged.
+        transform: of K, V and the query along head_dim, before they are quantized. The attention sees them transformed
+            back. As it is orthogonal, the products are those of the transformed operands, which lie on the grid.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class QuantizedAttention(Observable):
         numerics: Numerics,
         phase: PassPhase | None = None,
         is_passive: bool = False,
+        transform: Hadamard | None = None,
     ) -> None:
         self._name, self._cache_argument = name, cache_argument
         self._config = getattr(attention, "config", None)
@@ -74,6 +78,7 @@ class QuantizedAttention(Observable):
         self.numerics: Numerics = numerics
         self.phase = phase or PassPhase()
         self._is_passive = is_passive
+        self._transform = transform
 
     def install(self) -> None:
         """Quantize what the attention multiplies, from now on."""
@@ -148,7 +153,13 @@ class QuantizedAttention(Observable):
 
     def _quantized(self, role: str, x: Tensor, fmt: NumberFormat, axis: int) -> Tensor:
         self._show("", role, x, axis)
-        return x if self._is_passive else quantize(x, fmt, axis=axis, numerics=self.numerics)
+        if self._is_passive:
+            return x
+        if self._transform is None or role not in TRANSFORMED_ATTENTION_ROLES:
+            return quantize(x, fmt, axis=axis, numerics=self.numerics)
+        transformed = hadamard.transform(x, self._transform.size, axis)
+        quantized = quantize(transformed, fmt, axis=axis, numerics=self.numerics)
+        return hadamard.transform(quantized, self._transform.size, axis, inverse=True)
 
     def _with(self, args: tuple, kwargs: dict[str, Any], name: str, function: Callable[[Any], Any]) -> tuple:
         """Return the arguments with the one called ``name`` (None if not given) passed through ``function``."""

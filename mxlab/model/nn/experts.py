@@ -116,7 +116,7 @@ class QuantizedExperts(Observable):
     def _loaded(self, *_: Any) -> None:
         """Notice at once that other values were loaded, also for compiled code."""
         for name, frozen in self._frozen.items():
-            frozen.is_frozen(getattr(self._module, name))
+            frozen.notice_loaded(getattr(self._module, name))
 
 
 def _is_choice(x: Any) -> bool:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from mxlab.formats import MXFormat, NumberFormat, Numerics, Rounding, elementwise_format
-from mxlab.numerics import DTYPES, is_lossless, quantize, round_elementwise
+from mxlab.numerics import DTYPES, hadamard, is_lossless, quantize, round_elementwise
 from mxlab.recipe import Elementwise, Phase
+from mxlab.recipe.transform import Hadamard
 
 # Told of an operand before it is quantized: its role, the tensor, and the axis of its blocks.
 Observer = Callable[[str, Tensor, int], None]
@@ -46,7 +47,8 @@ class Observable:
 class LinearOperands:
     """The formats of a linear layer's roles in one phase; None leaves a role unchanged.
 
-    The order is microxcaling's: round element-wise, quantize along the inner dimension, multiply, round the result,
+    A transform comes first: of the weight and of the input, along the dimension that the product sums over. Then the
+    order is microxcaling's: round element-wise, quantize along the inner dimension, multiply, round the result,
     add the rounded bias, round again; then the output is quantized along its last axis. Without element-wise rounding
     the bias is added by the matmul itself, as in torch.
     """
@@ -57,6 +59,7 @@ class LinearOperands:
     output: NumberFormat | None = None
     elementwise: Elementwise = field(default_factory=Elementwise)
     numerics: Numerics = "exact"
+    transform: Hadamard | None = None
     # The dtypes that element-wise rounding leaves unchanged.
     untouched: tuple[torch.dtype, ...] = field(init=False)
     # Equal where the same input, or weight, becomes the same; short, as they are compared at every call.
@@ -65,8 +68,8 @@ class LinearOperands:
 
     def __post_init__(self) -> None:
         e = self.elementwise
-        object.__setattr__(self, "input_kind", f"{self.activation} {self.numerics} {e}")
-        object.__setattr__(self, "weight_kind", f"{self.weight} {self.numerics} {e}")
+        object.__setattr__(self, "input_kind", f"{self.transform} {self.activation} {self.numerics} {e}")
+        object.__setattr__(self, "weight_kind", f"{self.transform} {self.weight} {self.numerics} {e}")
         element = elementwise_format(e.bfloat, e.fp)
         exactly = self.numerics == "exact" and e.subnormals
         untouched = tuple(t for t in DTYPES if element is None or (exactly and is_lossless(element, t)))
@@ -80,10 +83,12 @@ class LinearOperands:
         """
         if weight.ndim == 3 and self.weight is not None and self.weight.tensor_bits:
             return torch.stack([self.on_weight(matrix, axis) for matrix in weight])
+        weight = self.transformed(weight, axis)
         return self._quantized(self._rounded(weight, self.elementwise.weight_rounding), self.weight, axis)
 
     def on_activation(self, x: Tensor, out: Tensor | None = None, axis: int = -1) -> Tensor:
         """Return the input [..., in] as the matmul sees it; in ``out``, if that is given and x is quantized."""
+        x = self.transformed(x, axis)
         return self._quantized(self._rounded(x, self.elementwise.output_rounding), self.activation, axis, out)
 
     def on_bias(self, bias: Tensor) -> Tensor:
@@ -111,13 +116,17 @@ class LinearOperands:
         """Whether quantizing a quantized weight once more leaves it unchanged."""
         fmt = self.weight
         is_stable = fmt is None or (isinstance(fmt, MXFormat) and fmt.scale == "e8m0" and fmt.scale_rule != "mase_int")
-        return is_stable and self.numerics == "exact"
+        return is_stable and self.numerics == "exact" and self.transform is None
 
     @property
     def shares_input(self) -> bool:
         """Whether layers with equal operands may share one quantized input: not if each draws its own noise."""
         draws = self.activation is not None and self.activation.is_random
         return not draws and self.elementwise.output_rounding != "dither"
+
+    def transformed(self, x: Tensor, axis: int) -> Tensor:
+        """Return an operand in the basis of the transform, before it is rounded or quantized."""
+        return x if self.transform is None else hadamard.transform(x, self.transform.size, axis)
 
     def _quantized(self, x: Tensor, fmt: NumberFormat | None, axis: int = -1, out: Tensor | None = None) -> Tensor:
         return x if fmt is None else quantize(x, fmt, axis=axis, numerics=self.numerics, out=out)

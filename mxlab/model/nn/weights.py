@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mxlab.errors import ConversionError
 from mxlab.model.nn.operands import LinearOperands
 from mxlab.numerics.fingerprints import fingerprint, fingerprints
 from mxlab.recipe import Phase
@@ -81,6 +82,16 @@ def verify(versions: Iterable[tuple[TensorVersion, Tensor]]) -> None:
         version.verify(weight, number)
 
 
+_CHANGED = (
+    "a weight was written to after it was transformed and quantized in place, so that it is neither what it was nor a "
+    "weight in full precision: change the model before mxlab converts it, or load the new weights by load_state_dict"
+)
+_TRAINED = (
+    "a weight that is to be trained was transformed and quantized in place: call train() before mxlab converts the "
+    "model, or leave transform out of the recipe"
+)
+
+
 class FrozenWeight:
     """Knows of one weight whether it is *frozen*: its own values are quantized, so that products need not do it.
 
@@ -112,6 +123,8 @@ class FrozenWeight:
         if torch.compiler.is_compiling():
             return self._is_frozen_in_trace(weight, is_training)
         if torch.is_grad_enabled() and weight.requires_grad:
+            if is_training and self._mark is not None and self._operands.transform is not None:
+                raise ConversionError(_TRAINED)
             self.is_master |= is_training
             self._watch_for_gradients(weight)
         if self.is_frozen(weight):
@@ -144,8 +157,15 @@ class FrozenWeight:
         if weight.is_meta:  # its values are elsewhere, until accelerate brings them
             return False
         if self._mark is not None and not self._mark.is_of(weight):
+            if self._operands.transform is not None:
+                raise ConversionError(_CHANGED)
             self._mark = None
         return self._mark is not None
+
+    def notice_loaded(self, weight: Tensor) -> None:
+        """Take values that were loaded for full-precision ones, unless they are those that were frozen."""
+        if self._mark is not None and not self._mark.is_of(weight):
+            self._mark = None
 
     @property
     def versions(self) -> list[TensorVersion]:
@@ -194,6 +214,12 @@ class QuantizedWeight(nn.Module):
         """Quantize the weight, as :meth:`FrozenWeight.freeze`."""
         self.frozen.freeze(self.weight, self.training, self._is_offloaded)
 
+    def freeze_as(self, values: Tensor) -> None:
+        """Take ``values``, of the shape of the weight, for what it is quantized to in the basis of its transform."""
+        with torch.no_grad():
+            self.weight.data = values.to(self.weight.dtype)
+        self.frozen.mark(self.weight)
+
     def versions(self) -> list[tuple[TensorVersion, Tensor]]:
         """Return the weight beside what recognises the values that it was quantized to, or copied from."""
         copied_from = [version for version, _ in self._copies.values()]
@@ -235,7 +261,7 @@ class QuantizedWeight(nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self.frozen.is_frozen(self.weight)  # compiled code is to know at once
+        self.frozen.notice_loaded(self.weight)  # compiled code is to know at once
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         verify(self.versions())

@@ -77,7 +77,7 @@ TABLES = {
 )
 def test_the_files_of_the_tutorial(name, algorithms):
     config = mase.load(FILES / f"{name}.toml")
-    expected = {algorithm: TABLES[algorithm] for algorithm in algorithms}
+    expected = {"mase": {algorithm: TABLES[algorithm] for algorithm in algorithms}} if algorithms else {}
     assert config.recipe == Recipe(name, (ATTENTION, *PROJECTIONS), algorithms=expected)
     assert config.notes == ()
 
@@ -88,7 +88,7 @@ def test_the_files_of_the_tutorial(name, algorithms):
 def test_an_algorithm_that_is_not_there_yet(name, asked):
     model = build("llama")
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    with pytest.raises(ConversionError, match=f"asks for {asked}, which this version of mxlab does not have"):
+    with pytest.raises(ConversionError, match=f"asks for MASE's {asked}, which this version of mxlab does not have"):
         mxlab.apply(model, FILES / f"{name}.toml")
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
@@ -103,10 +103,10 @@ def test_what_the_errors_tell_to_take_out_leads_to_rounding_to_nearest(name):
     config = mase.load(re.sub(r"(?m)^gptq = true$", "", without_tables))
     assert config.notes == ()
     assert config.recipe == Recipe("mase", (ATTENTION, *PROJECTIONS))
-    with pytest.raises(ConversionError, match=r"out of a file of MASE's the table \[gptq\] and every gptq = true"):
+    with pytest.raises(ConversionError, match=r"take the table \[gptq\] and every gptq = true"):
         mxlab.apply(build("llama"), FILES / f"{name}.toml")
     searching = mase.load(selector(LINEAR + "clip_search = true", modules=".*_proj")).recipe
-    with pytest.raises(ConversionError, match=r"out of a file of MASE's every clip_search = true$"):
+    with pytest.raises(ConversionError, match=r"take every clip_search = true out of the file$"):
         mxlab.apply(build("llama"), searching)
 
 
@@ -277,10 +277,10 @@ def test_loading_needs_no_torch_and_our_own_recipes_no_reader():
 def test_by_name_and_by_type():
     named = mase.load("by = 'name'\n" + GPTQ + selector(LINEAR + "gptq = true", modules="model.layers.0.mlp.up_proj"))
     assert named.recipe.rules[0].name == "model.layers.0.mlp.up_proj"
-    assert named.recipe.algorithms["gptq"]["modules"] == [r"model\.layers\.0\.mlp\.up_proj"]
+    assert named.recipe.algorithms["mase"]["gptq"]["modules"] == [r"model\.layers\.0\.mlp\.up_proj"]
     typed = mase.load("by = 'type'\n" + GPTQ + selector(LINEAR + "gptq = true", modules="linear"))
     assert typed.recipe.rules == (Rule(type="Linear", weight=mxint(4, 32), activation=mxint(4, 32)),)
-    assert typed.recipe.algorithms["gptq"]["modules"] == [".*"]
+    assert typed.recipe.algorithms["mase"]["gptq"]["modules"] == [".*"]
     assert len(mxlab.apply(build("llama"), Recipe("typed", typed.recipe.rules)).linears) == 2 * 7 + 1
 
 
@@ -455,8 +455,8 @@ def test_a_width_that_its_parts_contradict(width, notes):
 
 def test_clip_search_is_asked_for_as_an_algorithm():
     config = mase.load(selector(LINEAR + "clip_search = true"))
-    assert config.recipe.algorithms == {"clip_search": {"modules": ["a"]}}
-    with pytest.raises(ConversionError, match="asks for clip_search, which this version of mxlab does not have"):
+    assert config.recipe.algorithms == {"mase": {"clip_search": {"modules": ["a"]}}}
+    with pytest.raises(ConversionError, match="asks for MASE's clip_search, which this version of mxlab does not have"):
         mxlab.apply(build("llama"), config.recipe)
     keys = "weight_block_size = 8\nweight_exponent_width = 2\nweight_frac_width = 1\nclip_search = true"
     config = mase.load(selector(keys, name="mxfp"))
@@ -466,7 +466,7 @@ def test_clip_search_is_asked_for_as_an_algorithm():
 
 def test_unknown_keys_of_the_algorithms_are_kept():
     config = mase.load(GPTQ + "mine = [1, 2]\n" + selector(LINEAR + "gptq = true"))
-    assert config.recipe.algorithms["gptq"]["mine"] == [1, 2]
+    assert config.recipe.algorithms["mase"]["gptq"]["mine"] == [1, 2]
 
 
 def test_a_bypassed_selector_shields_its_modules():

@@ -1,0 +1,31 @@
+"""Find out whether the transform that a rule asks for fits a site."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from mxlab.errors import ConversionError, FormatError
+from mxlab.model.sites import Site
+from mxlab.numerics.hadamard import check_size
+from mxlab.recipe import Rule
+from mxlab.recipe.transform import Hadamard
+
+
+def transform_of(site: Site, rules: Iterable[Rule | None]) -> Hadamard | None:
+    """Return the transform of a site's operands under its rules, one for each phase; None where there is none.
+
+    Raises:
+        ConversionError: none of that size fits the site, or the phases have different ones.
+    """
+    given = {rule.transform for rule in rules if rule}
+    if len(given) > 1:
+        raise ConversionError(f"{site.name}: the phases of generation have different transforms; give both the same")
+    transform = given.pop()
+    if transform is None or not site.shape:
+        return transform
+    length = site.shape[-1] if site.kind == "attention" else site.shape[site.input_axis]
+    try:
+        check_size(transform.size, length)
+    except FormatError as e:
+        raise ConversionError(f"{site.name}: {e}") from None
+    return transform

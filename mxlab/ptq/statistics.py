@@ -1,0 +1,52 @@
+"""What is kept of a layer's input while a calibration text passes: second moments, and a few rows held out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mxlab.errors import ConversionError
+
+
+@dataclass(frozen=True)
+class InputStatistics:
+    """Second moments of an input, and some of its rows.
+
+    Attributes:
+        gram: X̂ᵀX̂ [in, in], float32, X̂ being what the quantized model multiplies by its weight: transformed and
+            quantized.
+        cross: XᵀX̂ [in, in], X being what the unquantized model multiplies, transformed as well.
+        held_out: rows of X̂ [rows, in] that are not in the moments.
+        held_out_original: the same rows of X.
+    """
+
+    gram: Tensor
+    cross: Tensor
+    held_out: Tensor
+    held_out_original: Tensor
+
+
+def input_statistics(quantized: Tensor, original: Tensor, held_out: int, name: str) -> InputStatistics:
+    """Take the statistics of the input [windows, tokens, in] of the layer called ``name``.
+
+    Args:
+        quantized: what the quantized model multiplies.
+        original: what the unquantized one does.
+        held_out: how many of the last windows are held out.
+        name: for errors.
+
+    Raises:
+        ConversionError: an input that is NaN or infinite.
+    """
+    for kind, x in (("quantized", quantized), ("unquantized", original)):
+        if not torch.isfinite(x.sum()):
+            raise ConversionError(
+                f"the calibration text gives {name} of the {kind} model inputs that are NaN or infinite: calibrate in "
+                "float32 (dtype), or leave the layer out of the recipe"
+            )
+    kept = len(quantized) - held_out
+    x, y = (t[:kept].reshape(-1, t.shape[-1]).float() for t in (quantized, original))
+    rows, others = (t[kept:].reshape(-1, t.shape[-1]).float() for t in (quantized, original))
+    return InputStatistics(x.t() @ x, y.t() @ x, rows, others)

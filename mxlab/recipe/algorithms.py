@@ -1,0 +1,91 @@
+"""The algorithms that a recipe may ask for, as data. Nothing here needs torch.
+
+``[algorithms.gptq]`` of a recipe of mxlab's holds the options of :class:`Gptq`, ``[algorithms.calibration]`` those of
+:class:`Calibration`. The tables of a file of MASE's are kept as they are (:mod:`mxlab.compat.mase`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
+
+from mxlab.checks import check_choice, check_int, check_keys
+from mxlab.errors import FormatError, SpecError
+
+Order = Literal["activation", "index"]
+ORDERS: tuple[Order, ...] = get_args(Order)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The windows that statistics are taken from.
+
+    Attributes:
+        text: a text's name, or its file (:func:`mxlab.sources.texts.load_text`).
+        samples: windows that the statistics are taken from.
+        length: tokens of a window.
+        held_out: further windows, by which the algorithms choose among their options.
+        seed: decides which windows of the text these are.
+    """
+
+    text: str = "wikitext2_valid"
+    samples: int = 32
+    length: int = 512
+    held_out: int = 2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("samples", 1), ("length", 2), ("held_out", 1), ("seed", 0)):
+            check_int(name, getattr(self, name), least, 2**31, f"a whole number from {least}")
+
+
+@dataclass(frozen=True)
+class Gptq:
+    """Quantize the weights one input after the other, each time making up in the others for the error.
+
+    Attributes:
+        order: of the inputs: those with the largest activations first, or as they come. Blocks stay where they are.
+        damping: what is added to the diagonal of the Hessian, as parts of its mean; of several, what leaves the
+            smallest error on the windows held out.
+        correction: how far the targets go from what the weights compute of the quantized model's activations (0) to
+            what they compute of the unquantized model's (1); of several, what leaves the smallest error likewise.
+        search: exponents tried for the scale of each block, relative to that of the format's rule.
+
+    Source: Frantar et al., "GPTQ", 2022; Li et al., "GPTAQ", 2025, for the correction.
+    """
+
+    order: Order = "activation"
+    damping: tuple[float, ...] = (0.01,)
+    correction: tuple[float, ...] = (0.0, 0.5, 1.0)
+    search: tuple[int, ...] = (-1, 0, 1)
+
+    def __post_init__(self) -> None:
+        check_choice("order", self.order, ORDERS)
+        for name in ("damping", "correction", "search"):
+            values = getattr(self, name)
+            listed = tuple(values) if isinstance(values, list | tuple) else (values,)
+            if not listed or not all(isinstance(v, int | float) and not isinstance(v, bool) for v in listed):
+                raise FormatError(f"{name} is {values!r}: it must be a number, or a list of numbers")
+            object.__setattr__(self, name, listed)
+        if min(self.damping) <= 0:
+            raise FormatError(f"damping is {self.damping}: it must be above 0")
+        if not all(0 <= value <= 1 for value in self.correction):
+            raise FormatError(f"correction is {self.correction}: it lies between 0 and 1")
+
+
+TABLES: dict[str, type] = {"calibration": Calibration, "gptq": Gptq}
+
+
+def read_table(name: str, values: Mapping[str, Any], source: str) -> Any:
+    """Return the options in a table of mxlab's own.
+
+    Raises:
+        SpecError: an unknown key, or a value that is not what the key asks for.
+    """
+    kind = TABLES[name]
+    check_keys(values, [f.name for f in fields(kind)], source)
+    try:
+        return kind(**values)
+    except FormatError as e:
+        raise SpecError(f"{source}: {e}") from None

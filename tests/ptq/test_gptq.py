@@ -1,0 +1,124 @@
+"""GPTQ against least squares, input by input, and the correction against the solution in one step."""
+
+import logging
+
+import pytest
+import torch
+
+from mxlab import quantize
+from mxlab.errors import ConversionError, SpecError
+from mxlab.formats import MXFormat
+from mxlab.ptq.calibration import sample
+from mxlab.ptq.correction import correct
+from mxlab.ptq.gptq import gptq, inverse_factor
+from mxlab.ptq.scales import block_scales, rounded
+from mxlab.ptq.statistics import InputStatistics
+from mxlab.recipe.algorithms import Calibration
+
+FP4 = MXFormat.parse("fp4_e2m1@32,scale_rule=even,rounding=even")
+FORMATS = ["fp4_e2m1@32,scale_rule=even", "int4@32,scale_rule=mase_int", "fp6_e2m3@16", "nvfp4", "fp4@16,scale=e5m3"]
+
+
+def toy(inputs=64, outputs=8, rows=200, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(inputs, inputs, generator=generator) / inputs**0.5 + torch.eye(inputs)
+    return torch.randn(outputs, inputs, generator=generator), torch.randn(rows, inputs, generator=generator) @ mix
+
+
+def by_least_squares(weight, x, scales, fmt, damping, order):
+    """Fix one weight after the other; the others then minimise the error of the output, damped, in float64."""
+    gram = (x.t() @ x).double()
+    gram += damping * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+    w, places = weight.double().clone(), list(order)
+    for i, place in enumerate(places):
+        fixed = rounded(w[:, place].float(), scales[:, place], fmt).double()
+        error, later = w[:, place] - fixed, places[i + 1 :]
+        w[:, place] = fixed
+        if later:
+            # What is added to the later weights minimises |(error e_place - change) X|^2.
+            w[:, later] += torch.outer(error, torch.linalg.solve(gram[later][:, later], gram[later, place]))
+    return w.float()
+
+
+@pytest.mark.parametrize("text", FORMATS)
+@pytest.mark.parametrize("order", ["index", "activation"])
+def test_the_loop_is_sequential_least_squares(text, order):
+    fmt = MXFormat.parse(text)
+    weight, x = toy()
+    gram = x.t() @ x
+    scales = block_scales(weight, fmt, gram.diagonal(), (0,))
+    places = torch.argsort(gram.diagonal(), descending=True, stable=True) if order == "activation" else range(64)
+    expected = by_least_squares(weight, x, scales, fmt, 0.01, [int(p) for p in places])
+    found = gptq(weight, gram, scales, fmt, 0.01, order)
+    assert (found != expected).float().mean() < 0.01  # float32 may decide a tie otherwise, and all behind it
+
+
+@pytest.mark.parametrize("text", FORMATS)
+def test_it_loses_less_of_the_output_than_rounding_to_nearest_and_stays_on_the_grid(text):
+    fmt = MXFormat.parse(text)
+    weight, x = toy(inputs=160, outputs=24, rows=600)
+    gram = x.t() @ x
+    scales = block_scales(weight, fmt, gram.diagonal(), (0,))
+    found = gptq(weight, gram, scales, fmt, 0.01, "activation")
+    assert torch.equal(rounded(found, scales, fmt), found)
+    lost = [(x @ (q - weight).t()).square().sum() for q in (found, quantize(weight, fmt))]
+    assert lost[0] < 0.7 * lost[1]
+
+
+def test_scales_that_are_searched_leave_a_smaller_error():
+    weight, x = toy(inputs=128, outputs=64)
+    importance = x.square().sum(0)
+    errors = [
+        (importance * (weight - rounded(weight, block_scales(weight, FP4, importance, of), FP4)).square()).sum()
+        for of in ((0,), (-1, 0, 1))
+    ]
+    assert errors[1] < errors[0]
+
+
+def test_the_scales_of_the_rule_are_those_of_quantize():
+    weight, _ = toy(inputs=128)
+    for text in FORMATS:
+        fmt = MXFormat.parse(text)
+        same = rounded(weight, block_scales(weight, fmt, torch.ones(128), (0,)), fmt) == quantize(weight, fmt)
+        assert same.float().mean() > 0.99  # NVFP4 multiplies by inverses, which may decide a tie otherwise
+
+
+def test_the_correction_aims_at_the_output_of_the_unquantized_model():
+    weight, x = toy()
+    seen = quantize(x, FP4)
+    statistics = InputStatistics(seen.t() @ seen, x.t() @ seen, seen, x)
+    aimed = correct(weight, statistics, 1e-6)
+    expected = torch.linalg.lstsq(seen.double(), (x @ weight.t()).double()).solution.t().float()
+    assert torch.allclose(aimed, expected, atol=1e-2)
+    lost = [(seen @ w.t() - x @ weight.t()).square().sum() for w in (aimed, weight)]
+    assert lost[0] < lost[1]
+
+
+def test_an_input_that_is_always_zero_and_one_that_repeats_another(caplog):
+    weight, x = toy()
+    x[:, 3], x[:, 5] = 0, x[:, 4]
+    gram = x.t() @ x
+    found = gptq(weight, gram, block_scales(weight, FP4, gram.diagonal(), (0,)), FP4, 0.01, "activation")
+    assert found.isfinite().all()
+    with caplog.at_level(logging.WARNING, "mxlab"):
+        inverse_factor(x[:5].t() @ x[:5] - torch.eye(64), 1e-5)
+    assert "damping is raised" in caplog.text
+
+
+def test_moments_that_cannot_be_repaired():
+    with pytest.raises(ConversionError, match="not positive definite"):
+        inverse_factor(torch.full((4, 4), torch.nan), 0.01)
+
+
+def test_windows_are_drawn_by_the_seed_without_overlap():
+    ids = torch.arange(1000)
+    drawn = [sample(ids, Calibration(samples=6, length=100, held_out=2, seed=seed)) for seed in (0, 0, 1)]
+    assert torch.equal(drawn[0].ids, drawn[1].ids)
+    assert not torch.equal(drawn[0].ids, drawn[2].ids)
+    assert len(drawn[0].ids.unique()) == 800
+    assert drawn[0].tokens == 600
+
+
+def test_a_text_that_is_too_short():
+    with pytest.raises(SpecError, match="has 999 tokens, 9 windows of 100: for 8 windows and 2 held out it takes 10"):
+        sample(torch.arange(999), Calibration(samples=8, length=100))
