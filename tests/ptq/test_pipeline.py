@@ -111,7 +111,7 @@ def test_loading_full_precision_weights_quantizes_them_anew():
     model = tiny().eval()
     mxlab.apply(model, recipe())
     expected = logits(model)
-    state = {name: tensor for name, tensor in tiny().eval().state_dict().items()}
+    state = dict(tiny().eval().state_dict())
     with torch.no_grad():
         other = {name: tensor * 1.5 if "up_proj" in name else tensor for name, tensor in state.items()}
     model.load_state_dict(other)
