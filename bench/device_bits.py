@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mxlab import quantize
 from mxlab.errors import FormatError
-from mxlab.formats import ELEMENTS, NUMERICS, MXFormat, roundings_of
+from mxlab.formats import ELEMENTS, NUMERICS, ROUNDINGS, MXFormat
 from mxlab.formats.scales import SCALE_RULES
 from mxlab.numerics import DTYPES, microxcaling, philox, quantize_, round_elementwise
 from mxlab.numerics.kernels import cuda, native
@@ -33,8 +33,6 @@ VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
     "unaligned": lambda t: t[..., 1:],
     "expanded": lambda t: t.expand(2, *t.shape),
 }
-
-_NUMERICS_AND_ROUNDINGS = [(numerics, rounding) for numerics in NUMERICS for rounding in roundings_of(numerics)]
 
 Call = Callable[[Tensor, str], Tensor]  # computes on a tensor with a backend
 
@@ -97,16 +95,16 @@ def numbers(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 def _quantizations() -> Iterator[tuple[str, torch.dtype, tuple[int, ...], Call]]:
     """Yield the name, dtype and shape of each computation, and what computes it; a few of each kind of kernel first."""
-    for dtype, (numerics, rounding) in product(DTYPES, _NUMERICS_AND_ROUNDINGS):
+    for dtype, numerics, rounding in product(DTYPES, NUMERICS, ROUNDINGS):
         for fmt in _formats([f"{name}@32,rounding={rounding}" for name in (*ELEMENTS, "int3", "fp8_e1m6", "fp5_e3m1")]):
             yield from _calls(fmt, dtype, numerics, SHAPES[:1])
-    for dtype, (numerics, rounding) in product(DTYPES, _NUMERICS_AND_ROUNDINGS):
+    for dtype, numerics, rounding in product(DTYPES, NUMERICS, ROUNDINGS):
         yield from _rules(dtype, numerics, rounding)
-    for dtype, (numerics, rounding) in product(DTYPES, _NUMERICS_AND_ROUNDINGS):
+    for dtype, numerics, rounding in product(DTYPES, NUMERICS, ROUNDINGS):
         yield from _roundings(dtype, numerics, rounding)
     for dtype, numerics, rounding in product(DTYPES, NUMERICS, ("nearest", "dither")):
         yield from _layouts(dtype, numerics, rounding)
-    for dtype, (numerics, rounding) in product(DTYPES, _NUMERICS_AND_ROUNDINGS):
+    for dtype, numerics, rounding in product(DTYPES, NUMERICS, ROUNDINGS):
         yield from _blocks(dtype, numerics, rounding)
 
 

@@ -8,10 +8,11 @@ bias), ``sign`` (one to three bits); ``parse`` reads the text of any of them.
 Each class says in its docstring what it computes; :mod:`mxlab.numerics` does it. Common to the families: round() goes
 to the nearest integer, ties to even; clamp(v, low, high) limits v. A zero result is +0. Where every element stands
 alone, NaN stays NaN and an infinity saturates. Where elements share something, a NaN or an infinity among them makes
-all of them NaN. The result of a formula is rounded once, to the tensor's dtype, at whose largest value it saturates.
+all of them NaN. The result of a formula is rounded once, to the tensor's dtype, in which it becomes infinite where that
+dtype does not reach so far.
 """
 
-from mxlab.formats.base import EMULATED_ROUNDINGS, NUMERICS, ROUNDINGS, NumberFormat, Numerics, Rounding, roundings_of
+from mxlab.formats.base import NUMERICS, ROUNDINGS, NumberFormat, Numerics, Rounding
 from mxlab.formats.block import BlockFP, BlockLog, BlockMinifloat
 from mxlab.formats.elements import ALIASES, ELEMENTS, ElementFormat, element, elementwise_format
 from mxlab.formats.family import FormatFamily
@@ -24,7 +25,6 @@ from mxlab.formats.sign import Binary, ResidualBinary, Ternary
 __all__ = [
     "ALIASES",
     "ELEMENTS",
-    "EMULATED_ROUNDINGS",
     "FAMILIES",
     "NUMERICS",
     "ROUNDINGS",
@@ -51,5 +51,4 @@ __all__ = [
     "element",
     "elementwise_format",
     "parse_format",
-    "roundings_of",
 ]

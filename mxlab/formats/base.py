@@ -15,16 +15,10 @@ from mxlab.checks import check_int, suggestion
 from mxlab.errors import FormatError
 
 Numerics = Literal["exact", "microxcaling"]
-Rounding = Literal["nearest", "nearest_zero", "even", "floor", "dither"]
+Rounding = Literal["nearest", "even", "floor", "dither"]
 
 NUMERICS: tuple[str, ...] = get_args(Numerics)
 ROUNDINGS: tuple[str, ...] = get_args(Rounding)
-EMULATED_ROUNDINGS = tuple(rounding for rounding in ROUNDINGS if rounding != "nearest_zero")
-
-
-def roundings_of(numerics: str) -> tuple[str, ...]:
-    """Return the roundings that the numerics have: microxcaling has none with ties toward zero."""
-    return EMULATED_ROUNDINGS if numerics == "microxcaling" else ROUNDINGS
 
 
 class NumberFormat:

@@ -32,8 +32,8 @@ class MXFormat(NumberFormat):
         scale_bits: width of the shared exponent, 1..8; 0 means 8, as in microxcaling.
         scale_rule: how the scale is chosen (:mod:`mxlab.formats.scales`); with a floating-point scale ``floor`` means
             ``max``.
-        rounding: ``nearest`` (ties away from zero), ``nearest_zero`` (ties toward zero), ``even`` (ties to even),
-            ``floor`` (toward zero) or ``dither`` (stochastic); with the rule ``mase_int``, ``nearest`` means ``even``.
+        rounding: ``nearest`` (ties away from zero), ``even`` (ties to even), ``floor`` (toward zero) or ``dither``
+            (stochastic); with the rule ``mase_int``, ``nearest`` means ``even``.
         flush_fp32_subnorms: blocks whose largest magnitude is below 2^-126 become zero.
 
     Raises:

@@ -17,6 +17,7 @@ from mxlab.checks import check_choice
 from mxlab.errors import FormatError
 from mxlab.formats import (
     NUMERICS,
+    ROUNDINGS,
     FormatFamily,
     MXFormat,
     NumberFormat,
@@ -24,7 +25,6 @@ from mxlab.formats import (
     Rounding,
     elementwise_format,
     parse_format,
-    roundings_of,
 )
 from mxlab.numerics import families, microxcaling, reference
 from mxlab.numerics.kernels import cuda, native
@@ -140,7 +140,7 @@ def _round_elementwise(
     x: Tensor, bfloat: int, fp: int, rounding: Rounding, subnormals: bool, numerics: Numerics, backend: str, seed: int
 ) -> Tensor:
     check(x, numerics, backend)
-    check_choice("rounding", rounding, roundings_of(numerics))
+    check_choice("rounding", rounding, ROUNDINGS)
     element = _elementwise_format(bfloat, fp)
     if element is None or x.numel() == 0:
         return x.clone()

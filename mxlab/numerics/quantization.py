@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mxlab.checks import check_choice
 from mxlab.errors import FormatError
-from mxlab.formats import ElementFormat, MXFormat, NumberFormat, Numerics, Rounding, elementwise_format, roundings_of
+from mxlab.formats import ROUNDINGS, ElementFormat, MXFormat, NumberFormat, Numerics, Rounding, elementwise_format
 from mxlab.numerics import operators, reference
 
 DTYPES = operators.DTYPES
@@ -53,8 +53,7 @@ def quantize(
         FormatError: an unsupported dtype, format, axis, numerics or backend; an ``out`` that does not fit, or with an
             ``x`` that requires a gradient.
 
-    A format with a scale for the tensor (``scale=e4m3``) takes that from all of ``x``, whatever the axis. In the
-    ``exact`` numerics no finite block becomes infinite: what the dtype of ``x`` cannot hold becomes its largest value.
+    A format with a scale for the tensor (``scale=e4m3``) takes that from all of ``x``, whatever the axis.
 
     Source: OCP Microscaling Formats (MX) v1.0, section 6.3; :mod:`mxlab.formats.scales` for the other rules and scales.
     """
@@ -120,14 +119,14 @@ def round_elementwise(
         seed: as in :func:`quantize`.
 
     Returns:
-        A new tensor laid out as ``torch.empty_like(x)``; what overflows the format becomes infinite, what only the
-        dtype cannot hold saturates. Its gradient passes straight through.
+        A new tensor laid out as ``torch.empty_like(x)``; what overflows becomes infinite. Its gradient passes
+        straight through.
 
     Raises:
         FormatError: an unsupported dtype, width, rounding, numerics or backend; ``bfloat`` together with ``fp``.
     """
     element = elementwise_format(bfloat, fp)
-    check_choice("rounding", rounding, roundings_of(numerics))
+    check_choice("rounding", rounding, ROUNDINGS)
     if not isinstance(subnormals, bool):
         raise FormatError(f"subnormals is {subnormals!r}: it must be true or false")
     _check(x, numerics, backend)

@@ -19,17 +19,7 @@ import tomli_w
 from mxlab import shipped
 from mxlab.checks import check_bool, check_choice, check_keys
 from mxlab.errors import FormatError, SpecError
-from mxlab.formats import (
-    EMULATED_ROUNDINGS,
-    NUMERICS,
-    ROUNDINGS,
-    MXFormat,
-    NumberFormat,
-    Numerics,
-    Rounding,
-    elementwise_format,
-    roundings_of,
-)
+from mxlab.formats import NUMERICS, ROUNDINGS, MXFormat, NumberFormat, Numerics, Rounding, elementwise_format
 from mxlab.recipe.algorithms import TABLES, read_table
 from mxlab.recipe.rule import Rule
 
@@ -97,10 +87,8 @@ class Recipe:
         if self.numerics == "microxcaling" and (others := [fmt for fmt in self.formats if not _is_emulated(fmt)]):
             raise SpecError(
                 f"numerics is 'microxcaling', which does not have the format {others[0]}: use 'exact', or a "
-                "microscaling format with scale e8m0 under the rule floor or none, and a rounding that it has"
+                "microscaling format with scale e8m0 under the rule floor or none"
             )
-        for name in ("weight_rounding", "output_rounding"):
-            check_choice(name, getattr(self.elementwise, name), roundings_of(self.numerics))
         for algorithm in self.algorithms:
             check_choice("algorithm", algorithm, ALGORITHMS)
         self._check_effect()
@@ -240,9 +228,7 @@ def load_recipe(recipe: Recipe | str | Path, readers: Sequence[Reader] = ()) -> 
 
 def _is_emulated(fmt: NumberFormat) -> bool:
     """Return whether microxcaling's torch path, which the numerics of that name reproduce, knows the format."""
-    if not isinstance(fmt, MXFormat) or fmt.scale != "e8m0":
-        return False
-    return fmt.scale_rule in ("floor", "none") and fmt.rounding in EMULATED_ROUNDINGS
+    return isinstance(fmt, MXFormat) and fmt.scale == "e8m0" and fmt.scale_rule in ("floor", "none")
 
 
 def _elementwise(values: object, source: str) -> Elementwise:

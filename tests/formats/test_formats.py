@@ -363,11 +363,8 @@ def test_frozen_and_hashable():
         ({"scale_rule": "mase_int", "rounding": "dither"}, ["rounding", "'dither'", "'mase_int'", "ties to even"]),
         ({"scale_rule": "mase_int", "rounding": "floor"}, ["rounding", "'floor'", "'mase_int'", "ties to even"]),
         ({"scale_rule": None}, ["scale_rule", "None", "floor"]),
-        (
-            {"rounding": "nearst"},
-            ["rounding", "'nearst'", "nearest, nearest_zero, even, floor", "did you mean 'nearest'"],
-        ),
-        ({"rounding": ["even"]}, ["rounding", "['even']", "nearest, nearest_zero, even, floor, dither"]),
+        ({"rounding": "nearst"}, ["rounding", "'nearst'", "nearest, even, floor, dither", "did you mean 'nearest'"]),
+        ({"rounding": ["even"]}, ["rounding", "['even']", "nearest, even, floor, dither"]),
         ({"flush_fp32_subnorms": 1}, ["flush_fp32_subnorms", "1", "true or false"]),
         ({"flush_fp32_subnorms": "yes"}, ["flush_fp32_subnorms", "'yes'", "true or false"]),
     ],

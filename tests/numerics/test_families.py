@@ -80,8 +80,7 @@ def expected(x: Tensor, fmt: FormatFamily, seed: int = 0) -> Tensor:
     rows = x.double().tolist()
     noise = [[Fraction(u) for u in row] for row in philox.uniform(x.shape, seed, x.device).double().tolist()]
     done = [oracle.quantized(row, fmt, u if fmt.is_random else None) for row, u in zip(rows, noise, strict=True)]
-    largest = torch.finfo(x.dtype).max
-    return (torch.tensor(done, dtype=torch.float64).clamp(-largest, largest) + 0.0).to(x.dtype)
+    return (torch.tensor(done, dtype=torch.float64) + 0.0).to(x.dtype)
 
 
 # Every code, every midpoint, and their neighbours
@@ -298,8 +297,8 @@ def test_zeros(text):
         assert y[0, 0] == 0
 
 
-def test_what_the_dtype_cannot_hold_saturates():
-    assert quantize(torch.tensor([60000.0], dtype=torch.float16), "log,width=8").tolist() == [65504.0]
+def test_what_the_dtype_cannot_hold_becomes_infinite():
+    assert quantize(torch.tensor([60000.0], dtype=torch.float16), "log,width=8").isinf().all()
     assert quantize(torch.tensor([60000.0]), "log,width=8").tolist() == [65536.0]
 
 

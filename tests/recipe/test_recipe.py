@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from mxlab import shipped
 from mxlab.errors import SpecError
-from mxlab.formats import ELEMENTS, EMULATED_ROUNDINGS, ROUNDINGS, MXFormat
+from mxlab.formats import ELEMENTS, ROUNDINGS, MXFormat
 from mxlab.recipe import Elementwise, Recipe, load_recipe
 from mxlab.recipe.mx_specs import injected_options, override
 from mxlab.recipe.rule import Rule
@@ -51,10 +51,7 @@ elementwise = st.builds(
 def _known(numerics: str, rules: tuple[Rule, ...], elementwise: Elementwise, **more) -> Recipe:
     """A recipe whose rules have an effect, and whose numerics know its formats."""
     rules = tuple(rule for rule in rules if rule.formats or elementwise.is_used)
-    formats = [fmt for rule in rules for fmt in rule.formats.values()]
-    roundings = {elementwise.weight_rounding, elementwise.output_rounding, *(fmt.rounding for fmt in formats)}
-    plain = all(f.scale == "e8m0" and f.scale_rule in ("floor", "none") for f in formats)
-    plain = plain and roundings.issubset(EMULATED_ROUNDINGS)
+    plain = all(f.scale == "e8m0" and f.scale_rule in ("floor", "none") for r in rules for f in r.formats.values())
     return Recipe(numerics=numerics if plain else "exact", rules=rules, elementwise=elementwise, **more)
 
 

@@ -23,8 +23,10 @@ void round_alone(const Buffers& b, const Element& given, Numerics numerics, Roun
         with_rounding(rounding, [&](auto r) {
             using T = decltype(t);
             constexpr Rounding R = decltype(r)::value;
-            if (numerics == Numerics::exact) return round(Exact<T, R>{});
-            if constexpr (R != Rounding::nearest_zero) round(Microxcaling<T, R>{});
+            if (numerics == Numerics::exact)
+                round(Exact<T, R>{});
+            else
+                round(Microxcaling<T, R>{});
         });
     });
 }
@@ -32,7 +34,7 @@ void round_alone(const Buffers& b, const Element& given, Numerics numerics, Roun
 // Fill in what each value of a 16-bit type, an element already scaled, is rounded to, as the bits of a float32.
 void microxcaling_table(u32* table, Dtype dtype, const Element& el, Rounding rounding) {
     with_dtype(dtype, [&](auto t) {
-        with_emulated_rounding(rounding, [&](auto r) {
+        with_rounding(rounding, [&](auto r) {
             using T = decltype(t);
             constexpr Rounding R = decltype(r)::value;
             if constexpr (sizeof(typename T::Stored) == 2)

@@ -87,7 +87,7 @@ void quantize_microxcaling(const Buffers& b, const Layout& l, const Format& f, R
         if constexpr (sizeof(typename T::Stored) == 2) {
             if (table) return quantize<LookedUp<T>>(b, l, f, table, first, last);
         }
-        with_emulated_rounding(rounding, [&](auto r) {
+        with_rounding(rounding, [&](auto r) {
             quantize<Computed<Microxcaling<T, decltype(r)::value>>>(b, l, f, nullptr, first, last);
         });
     });

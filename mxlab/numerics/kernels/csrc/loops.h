@@ -47,18 +47,9 @@ struct Constant {
 template <class F>
 void with_rounding(Rounding rounding, F f) {
     if (rounding == Rounding::nearest) return f(Constant<Rounding::nearest>{});
-    if (rounding == Rounding::nearest_zero) return f(Constant<Rounding::nearest_zero>{});
     if (rounding == Rounding::even) return f(Constant<Rounding::even>{});
     if (rounding == Rounding::floor) return f(Constant<Rounding::floor>{});
     f(Constant<Rounding::dither>{});
-}
-
-// The same for microxcaling, which has no rounding with ties toward zero; it is refused before.
-template <class F>
-void with_emulated_rounding(Rounding rounding, F f) {
-    with_rounding(rounding, [&](auto r) {
-        if constexpr (decltype(r)::value != Rounding::nearest_zero) f(r);
-    });
 }
 
 }  // namespace
