@@ -53,7 +53,8 @@ def quantize(
         FormatError: an unsupported dtype, format, axis, numerics or backend; an ``out`` that does not fit, or with an
             ``x`` that requires a gradient.
 
-    A format with a scale for the tensor (``scale=e4m3``) takes that from all of ``x``, whatever the axis.
+    A format with a scale for the tensor (``scale=e4m3``) takes that from all of ``x``, whatever the axis. In the
+    ``exact`` numerics no finite block becomes infinite: what the dtype of ``x`` cannot hold becomes its largest value.
 
     Source: OCP Microscaling Formats (MX) v1.0, section 6.3; :mod:`mxlab.formats.scales` for the other rules and scales.
     """
@@ -119,8 +120,8 @@ def round_elementwise(
         seed: as in :func:`quantize`.
 
     Returns:
-        A new tensor laid out as ``torch.empty_like(x)``; what overflows becomes infinite. Its gradient passes
-        straight through.
+        A new tensor laid out as ``torch.empty_like(x)``; what overflows the format becomes infinite, what only the
+        dtype cannot hold saturates. Its gradient passes straight through.
 
     Raises:
         FormatError: an unsupported dtype, width, rounding, numerics or backend; ``bfloat`` together with ``fp``.

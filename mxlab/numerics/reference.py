@@ -1,7 +1,7 @@
 """The ``exact`` numerics in eager torch: the readable specification that faster backends are tested against.
 
 OCP Microscaling Formats (MX) v1.0, section 6.3, on any device. Everything is computed in float32, where powers of two
-scale without rounding, and ``round_to_grid`` rounds once.
+scale without rounding, and ``round_to_grid`` rounds once. A result beyond the tensor's dtype saturates.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from mxlab.formats import ElementFormat, MXFormat, Rounding
 from mxlab.formats.scales import ScaleRule
 from mxlab.numerics import philox
-from mxlab.numerics.blocks import Blocks, exp2, floor_log2
+from mxlab.numerics.blocks import Blocks, exp2, floor_log2, saturated
 
 _EXPONENT_FIELD = 0x7F800000
 # The largest float32 below 1/2. trunc(v + this) rounds halves away from zero; with 1/2 itself the sum would round
@@ -35,17 +35,21 @@ def quantize(x: Tensor, fmt: MXFormat, axes: tuple[int, ...], seed: int) -> Tens
     if fmt.scale_format.is_float:
         y = round_to_float_scale(blocks, amax, fmt, noise)
     else:
-        y = round_to_exponent(blocks, amax, shared_exponent(blocks, amax, fmt), fmt, noise)
+        y = round_to_exponent(blocks, amax, shared_exponent(blocks, amax, fmt, x.dtype), fmt, noise)
     y += 0.0  # a zero result is +0
-    return cut.join(y).to(x.dtype)
+    return cut.join(saturated(y, x.dtype)).to(x.dtype)
 
 
 def round_elementwise(x: Tensor, element: ElementFormat, rounding: Rounding, subnormals: bool, seed: int) -> Tensor:
-    """Return each value rounded to ``element`` on its own; what overflows becomes infinite, NaN and infinities stay."""
+    """Return each value rounded to ``element`` on its own; NaN and infinities stay.
+
+    What overflows ``element`` becomes infinite; what only ``x``'s dtype cannot hold saturates.
+    """
     y = x.to(torch.float32)
     noise = philox.uniform(x.shape, seed, x.device) if rounding == "dither" else None
     rounded = round_to_grid(y.clone(), element, rounding, noise)
-    rounded = torch.where(rounded.abs() > element.max, torch.copysign(torch.full_like(y, torch.inf), y), rounded)
+    infinite = torch.copysign(torch.full_like(y, torch.inf), y)
+    rounded = torch.where(rounded.abs() > element.max, infinite, saturated(rounded, x.dtype))
     if not subnormals:
         rounded = torch.where(y.abs() < element.min_normal, 0.0, rounded)
     return (torch.where(y.isinf(), y, rounded) + 0.0).to(x.dtype)
@@ -65,18 +69,21 @@ def round_to_exponent(blocks: Tensor, amax: Tensor, exponent: Tensor, fmt: MXFor
     return y.mul_(block_scale(amax, exponent, fmt))
 
 
-def shared_exponent(blocks: Tensor, amax: Tensor, fmt: MXFormat) -> Tensor:
-    """Return the shared exponent of each block, clamped to the range of the scale, as int32."""
+def shared_exponent(blocks: Tensor, amax: Tensor, fmt: MXFormat, dtype: torch.dtype) -> Tensor:
+    """Return the shared exponent of each block, clamped to the range of the scale, as int32.
+
+    ``dtype`` is the tensor's: the rule ``mse`` judges what it can hold.
+    """
     exponent = unclamped_exponent(amax, fmt).clamp(-fmt.scale_emax, fmt.scale_emax)
     if fmt.scale_rule != "mse":
         return exponent
-    errors = [squared_error(blocks, amax, e, fmt) for e in (exponent, exponent + 1)]
+    errors = [squared_error(blocks, amax, e, fmt, dtype) for e in (exponent, exponent + 1)]
     return exponent + ((errors[1] < errors[0]) & (exponent < fmt.scale_emax)).int()
 
 
-def squared_error(blocks: Tensor, amax: Tensor, exponent: Tensor, fmt: MXFormat) -> Tensor:
+def squared_error(blocks: Tensor, amax: Tensor, exponent: Tensor, fmt: MXFormat, dtype: torch.dtype) -> Tensor:
     """Return the sum of (x - Q(x))^2 over each block, added up in index order; a sum beyond float32 is infinite."""
-    difference = blocks - round_to_exponent(blocks, amax, exponent, fmt, None)
+    difference = blocks - saturated(round_to_exponent(blocks, amax, exponent, fmt, None), dtype)
     return reduce(torch.add, (difference * difference).split(1, -1))
 
 
@@ -181,14 +188,15 @@ def out_of_range(blocks: Tensor, fmt: MXFormat) -> tuple[Tensor, Tensor, Tensor]
 # Both
 
 
-def scales(blocks: Tensor, fmt: MXFormat) -> Tensor:
+def scales(blocks: Tensor, fmt: MXFormat, dtype: torch.dtype) -> Tensor:
     """Return what the elements of each of (..., n_blocks, block) are multiples of: (..., n_blocks, 1), as float32.
 
-    That of a block which becomes NaN, because it wants a larger one, is the largest there is.
+    That of a block which becomes NaN, because it wants a larger one, is the largest there is. ``dtype`` is the
+    tensor's, of which ``blocks`` holds the values as float32.
     """
     amax = blocks.abs().amax(-1, keepdim=True)
     if not fmt.scale_format.is_float:
-        return exp2(shared_exponent(blocks, amax, fmt))
+        return exp2(shared_exponent(blocks, amax, fmt, dtype))
     t = tensor_scale(blocks, fmt)
     return t * held_scale(amax, t, fmt)
 

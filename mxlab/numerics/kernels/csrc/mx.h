@@ -154,6 +154,7 @@ MX_INLINE Binary binary(u32 magnitude_bits) {
 struct F32 {
     using Stored = float;
     static constexpr int mantissa_bits = 23;
+    static constexpr float max = 0x1.fffffep127f;
     MX_INLINE float load(float x) { return x; }
     MX_INLINE float store(float x) { return x; }
     MX_INLINE float round(float x) { return x; }
@@ -162,6 +163,7 @@ struct F32 {
 struct BF16 {
     using Stored = u16;
     static constexpr int mantissa_bits = 7;
+    static constexpr float max = 0x1.fep127f;
     MX_INLINE float load(u16 x) { return float_of(static_cast<u32>(x) << 16); }
     MX_INLINE u32 rounded_bits(float x) {
         const u32 b = bits_of(x);
@@ -188,6 +190,7 @@ struct BF16 {
 struct F16 {
     using Stored = u16;
     static constexpr int mantissa_bits = 10;
+    static constexpr float max = 65504.0f;
 #if MX_PTX
     MX_INLINE float load(u16 x) {
         float r;
@@ -225,6 +228,13 @@ struct F16 {
     }
 #endif
 };
+
+// Return x, or the end of the type's range where x is beyond it. NaN stays: comparisons with it are false.
+template <class T>
+MX_INLINE float saturated(float x) {
+    const float largest = T::max, limited = x > largest ? largest : x;
+    return limited < -largest ? -largest : limited;
+}
 
 // -------------------------------------------------------------------------------------------------------- dither
 
