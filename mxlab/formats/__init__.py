@@ -11,7 +11,7 @@ alone, NaN stays NaN and an infinity saturates. Where elements share something, 
 all of them NaN. The result of a formula is rounded once, to the tensor's dtype, at whose largest value it saturates.
 """
 
-from mxlab.formats.base import NUMERICS, ROUNDINGS, NumberFormat, Numerics, Rounding
+from mxlab.formats.base import MICROXCALING_ROUNDINGS, NUMERICS, ROUNDINGS, NumberFormat, Numerics, Rounding
 from mxlab.formats.block import BlockFP, BlockLog, BlockMinifloat
 from mxlab.formats.elements import ALIASES, ELEMENTS, ElementFormat, element, elementwise_format
 from mxlab.formats.family import FormatFamily
@@ -25,6 +25,7 @@ __all__ = [
     "ALIASES",
     "ELEMENTS",
     "FAMILIES",
+    "MICROXCALING_ROUNDINGS",
     "NUMERICS",
     "ROUNDINGS",
     "SCALES",

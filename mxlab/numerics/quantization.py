@@ -16,7 +16,7 @@ from torch import Tensor
 from mxlab.checks import check_choice
 from mxlab.errors import FormatError
 from mxlab.formats import ROUNDINGS, ElementFormat, MXFormat, NumberFormat, Numerics, Rounding, elementwise_format
-from mxlab.numerics import operators, reference
+from mxlab.numerics import microxcaling, operators, reference
 
 DTYPES = operators.DTYPES
 
@@ -40,7 +40,8 @@ def quantize(
             side.
         numerics: ``exact`` or ``microxcaling``; the quantizers have ``exact`` only.
         backend: ``native`` (C++, CPU), ``cuda`` (CUDA C++, NVIDIA GPUs), ``reference`` (eager torch, every device),
-            or ``auto`` for the fastest there is. All give the same bits. The quantizers have ``reference`` only.
+            or ``auto`` for the fastest there is. All give the same bits. The quantizers, and the scale rules
+            ``four_thirds`` and ``quest``, have ``reference`` only.
         seed: of ``dither`` rounding and of stochastic signs; None draws one from torch's global generator. Ignored by
             all else.
         out: where to write the result, a tensor of the shape, dtype and device of ``x``.
@@ -131,6 +132,8 @@ def round_elementwise(
     if not isinstance(subnormals, bool):
         raise FormatError(f"subnormals is {subnormals!r}: it must be true or false")
     _check(x, numerics, backend)
+    if numerics == "microxcaling":
+        microxcaling.check_rounding(rounding)
     if element is None or x.numel() == 0:
         return x.clone()
     seed = _seed(rounding == "dither", seed)

@@ -24,6 +24,8 @@ _EXPONENT_FIELD = 0x7F800000
 _HALF = 0.5 - 2.0**-25
 # The smallest scale of a tensor: no product or quotient of it and a block's scale leaves the normal float32 numbers.
 _SMALLEST_TENSOR_SCALE = 2.0**-117
+# Where FP-Quant clips a normal distribution of standard deviation 1 to the largest element, 6: QuEST's constant.
+_GAUSSIAN_CLIP = 2.92247856
 
 
 def quantize(x: Tensor, fmt: MXFormat, axes: tuple[int, ...], seed: int) -> Tensor:
@@ -64,9 +66,13 @@ def block_layout(x: Tensor, fmt: MXFormat, axes: tuple[int, ...]) -> Blocks:
 
 
 def round_to_exponent(blocks: Tensor, amax: Tensor, exponent: Tensor, fmt: MXFormat, noise: Tensor | None) -> Tensor:
-    """Round blocks (..., block) to elements times 2^exponent (..., 1)."""
-    y = round_to_element(blocks * exp2(-exponent), fmt, noise)
-    return y.mul_(block_scale(amax, exponent, fmt))
+    """Round blocks (..., block) to elements times 2^exponent (..., 1), or 4/3 of that under ``four_thirds``."""
+    y = blocks * exp2(-exponent)
+    if fmt.scale_rule == "four_thirds":
+        y /= torch.full_like(
+            y, 4 / 3
+        )  # a tensor: by a number, torch multiplies with its rounded inverse on some devices
+    return round_to_element(y, fmt, noise).mul_(block_scale(blocks, amax, exponent, fmt))
 
 
 def shared_exponent(blocks: Tensor, amax: Tensor, fmt: MXFormat, dtype: torch.dtype) -> Tensor:
@@ -74,7 +80,7 @@ def shared_exponent(blocks: Tensor, amax: Tensor, fmt: MXFormat, dtype: torch.dt
 
     ``dtype`` is the tensor's: the rule ``mse`` judges what it can hold.
     """
-    exponent = unclamped_exponent(amax, fmt).clamp(-fmt.scale_emax, fmt.scale_emax)
+    exponent = unclamped_exponent(blocks, amax, fmt).clamp(-fmt.scale_emax, fmt.scale_emax)
     if fmt.scale_rule != "mse":
         return exponent
     errors = [squared_error(blocks, amax, e, fmt, dtype) for e in (exponent, exponent + 1)]
@@ -87,14 +93,26 @@ def squared_error(blocks: Tensor, amax: Tensor, exponent: Tensor, fmt: MXFormat,
     return reduce(torch.add, (difference * difference).split(1, -1))
 
 
-def unclamped_exponent(amax: Tensor, fmt: MXFormat) -> Tensor:
-    """Return the shared exponent of each block (..., 1), int32, before it is clamped to ``scale_bits``.
+def unclamped_exponent(blocks: Tensor, amax: Tensor, fmt: MXFormat) -> Tensor:
+    """Return the shared exponent of each block, int32, before it is clamped to ``scale_bits``.
 
-    ``amax`` is the block's largest magnitude; under the rule ``mse`` this is the exponent of ``floor``.
+    ``amax`` is the block's largest magnitude, whose shape the result has; under the rule ``mse`` this is the exponent
+    of ``floor``.
     """
+    if fmt.scale_rule == "quest":
+        return floor_log2(gaussian_scale(blocks, fmt.element_format)).view_as(amax)
     significand = torch.frexp(amax).mantissa  # in [1/2, 1)
     element = fmt.element_format
     return floor_log2(amax) - element.emax + _STEPS_UP[fmt.scale_rule](significand, element).int()
+
+
+def gaussian_scale(blocks: Tensor, element: ElementFormat) -> Tensor:
+    """Return the scale that clips a normal distribution best, from the standard deviation of each block, as float32.
+
+    FP-Quant computes it in float32, in an order of its compiler's; here it is computed in float64 and rounded once.
+    """
+    deviation = blocks.double().std(-1, correction=0)
+    return (deviation * (_GAUSSIAN_CLIP / element.max) + 1e-8).float()
 
 
 def _never(significand: Tensor, element: ElementFormat) -> Tensor:
@@ -122,16 +140,22 @@ _STEPS_UP: dict[ScaleRule, Callable[[Tensor, ElementFormat], Tensor]] = {
     "mase_int": _above_power_of_two,
     "mse": _never,
     "none": _never,
+    "four_thirds": _never,
 }
 
 
-def block_scale(amax: Tensor, exponent: Tensor, fmt: MXFormat) -> Tensor:
-    """Return the scale of each block: 2^exponent; NaN where the block has none; 0 where it is flushed."""
-    scale = exp2(exponent)
+def block_scale(blocks: Tensor, amax: Tensor, exponent: Tensor, fmt: MXFormat) -> Tensor:
+    """Return the scale of each block; NaN where the block has none; 0 where it is flushed."""
+    scale = power_scale(exponent, fmt)
     if fmt.flush_fp32_subnorms:
         scale = torch.where(floor_log2(amax) <= -127, 0.0, scale)
-    overflow = unclamped_exponent(amax, fmt) > fmt.scale_emax
+    overflow = unclamped_exponent(blocks, amax, fmt) > fmt.scale_emax
     return torch.where(overflow | ~amax.isfinite(), torch.nan, scale)
+
+
+def power_scale(exponent: Tensor, fmt: MXFormat) -> Tensor:
+    """Return 2^exponent as float32, or 4/3 of that under ``four_thirds``."""
+    return exp2(exponent) * (4 / 3) if fmt.scale_rule == "four_thirds" else exp2(exponent)
 
 
 # Scales that are floating-point numbers
@@ -181,7 +205,7 @@ def out_of_range(blocks: Tensor, fmt: MXFormat) -> tuple[Tensor, Tensor, Tensor]
     if fmt.scale_format.is_float:
         wanted = wanted_scale(amax, tensor_scale(blocks, fmt), fmt)
         return counts, counts & (wanted == 0), counts & (wanted > fmt.scale_grid.max)
-    exponent = unclamped_exponent(amax, fmt)
+    exponent = unclamped_exponent(blocks, amax, fmt)
     return counts, counts & (exponent < -fmt.scale_emax), counts & (exponent > fmt.scale_emax)
 
 
@@ -196,7 +220,7 @@ def scales(blocks: Tensor, fmt: MXFormat, dtype: torch.dtype) -> Tensor:
     """
     amax = blocks.abs().amax(-1, keepdim=True)
     if not fmt.scale_format.is_float:
-        return exp2(shared_exponent(blocks, amax, fmt, dtype))
+        return power_scale(shared_exponent(blocks, amax, fmt, dtype), fmt)
     t = tensor_scale(blocks, fmt)
     return t * held_scale(amax, t, fmt)
 
@@ -231,6 +255,8 @@ def round_to_integer(v: Tensor, rounding: Rounding, noise: Tensor | None = None)
     """Round float32 values to integers; magnitudes below 2^22. Overwrites ``v``."""
     if rounding == "nearest":
         return v.add_(torch.full_like(v, _HALF).copysign_(v)).trunc_()
+    if rounding == "nearest_zero":
+        return v.abs().sub_(0.5).ceil_().copysign_(v)  # exact: below 1/4, where the difference rounds, it is above -1
     if rounding == "even":
         return v.round_()
     if rounding == "floor":

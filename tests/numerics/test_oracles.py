@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mxlab.formats import MXFormat, element
-from mxlab.formats.scales import SCALE_RULES
+from mxlab.formats.scales import FP4_RULES, SCALE_RULES
 from mxlab.numerics import blocks, philox, quantize, round_elementwise
 
 from support.bits import same
@@ -29,7 +29,7 @@ from support.specification import FACTS, SEED, floor_log2, grid_points, spec, to
 
 OCP = ("fp8_e5m2", "fp8_e4m3", "fp6_e3m2", "fp6_e2m3", "fp4_e2m1", "int8")
 FLOATS = OCP[:-1]
-ROUNDINGS = ("nearest", "even", "floor", "dither")
+ROUNDINGS = ("nearest", "nearest_zero", "even", "floor", "dither")
 
 
 def quantize_at_scale(points: np.ndarray, name: str, rounding: str, exponent: int = 0) -> np.ndarray:
@@ -79,7 +79,7 @@ def test_the_specification_in_exact_arithmetic(name):
         same(quantize(x, fmt, seed=SEED), spec(x, fmt))
 
 
-POWER_RULES = tuple(rule for rule in SCALE_RULES if rule not in ("none", "max"))
+POWER_RULES = tuple(rule for rule in SCALE_RULES if rule not in ("none", "max", *FP4_RULES))
 
 
 def power_formats(elements, **fields) -> st.SearchStrategy[MXFormat]:

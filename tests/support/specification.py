@@ -56,6 +56,8 @@ def to_integer(v: Fraction, rounding: str, u: Fraction) -> int:
     rest = v - whole
     if rounding == "nearest":
         return whole + (rest >= Fraction(1, 2))
+    if rounding == "nearest_zero":
+        return whole + (rest > Fraction(1, 2))
     if rounding == "even":
         return whole + (rest > Fraction(1, 2) or (rest == Fraction(1, 2) and whole % 2 == 1))
     if rounding == "floor":

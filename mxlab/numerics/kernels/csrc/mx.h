@@ -25,7 +25,7 @@ using u16 = unsigned short;
 using u32 = unsigned int;
 using u64 = unsigned long long;
 
-enum class Rounding { nearest, even, floor, dither };
+enum class Rounding { nearest, nearest_zero, even, floor, dither };
 
 // An element format, with the constants that mxlab/formats/elements.py derives from its row.
 struct Element {
@@ -99,6 +99,14 @@ MX_INLINE float round_down(float x) {
     return floorf(x);
 #else
     return __builtin_floorf(x);
+#endif
+}
+
+MX_INLINE float round_up(float x) {
+#if defined(__CUDA_ARCH__)
+    return ceilf(x);
+#else
+    return __builtin_ceilf(x);
 #endif
 }
 
