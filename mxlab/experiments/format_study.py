@@ -197,13 +197,10 @@ def _with_rules(fmt: MXFormat, rules: Iterable[str]) -> Iterator[MXFormat]:
     if fmt.scale != "e8m0":
         yield fmt
         return
+    fits = {"max": False, "mase_int": fmt.element_format.is_int}
+    fits |= dict.fromkeys(FP4_RULES, fmt.element == "fp4_e2m1")
     for rule in rules:
-        needs = {
-            "max": False,
-            "mase_int": fmt.element_format.is_int,
-            **dict.fromkeys(FP4_RULES, fmt.element == "fp4_e2m1"),
-        }
-        if needs.get(rule, True):
+        if fits.get(rule, True):
             yield replace(fmt, scale_rule=rule)
 
 

@@ -67,18 +67,16 @@ def _tools() -> str:
     heads = ["tool", "version", "what ran", "rule", "rounding", "the same in mxlab", "#differ from OCP", "#error"]
     rows = [["OCP v1.0", "", "", "`floor`", "`even`", f"`{MXFormat.parse(OCP)}`", "0 %", _error(x, ocp)]]
     for r in tools:
-        differ = (r.output != ocp).double().mean().item()
-        rules = f"`{r.fmt.scale_rule}`", f"`{r.fmt.rounding}`"
-        rows.append(
-            [r.tool, r.version, r.call, *rules, r.text, f"{differ:.1%}".replace("%", " %"), _error(x, r.output)]
-        )
+        rules = f"`{r.fmt.scale_rule}`", f"`{r.fmt.rounding}`", r.text
+        differ = (r.output != ocp).double().mean().item() * 100
+        rows.append([r.tool, r.version, r.call, *rules, f"{differ:.1f} %", _error(x, r.output)])
     return table(heads, rows)
 
 
 def _error(x: Tensor, y: Tensor) -> str:
     """Return the squared error of a block relative to its square, the mean over blocks, in percent."""
     blocks, noise = (t.double().unflatten(-1, (-1, 32)).square().sum(-1) for t in (x, x.double() - y))
-    return f"{(noise / blocks).mean().item():.2%}".replace("%", " %")
+    return f"{(noise / blocks).mean().item() * 100:.2f} %"
 
 
 def _ties() -> str:

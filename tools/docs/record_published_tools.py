@@ -77,8 +77,8 @@ def compressed_tensors(x: Tensor) -> Tensor:
     from compressed_tensors.quantization import QuantizationArgs, fake_quantize
     from compressed_tensors.quantization.utils import calculate_qparams
 
-    args: Any = dict(num_bits=4, type="float", strategy="group", group_size=32, symmetric=True)
-    args = QuantizationArgs(**args, scale_dtype=torch.uint8, zp_dtype=torch.uint8)
+    preset: Any = {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32, "symmetric": True}
+    args = QuantizationArgs(**preset, scale_dtype=torch.uint8, zp_dtype=torch.uint8)
     groups = x.unflatten(-1, (-1, 32))
     scale, _ = calculate_qparams(groups.amin(-1), groups.amax(-1), args)
     return fake_quantize(x, scale, None, args)
@@ -143,7 +143,8 @@ def main(checkout: str) -> None:
         # A zero has no sign in mxlab, and in some tools it has.
         arrays[key] = bits((quantized(x.clone()).float() + 0.0).bfloat16())
         found = version(package) if package else commit.stdout.strip()
-        rows.append(dict(tool=name, version=found, call=call, output=key, format=fmt, numerics=numerics))
+        about = {"tool": name, "version": found, "call": call, "output": key}
+        rows.append({**about, "format": fmt, "numerics": numerics})
     np.savez_compressed(GOLDEN / "published_tools.npz", allow_pickle=False, **arrays)
     (GOLDEN / "published_tools.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
