@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mxlab import quantize
 from mxlab.errors import FormatError
-from mxlab.formats import ELEMENTS, NUMERICS, ROUNDINGS, MXFormat
+from mxlab.formats import ELEMENTS, MICROXCALING_ROUNDINGS, NUMERICS, ROUNDINGS, MXFormat
 from mxlab.formats.scales import SCALE_RULES
 from mxlab.numerics import DTYPES, microxcaling, philox, quantize_, round_elementwise
 from mxlab.numerics.kernels import cuda, native
@@ -122,6 +122,8 @@ def _rules(dtype: torch.dtype, numerics: Any, rounding: str) -> Iterator[tuple]:
 
 def _roundings(dtype: torch.dtype, numerics: Any, rounding: str) -> Iterator[tuple]:
     """Element-wise rounding of aligned and unaligned tensors."""
+    if numerics == "microxcaling" and rounding not in MICROXCALING_ROUNDINGS:
+        return
     widths = ({"bfloat": 16}, {"bfloat": 12}, {"fp": 16}, {"fp": 8})
     for width, subnormals, start in product(widths, (True, False), (0, 1)):
         ways = {**width, "rounding": rounding, "subnormals": subnormals, "numerics": numerics, "seed": SEED}
@@ -169,9 +171,9 @@ def _formats(texts: list[str]) -> Iterator[MXFormat]:
 
 
 def _has(fmt: MXFormat, dtype: torch.dtype, numerics: str) -> bool:
-    """Return whether the numerics have the format in the dtype."""
+    """Return whether the numerics have the format in the dtype, and kernels for it."""
     if numerics == "exact":
-        return True
+        return fmt.has_kernels
     try:
         microxcaling.check(fmt, dtype)
     except FormatError:

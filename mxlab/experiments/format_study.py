@@ -21,6 +21,7 @@ from mxlab.eval.scorer import Predictor, Scorer, remember
 from mxlab.eval.windows import sliding_windows
 from mxlab.experiments import provenance
 from mxlab.formats import SCALE_RULES, MXFormat
+from mxlab.formats.scales import FP4_RULES
 from mxlab.progress import track
 from mxlab.recipe import Recipe
 from mxlab.recipe.rule import Rule
@@ -196,10 +197,11 @@ def _with_rules(fmt: MXFormat, rules: Iterable[str]) -> Iterator[MXFormat]:
     if fmt.scale != "e8m0":
         yield fmt
         return
+    fits = {"max": False, "mase_int": fmt.element_format.is_int}
+    fits |= dict.fromkeys(FP4_RULES, fmt.element == "fp4_e2m1")
     for rule in rules:
-        if rule == "max" or (rule == "mase_int" and not fmt.element_format.is_int):
-            continue
-        yield replace(fmt, scale_rule=rule)
+        if fits.get(rule, True):
+            yield replace(fmt, scale_rule=rule)
 
 
 def _check_same(out: Path, document: str) -> None:

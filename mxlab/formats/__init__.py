@@ -8,11 +8,10 @@ bias), ``sign`` (one to three bits); ``parse`` reads the text of any of them.
 Each class says in its docstring what it computes; :mod:`mxlab.numerics` does it. Common to the families: round() goes
 to the nearest integer, ties to even; clamp(v, low, high) limits v. A zero result is +0. Where every element stands
 alone, NaN stays NaN and an infinity saturates. Where elements share something, a NaN or an infinity among them makes
-all of them NaN. The result of a formula is rounded once, to the tensor's dtype, in which it becomes infinite where that
-dtype does not reach so far.
+all of them NaN. The result of a formula is rounded once, to the tensor's dtype, at whose largest value it saturates.
 """
 
-from mxlab.formats.base import NUMERICS, ROUNDINGS, NumberFormat, Numerics, Rounding
+from mxlab.formats.base import MICROXCALING_ROUNDINGS, NUMERICS, ROUNDINGS, NumberFormat, Numerics, Rounding
 from mxlab.formats.block import BlockFP, BlockLog, BlockMinifloat
 from mxlab.formats.elements import ALIASES, ELEMENTS, ElementFormat, element, elementwise_format
 from mxlab.formats.family import FormatFamily
@@ -26,6 +25,7 @@ __all__ = [
     "ALIASES",
     "ELEMENTS",
     "FAMILIES",
+    "MICROXCALING_ROUNDINGS",
     "NUMERICS",
     "ROUNDINGS",
     "SCALES",

@@ -15,10 +15,11 @@ from mxlab.checks import check_int, suggestion
 from mxlab.errors import FormatError
 
 Numerics = Literal["exact", "microxcaling"]
-Rounding = Literal["nearest", "even", "floor", "dither"]
+Rounding = Literal["nearest", "nearest_zero", "even", "floor", "dither"]
 
 NUMERICS: tuple[str, ...] = get_args(Numerics)
 ROUNDINGS: tuple[str, ...] = get_args(Rounding)
+MICROXCALING_ROUNDINGS = tuple(rounding for rounding in ROUNDINGS if rounding != "nearest_zero")
 
 
 class NumberFormat:

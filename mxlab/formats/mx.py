@@ -12,7 +12,15 @@ from mxlab.checks import check_bool, check_choice, check_int
 from mxlab.errors import FormatError
 from mxlab.formats.base import ROUNDINGS, NumberFormat, Rounding, Spelling, check_block_size
 from mxlab.formats.elements import ElementFormat, element
-from mxlab.formats.scales import SCALE_RULES, SCALES, ScaleFormat, ScaleRule, resolved_rounding, resolved_rule
+from mxlab.formats.scales import (
+    FP4_RULES,
+    SCALE_RULES,
+    SCALES,
+    ScaleFormat,
+    ScaleRule,
+    resolved_rounding,
+    resolved_rule,
+)
 
 _FLOAT32_MAX = (2 - 2.0**-23) * 2.0**127
 
@@ -32,8 +40,8 @@ class MXFormat(NumberFormat):
         scale_bits: width of the shared exponent, 1..8; 0 means 8, as in microxcaling.
         scale_rule: how the scale is chosen (:mod:`mxlab.formats.scales`); with a floating-point scale ``floor`` means
             ``max``.
-        rounding: ``nearest`` (ties away from zero), ``even`` (ties to even), ``floor`` (toward zero) or ``dither``
-            (stochastic); with the rule ``mase_int``, ``nearest`` means ``even``.
+        rounding: ``nearest`` (ties away from zero), ``nearest_zero`` (ties toward zero), ``even`` (ties to even),
+            ``floor`` (toward zero) or ``dither`` (stochastic); with the rule ``mase_int``, ``nearest`` means ``even``.
         flush_fp32_subnorms: blocks whose largest magnitude is below 2^-126 become zero.
 
     Raises:
@@ -111,6 +119,16 @@ class MXFormat(NumberFormat):
     def is_random(self) -> bool:
         """Whether the result depends on a seed."""
         return self.rounding == "dither"
+
+    @property
+    def is_idempotent(self) -> bool:
+        """Whether quantizing a quantized tensor once more leaves it unchanged, in the ``exact`` numerics."""
+        return not self.scale_format.is_float and self.scale_rule not in ("mase_int", *FP4_RULES)
+
+    @property
+    def has_kernels(self) -> bool:
+        """Whether the compiled backends have the format; eager torch has all."""
+        return self.scale_rule not in FP4_RULES
 
     @property
     def element_bits(self) -> int:

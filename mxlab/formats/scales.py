@@ -11,7 +11,11 @@ that is a power of two has as its exponent
   order); ``floor`` if the sums are equal;
 - ``mase_int``: MASE's MXINT, E = ceil(log2 amax); elements are round(x / 2^E * 2^(B-1)), ties to even, clamped to
   -2^(B-1) and 2^(B-1) - 1;
-- ``none``: each element has its own.
+- ``none``: each element has its own;
+- ``four_thirds``: that of ``floor``; the scale is 4/3 times this power of two, with which the largest value of a binade
+  becomes the largest element, 8 * 3/4 = 6 (FP-Quant's ``abs_max``; for fp4_e2m1);
+- ``quest``: floor(log2(c / 6 * std + 1e-8)), std the standard deviation of the block and c = 2.92247856, where four
+  bits best clip a normal distribution (FP-Quant's and QuEST's ``quest``; for fp4_e2m1).
 
 A floating-point scale has one rule, ``max``: amax / max, ties to even. :mod:`mxlab.numerics.reference` says all
 of it exactly. Nothing here needs torch.
@@ -24,9 +28,10 @@ from typing import Literal, get_args
 
 from mxlab.errors import FormatError
 
-ScaleRule = Literal["floor", "ceil", "even", "rceil", "mase_int", "mse", "none", "max"]
+ScaleRule = Literal["floor", "ceil", "even", "rceil", "mase_int", "mse", "none", "four_thirds", "quest", "max"]
 
 SCALE_RULES: tuple[str, ...] = get_args(ScaleRule)
+FP4_RULES = ("four_thirds", "quest")  # for fp4_e2m1 only, and without kernels: eager torch computes them
 
 
 @dataclass(frozen=True)
@@ -95,6 +100,8 @@ def resolved_rounding(rule: ScaleRule, rounding: str, element: str, is_int: bool
     Raises:
         FormatError: an element or a rounding that the rule does not have.
     """
+    if rule in FP4_RULES and element != "fp4_e2m1":
+        raise FormatError(f"scale_rule is {rule!r}: it is for fp4_e2m1 elements, not for {element}; use floor or rceil")
     if rule == "mse" and rounding == "dither":
         raise FormatError("rounding is 'dither': the rule 'mse' compares errors, which noise would change; use another")
     if rule != "mase_int":

@@ -135,7 +135,7 @@ def _scaled(x: Tensor, fmt: MXFormat, numerics: Numerics, axis: int) -> Statisti
     blocks = cut.split(x.float())  # (..., blocks, block), padded with zeros
     amax = _largest(blocks)
     quantized = cut.split(quantize(x, fmt, axis=axis, numerics=numerics).float())
-    scale = reference.scales(blocks, fmt)  # (..., blocks, 1)
+    scale = reference.scales(blocks, fmt, x.dtype)  # (..., blocks, 1)
     elements = blocks / scale
     lost = quantized.isnan()
     low, high = fmt.limits

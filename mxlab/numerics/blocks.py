@@ -1,4 +1,4 @@
-"""Cutting a tensor into the blocks that share a scale, and putting it together again."""
+"""Cutting a tensor into the blocks that share a scale, and putting it together again; exponents, and ends of ranges."""
 
 from __future__ import annotations
 
@@ -75,3 +75,9 @@ def exp2(exponent: Tensor) -> Tensor:
     normal = (biased << 23).view(torch.float32)
     subnormal = torch.where(exponent < -149, 0, 1 << (exponent + 149).clamp(0, 22)).to(torch.int32)
     return torch.where(exponent < -126, subnormal.view(torch.float32), normal)
+
+
+def saturated(y: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``y`` with what ``dtype`` cannot hold, infinities included, replaced by its largest value; NaN stays."""
+    largest = torch.finfo(dtype).max
+    return y.clamp(-largest, largest)

@@ -24,7 +24,7 @@ from mxlab.formats import (
     Ternary,
 )
 from mxlab.numerics import philox
-from mxlab.numerics.blocks import Blocks
+from mxlab.numerics.blocks import Blocks, saturated
 
 _BEYOND = 2.0**500  # for infinity: above the range of every format, and safe to scale
 _EXPONENT = 0x7FF << 52  # the exponent field of a float64, above 52 mantissa bits
@@ -39,7 +39,7 @@ def quantize(x: Tensor, fmt: FormatFamily, axes: tuple[int, ...], seed: int) -> 
     noise = cut.split(philox.uniform(x.shape, seed, x.device)) if fmt.is_random else None
     y = _compute(blocks.clamp_(-_BEYOND, _BEYOND), fmt, noise)
     y = y.add_(0.0).masked_fill_(lost, torch.nan)  # a zero result is +0
-    return cut.join(y).to(x.dtype)
+    return cut.join(saturated(y, x.dtype)).to(x.dtype)
 
 
 def _compute(x: Tensor, fmt: FormatFamily, noise: Tensor | None) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mxlab.errors import FormatError
-from mxlab.formats import ElementFormat, MXFormat, Rounding
+from mxlab.formats import MICROXCALING_ROUNDINGS, ElementFormat, MXFormat, Rounding
 from mxlab.numerics import philox
 from mxlab.numerics.blocks import exp2, floor_log2
 from mxlab.numerics.reference import block_layout
@@ -71,9 +71,11 @@ def check(fmt: MXFormat, dtype: torch.dtype) -> None:
     """Refuse formats that the emulator does not have.
 
     Raises:
-        FormatError: another scale than e8m0, another rule than floor and none, or elements whose largest value is too
-            large for ``dtype``, which the emulator computes in (bf16 elements in float16).
+        FormatError: another scale than e8m0, another rule than floor and none, another rounding than the emulator's, or
+            elements whose largest value is too large for ``dtype``, which the emulator computes in (bf16 elements in
+            float16).
     """
+    check_rounding(fmt.rounding)
     if fmt.scale_rule not in ("floor", "none"):
         raise FormatError(
             f"{fmt}: microxcaling knows the scale e8m0 with the rules floor and none only; choose numerics='exact'"
@@ -81,6 +83,14 @@ def check(fmt: MXFormat, dtype: torch.dtype) -> None:
     element = fmt.element_format
     if element.max > torch.finfo(dtype).max:
         raise FormatError(f"{element} elements reach {element.max:g}, too large for {dtype}: use bfloat16 or float32")
+
+
+def check_rounding(rounding: str) -> None:
+    """Raise FormatError for a rounding that the emulator does not have."""
+    if rounding not in MICROXCALING_ROUNDINGS:
+        raise FormatError(
+            f"rounding is {rounding!r}: microxcaling knows {', '.join(MICROXCALING_ROUNDINGS)}; choose numerics='exact'"
+        )
 
 
 def shared_exponent(amax: Tensor) -> Tensor:

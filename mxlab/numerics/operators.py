@@ -69,7 +69,7 @@ def parse(fmt: NumberFormat | str, numerics: str, backend: str) -> NumberFormat:
     fmt = parse_format(fmt)
     if isinstance(fmt, FormatFamily) and numerics == "microxcaling":
         raise FormatError(f"numerics is 'microxcaling', which does not have the format {fmt}: use 'exact'")
-    if isinstance(fmt, FormatFamily) and backend in _COMPILED:
+    if backend in _COMPILED and not _has_kernels(fmt):
         raise FormatError(f"backend is {backend!r}, which does not have the format {fmt}: use 'auto' or 'reference'")
     return fmt
 
@@ -141,6 +141,8 @@ def _round_elementwise(
 ) -> Tensor:
     check(x, numerics, backend)
     check_choice("rounding", rounding, ROUNDINGS)
+    if numerics == "microxcaling":
+        microxcaling.check_rounding(rounding)
     element = _elementwise_format(bfloat, fp)
     if element is None or x.numel() == 0:
         return x.clone()
@@ -205,8 +207,12 @@ def choose(device: str, backend: str) -> str:
 
 
 def _compiled(x: Tensor, fmt: NumberFormat, backend: str) -> Any:
-    """Return the compiled backend that serves the tensor, or None: the quantizers have no kernels."""
-    return _COMPILED.get(choose(x.device.type, backend)) if isinstance(fmt, MXFormat) else None
+    """Return the compiled backend that serves the tensor, or None: not every format has kernels."""
+    return _COMPILED.get(choose(x.device.type, backend)) if _has_kernels(fmt) else None
+
+
+def _has_kernels(fmt: NumberFormat) -> bool:
+    return isinstance(fmt, MXFormat) and fmt.has_kernels
 
 
 def _eager(numerics: Numerics, fmt: NumberFormat | None = None) -> Any:

@@ -16,7 +16,7 @@ from torch import Tensor
 from mxlab.checks import check_choice
 from mxlab.errors import FormatError
 from mxlab.formats import ROUNDINGS, ElementFormat, MXFormat, NumberFormat, Numerics, Rounding, elementwise_format
-from mxlab.numerics import operators, reference
+from mxlab.numerics import microxcaling, operators, reference
 
 DTYPES = operators.DTYPES
 
@@ -40,7 +40,8 @@ def quantize(
             side.
         numerics: ``exact`` or ``microxcaling``; the quantizers have ``exact`` only.
         backend: ``native`` (C++, CPU), ``cuda`` (CUDA C++, NVIDIA GPUs), ``reference`` (eager torch, every device),
-            or ``auto`` for the fastest there is. All give the same bits. The quantizers have ``reference`` only.
+            or ``auto`` for the fastest there is. All give the same bits. The quantizers, and the scale rules
+            ``four_thirds`` and ``quest``, have ``reference`` only.
         seed: of ``dither`` rounding and of stochastic signs; None draws one from torch's global generator. Ignored by
             all else.
         out: where to write the result, a tensor of the shape, dtype and device of ``x``.
@@ -53,7 +54,8 @@ def quantize(
         FormatError: an unsupported dtype, format, axis, numerics or backend; an ``out`` that does not fit, or with an
             ``x`` that requires a gradient.
 
-    A format with a scale for the tensor (``scale=e4m3``) takes that from all of ``x``, whatever the axis.
+    A format with a scale for the tensor (``scale=e4m3``) takes that from all of ``x``, whatever the axis. In the
+    ``exact`` numerics no finite block becomes infinite: what the dtype of ``x`` cannot hold becomes its largest value.
 
     Source: OCP Microscaling Formats (MX) v1.0, section 6.3; :mod:`mxlab.formats.scales` for the other rules and scales.
     """
@@ -119,8 +121,8 @@ def round_elementwise(
         seed: as in :func:`quantize`.
 
     Returns:
-        A new tensor laid out as ``torch.empty_like(x)``; what overflows becomes infinite. Its gradient passes
-        straight through.
+        A new tensor laid out as ``torch.empty_like(x)``; what overflows the format becomes infinite, what only the
+        dtype cannot hold saturates. Its gradient passes straight through.
 
     Raises:
         FormatError: an unsupported dtype, width, rounding, numerics or backend; ``bfloat`` together with ``fp``.
@@ -130,6 +132,8 @@ def round_elementwise(
     if not isinstance(subnormals, bool):
         raise FormatError(f"subnormals is {subnormals!r}: it must be true or false")
     _check(x, numerics, backend)
+    if numerics == "microxcaling":
+        microxcaling.check_rounding(rounding)
     if element is None or x.numel() == 0:
         return x.clone()
     seed = _seed(rounding == "dither", seed)

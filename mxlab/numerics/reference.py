@@ -1,7 +1,7 @@
 """The ``exact`` numerics in eager torch: the readable specification that faster backends are tested against.
 
 OCP Microscaling Formats (MX) v1.0, section 6.3, on any device. Everything is computed in float32, where powers of two
-scale without rounding, and ``round_to_grid`` rounds once.
+scale without rounding, and ``round_to_grid`` rounds once. A result beyond the tensor's dtype saturates.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from mxlab.formats import ElementFormat, MXFormat, Rounding
 from mxlab.formats.scales import ScaleRule
 from mxlab.numerics import philox
-from mxlab.numerics.blocks import Blocks, exp2, floor_log2
+from mxlab.numerics.blocks import Blocks, exp2, floor_log2, saturated
 
 _EXPONENT_FIELD = 0x7F800000
 # The largest float32 below 1/2. trunc(v + this) rounds halves away from zero; with 1/2 itself the sum would round
@@ -24,6 +24,8 @@ _EXPONENT_FIELD = 0x7F800000
 _HALF = 0.5 - 2.0**-25
 # The smallest scale of a tensor: no product or quotient of it and a block's scale leaves the normal float32 numbers.
 _SMALLEST_TENSOR_SCALE = 2.0**-117
+# Where FP-Quant clips a normal distribution of standard deviation 1 to the largest element, 6: QuEST's constant.
+_GAUSSIAN_CLIP = 2.92247856
 
 
 def quantize(x: Tensor, fmt: MXFormat, axes: tuple[int, ...], seed: int) -> Tensor:
@@ -35,17 +37,21 @@ def quantize(x: Tensor, fmt: MXFormat, axes: tuple[int, ...], seed: int) -> Tens
     if fmt.scale_format.is_float:
         y = round_to_float_scale(blocks, amax, fmt, noise)
     else:
-        y = round_to_exponent(blocks, amax, shared_exponent(blocks, amax, fmt), fmt, noise)
+        y = round_to_exponent(blocks, amax, shared_exponent(blocks, amax, fmt, x.dtype), fmt, noise)
     y += 0.0  # a zero result is +0
-    return cut.join(y).to(x.dtype)
+    return cut.join(saturated(y, x.dtype)).to(x.dtype)
 
 
 def round_elementwise(x: Tensor, element: ElementFormat, rounding: Rounding, subnormals: bool, seed: int) -> Tensor:
-    """Return each value rounded to ``element`` on its own; what overflows becomes infinite, NaN and infinities stay."""
+    """Return each value rounded to ``element`` on its own; NaN and infinities stay.
+
+    What overflows ``element`` becomes infinite; what only ``x``'s dtype cannot hold saturates.
+    """
     y = x.to(torch.float32)
     noise = philox.uniform(x.shape, seed, x.device) if rounding == "dither" else None
     rounded = round_to_grid(y.clone(), element, rounding, noise)
-    rounded = torch.where(rounded.abs() > element.max, torch.copysign(torch.full_like(y, torch.inf), y), rounded)
+    infinite = torch.copysign(torch.full_like(y, torch.inf), y)
+    rounded = torch.where(rounded.abs() > element.max, infinite, saturated(rounded, x.dtype))
     if not subnormals:
         rounded = torch.where(y.abs() < element.min_normal, 0.0, rounded)
     return (torch.where(y.isinf(), y, rounded) + 0.0).to(x.dtype)
@@ -60,34 +66,53 @@ def block_layout(x: Tensor, fmt: MXFormat, axes: tuple[int, ...]) -> Blocks:
 
 
 def round_to_exponent(blocks: Tensor, amax: Tensor, exponent: Tensor, fmt: MXFormat, noise: Tensor | None) -> Tensor:
-    """Round blocks (..., block) to elements times 2^exponent (..., 1)."""
-    y = round_to_element(blocks * exp2(-exponent), fmt, noise)
-    return y.mul_(block_scale(amax, exponent, fmt))
+    """Round blocks (..., block) to elements times 2^exponent (..., 1), or 4/3 of that under ``four_thirds``."""
+    y = blocks * exp2(-exponent)
+    if fmt.scale_rule == "four_thirds":
+        y /= torch.full_like(
+            y, 4 / 3
+        )  # a tensor: by a number, torch multiplies with its rounded inverse on some devices
+    return round_to_element(y, fmt, noise).mul_(block_scale(blocks, amax, exponent, fmt))
 
 
-def shared_exponent(blocks: Tensor, amax: Tensor, fmt: MXFormat) -> Tensor:
-    """Return the shared exponent of each block, clamped to the range of the scale, as int32."""
-    exponent = unclamped_exponent(amax, fmt).clamp(-fmt.scale_emax, fmt.scale_emax)
+def shared_exponent(blocks: Tensor, amax: Tensor, fmt: MXFormat, dtype: torch.dtype) -> Tensor:
+    """Return the shared exponent of each block, clamped to the range of the scale, as int32.
+
+    ``dtype`` is the tensor's: the rule ``mse`` judges what it can hold.
+    """
+    exponent = unclamped_exponent(blocks, amax, fmt).clamp(-fmt.scale_emax, fmt.scale_emax)
     if fmt.scale_rule != "mse":
         return exponent
-    errors = [squared_error(blocks, amax, e, fmt) for e in (exponent, exponent + 1)]
+    errors = [squared_error(blocks, amax, e, fmt, dtype) for e in (exponent, exponent + 1)]
     return exponent + ((errors[1] < errors[0]) & (exponent < fmt.scale_emax)).int()
 
 
-def squared_error(blocks: Tensor, amax: Tensor, exponent: Tensor, fmt: MXFormat) -> Tensor:
+def squared_error(blocks: Tensor, amax: Tensor, exponent: Tensor, fmt: MXFormat, dtype: torch.dtype) -> Tensor:
     """Return the sum of (x - Q(x))^2 over each block, added up in index order; a sum beyond float32 is infinite."""
-    difference = blocks - round_to_exponent(blocks, amax, exponent, fmt, None)
+    difference = blocks - saturated(round_to_exponent(blocks, amax, exponent, fmt, None), dtype)
     return reduce(torch.add, (difference * difference).split(1, -1))
 
 
-def unclamped_exponent(amax: Tensor, fmt: MXFormat) -> Tensor:
-    """Return the shared exponent of each block (..., 1), int32, before it is clamped to ``scale_bits``.
+def unclamped_exponent(blocks: Tensor, amax: Tensor, fmt: MXFormat) -> Tensor:
+    """Return the shared exponent of each block, int32, before it is clamped to ``scale_bits``.
 
-    ``amax`` is the block's largest magnitude; under the rule ``mse`` this is the exponent of ``floor``.
+    ``amax`` is the block's largest magnitude, whose shape the result has; under the rule ``mse`` this is the exponent
+    of ``floor``.
     """
+    if fmt.scale_rule == "quest":
+        return floor_log2(gaussian_scale(blocks, fmt.element_format)).view_as(amax)
     significand = torch.frexp(amax).mantissa  # in [1/2, 1)
     element = fmt.element_format
     return floor_log2(amax) - element.emax + _STEPS_UP[fmt.scale_rule](significand, element).int()
+
+
+def gaussian_scale(blocks: Tensor, element: ElementFormat) -> Tensor:
+    """Return the scale that clips a normal distribution best, from the standard deviation of each block, as float32.
+
+    FP-Quant computes it in float32, in an order of its compiler's; here it is computed in float64 and rounded once.
+    """
+    deviation = blocks.double().std(-1, correction=0)
+    return (deviation * (_GAUSSIAN_CLIP / element.max) + 1e-8).float()
 
 
 def _never(significand: Tensor, element: ElementFormat) -> Tensor:
@@ -115,16 +140,22 @@ _STEPS_UP: dict[ScaleRule, Callable[[Tensor, ElementFormat], Tensor]] = {
     "mase_int": _above_power_of_two,
     "mse": _never,
     "none": _never,
+    "four_thirds": _never,
 }
 
 
-def block_scale(amax: Tensor, exponent: Tensor, fmt: MXFormat) -> Tensor:
-    """Return the scale of each block: 2^exponent; NaN where the block has none; 0 where it is flushed."""
-    scale = exp2(exponent)
+def block_scale(blocks: Tensor, amax: Tensor, exponent: Tensor, fmt: MXFormat) -> Tensor:
+    """Return the scale of each block; NaN where the block has none; 0 where it is flushed."""
+    scale = power_scale(exponent, fmt)
     if fmt.flush_fp32_subnorms:
         scale = torch.where(floor_log2(amax) <= -127, 0.0, scale)
-    overflow = unclamped_exponent(amax, fmt) > fmt.scale_emax
+    overflow = unclamped_exponent(blocks, amax, fmt) > fmt.scale_emax
     return torch.where(overflow | ~amax.isfinite(), torch.nan, scale)
+
+
+def power_scale(exponent: Tensor, fmt: MXFormat) -> Tensor:
+    """Return 2^exponent as float32, or 4/3 of that under ``four_thirds``."""
+    return exp2(exponent) * (4 / 3) if fmt.scale_rule == "four_thirds" else exp2(exponent)
 
 
 # Scales that are floating-point numbers
@@ -174,21 +205,22 @@ def out_of_range(blocks: Tensor, fmt: MXFormat) -> tuple[Tensor, Tensor, Tensor]
     if fmt.scale_format.is_float:
         wanted = wanted_scale(amax, tensor_scale(blocks, fmt), fmt)
         return counts, counts & (wanted == 0), counts & (wanted > fmt.scale_grid.max)
-    exponent = unclamped_exponent(amax, fmt)
+    exponent = unclamped_exponent(blocks, amax, fmt)
     return counts, counts & (exponent < -fmt.scale_emax), counts & (exponent > fmt.scale_emax)
 
 
 # Both
 
 
-def scales(blocks: Tensor, fmt: MXFormat) -> Tensor:
+def scales(blocks: Tensor, fmt: MXFormat, dtype: torch.dtype) -> Tensor:
     """Return what the elements of each of (..., n_blocks, block) are multiples of: (..., n_blocks, 1), as float32.
 
-    That of a block which becomes NaN, because it wants a larger one, is the largest there is.
+    That of a block which becomes NaN, because it wants a larger one, is the largest there is. ``dtype`` is the
+    tensor's, of which ``blocks`` holds the values as float32.
     """
     amax = blocks.abs().amax(-1, keepdim=True)
     if not fmt.scale_format.is_float:
-        return exp2(shared_exponent(blocks, amax, fmt))
+        return power_scale(shared_exponent(blocks, amax, fmt, dtype), fmt)
     t = tensor_scale(blocks, fmt)
     return t * held_scale(amax, t, fmt)
 
@@ -223,6 +255,8 @@ def round_to_integer(v: Tensor, rounding: Rounding, noise: Tensor | None = None)
     """Round float32 values to integers; magnitudes below 2^22. Overwrites ``v``."""
     if rounding == "nearest":
         return v.add_(torch.full_like(v, _HALF).copysign_(v)).trunc_()
+    if rounding == "nearest_zero":
+        return v.abs().sub_(0.5).ceil_().copysign_(v)  # exact: below 1/4, where the difference rounds, it is above -1
     if rounding == "even":
         return v.round_()
     if rounding == "floor":

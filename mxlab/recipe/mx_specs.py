@@ -15,7 +15,7 @@ from typing import Any
 from mxlab import environment
 from mxlab.checks import check_choice, check_int, suggestion
 from mxlab.errors import FormatError, SpecError
-from mxlab.formats import ROUNDINGS, MXFormat, element, elementwise_format
+from mxlab.formats import MICROXCALING_ROUNDINGS, MXFormat, element, elementwise_format
 from mxlab.recipe import Elementwise, Recipe
 from mxlab.recipe.rule import KV_ROLES, Rule
 
@@ -60,7 +60,9 @@ class MxSpecs:
     bfloat: int = _option("int", 16, "bits of element-wise bfloat rounding, 10 to 32; 0 for none", high=32, there=0)
     fp: int = _option("int", 0, "bits of element-wise fp rounding, 7 to 29; 0 for none", high=29)
     bfloat_subnorms: bool = _option("flag", True, "keep subnormals in element-wise rounding")
-    round: str = _option("choice", "nearest", "rounding of all that is not set on its own", choices=ROUNDINGS)
+    round: str = _option(
+        "choice", "nearest", "rounding of all that is not set on its own", choices=MICROXCALING_ROUNDINGS
+    )
     round_weight: str | None = _option("rounding", None, "element-wise rounding of weights and biases")
     round_output: str | None = _option("rounding", None, "element-wise rounding of activations")
     round_mx_output: str | None = _option("rounding", None, "MX rounding of weights, activations, keys and values")
@@ -254,7 +256,7 @@ def _checked(name: str, value: Any) -> Any:
             case "flag" if not isinstance(value, bool):
                 raise FormatError(f"{name} is {value!r}: it must be true or false")
             case "rounding" if value is not None:
-                check_choice(name, value, ROUNDINGS)
+                check_choice(name, value, MICROXCALING_ROUNDINGS)
             case "choice":
                 check_choice(name, value, about["choices"])
     except FormatError as e:

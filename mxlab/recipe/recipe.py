@@ -19,7 +19,16 @@ import tomli_w
 from mxlab import shipped
 from mxlab.checks import check_bool, check_choice, check_keys
 from mxlab.errors import FormatError, SpecError
-from mxlab.formats import NUMERICS, ROUNDINGS, MXFormat, NumberFormat, Numerics, Rounding, elementwise_format
+from mxlab.formats import (
+    MICROXCALING_ROUNDINGS,
+    NUMERICS,
+    ROUNDINGS,
+    MXFormat,
+    NumberFormat,
+    Numerics,
+    Rounding,
+    elementwise_format,
+)
 from mxlab.recipe.algorithms import TABLES, read_table
 from mxlab.recipe.rule import Rule
 
@@ -49,6 +58,15 @@ class Elementwise:
         check_bool("subnormals", self.subnormals)
         check_choice("weight_rounding", self.weight_rounding, ROUNDINGS)
         check_choice("output_rounding", self.output_rounding, ROUNDINGS)
+
+    def check_emulated(self) -> None:
+        """Raise SpecError for a rounding that microxcaling's torch path does not have."""
+        for name in ("weight_rounding", "output_rounding"):
+            if (rounding := getattr(self, name)) not in MICROXCALING_ROUNDINGS:
+                raise SpecError(
+                    f"elementwise: {name} is {rounding!r}, which the numerics 'microxcaling' do not have: use 'exact', "
+                    f"or one of {', '.join(MICROXCALING_ROUNDINGS)}"
+                )
 
     @property
     def is_used(self) -> bool:
@@ -87,8 +105,11 @@ class Recipe:
         if self.numerics == "microxcaling" and (others := [fmt for fmt in self.formats if not _is_emulated(fmt)]):
             raise SpecError(
                 f"numerics is 'microxcaling', which does not have the format {others[0]}: use 'exact', or a "
-                "microscaling format with scale e8m0 under the rule floor or none"
+                f"microscaling format with scale e8m0 under the rule floor or none, rounded by one of "
+                f"{', '.join(MICROXCALING_ROUNDINGS)}"
             )
+        if self.numerics == "microxcaling":
+            self.elementwise.check_emulated()
         for algorithm in self.algorithms:
             check_choice("algorithm", algorithm, ALGORITHMS)
         self._check_effect()
@@ -228,7 +249,9 @@ def load_recipe(recipe: Recipe | str | Path, readers: Sequence[Reader] = ()) -> 
 
 def _is_emulated(fmt: NumberFormat) -> bool:
     """Return whether microxcaling's torch path, which the numerics of that name reproduce, knows the format."""
-    return isinstance(fmt, MXFormat) and fmt.scale == "e8m0" and fmt.scale_rule in ("floor", "none")
+    if not isinstance(fmt, MXFormat) or fmt.rounding not in MICROXCALING_ROUNDINGS:
+        return False
+    return fmt.scale == "e8m0" and fmt.scale_rule in ("floor", "none")
 
 
 def _elementwise(values: object, source: str) -> Elementwise:

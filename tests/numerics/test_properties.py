@@ -18,6 +18,7 @@ from support.bits import same
 from support.strategies import (
     DTYPES,
     EVERY_NAME,
+    NUMERICS_ROUNDINGS,
     deterministic,
     dtypes,
     float_scaled,
@@ -247,9 +248,8 @@ def test_flush():
 # Gradients
 
 
+@pytest.mark.parametrize(("numerics", "rounding"), NUMERICS_ROUNDINGS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rounding", ROUNDINGS)
-@pytest.mark.parametrize("numerics", NUMERICS)
 def test_the_gradient_passes_straight_through(numerics, rounding, dtype):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(5, 40, generator=generator)

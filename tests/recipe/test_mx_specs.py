@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mxlab.errors import FormatError, SpecError
-from mxlab.formats import ROUNDINGS, MXFormat, parse_format
+from mxlab.formats import MICROXCALING_ROUNDINGS, MXFormat, parse_format
 from mxlab.recipe import Elementwise, Recipe, load_recipe
 from mxlab.recipe.mx_specs import ATTENTIONS, LINEARS, OPTIONS, MxSpecs, add_arguments, override, parse_assignment
 from mxlab.recipe.rule import Rule
@@ -122,7 +122,7 @@ def test_options_of_the_elementwise_rounding(options, changes):
     assert recipe(**options).elementwise == Elementwise(**{"bfloat": 16, **changes})
 
 
-@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize("rounding", MICROXCALING_ROUNDINGS)
 def test_every_rounding(rounding):
     found = recipe(round=rounding)
     assert {fmt.rounding for fmt in found.formats} == {rounding}

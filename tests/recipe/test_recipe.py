@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from mxlab import shipped
 from mxlab.errors import SpecError
-from mxlab.formats import ELEMENTS, ROUNDINGS, MXFormat
+from mxlab.formats import ELEMENTS, MICROXCALING_ROUNDINGS, ROUNDINGS, MXFormat
 from mxlab.recipe import Elementwise, Recipe, load_recipe
 from mxlab.recipe.mx_specs import injected_options, override
 from mxlab.recipe.rule import Rule
@@ -51,7 +51,10 @@ elementwise = st.builds(
 def _known(numerics: str, rules: tuple[Rule, ...], elementwise: Elementwise, **more) -> Recipe:
     """A recipe whose rules have an effect, and whose numerics know its formats."""
     rules = tuple(rule for rule in rules if rule.formats or elementwise.is_used)
-    plain = all(f.scale == "e8m0" and f.scale_rule in ("floor", "none") for r in rules for f in r.formats.values())
+    formats = [f for r in rules for f in r.formats.values()]
+    roundings = {elementwise.weight_rounding, elementwise.output_rounding, *(f.rounding for f in formats)}
+    plain = all(f.scale == "e8m0" and f.scale_rule in ("floor", "none") for f in formats)
+    plain &= roundings <= set(MICROXCALING_ROUNDINGS)
     return Recipe(numerics=numerics if plain else "exact", rules=rules, elementwise=elementwise, **more)
 
 
@@ -297,3 +300,13 @@ def test_an_optional_bias():
         Rule("x", weight=MXFormat("int8"), bias_optional=True)
     with pytest.raises(SpecError, match="bias_optional is 1: it must be true or false"):
         Rule("x", bias=MXFormat("int8"), bias_optional=1)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"weight": "fp4@32,rounding=nearest_zero"}, {"elementwise": Elementwise(16, output_rounding="nearest_zero")}],
+)
+def test_microxcaling_has_no_rounding_of_ties_toward_zero(more):
+    rule = Rule(modules=".*", weight=MXFormat.parse(more.pop("weight", "fp4@32")))
+    with pytest.raises(SpecError, match=r"nearest_zero.*nearest, even, floor, dither"):
+        Recipe("test", (rule,), numerics="microxcaling", **more)

@@ -56,6 +56,8 @@ def to_integer(v: Fraction, rounding: str, u: Fraction) -> int:
     rest = v - whole
     if rounding == "nearest":
         return whole + (rest >= Fraction(1, 2))
+    if rounding == "nearest_zero":
+        return whole + (rest > Fraction(1, 2))
     if rounding == "even":
         return whole + (rest > Fraction(1, 2) or (rest == Fraction(1, 2) and whole % 2 == 1))
     if rounding == "floor":
@@ -104,9 +106,10 @@ def wanted_exponent(amax: Fraction, fmt: MXFormat) -> int:
     return floor_log2(amax) - emax
 
 
-def at_exponent(xs: list[float], fmt: MXFormat, us: list[float], exponent: int) -> list[float]:
-    scale = Fraction(2) ** exponent
+def at_exponent(xs: list[float], fmt: MXFormat, us: list[float], exponent: int, largest: float) -> list[float]:
+    scale, end = Fraction(2) ** exponent, Fraction(largest)
     exact = [to_element(Fraction(x) / scale, fmt, Fraction(u)) * scale for x, u in zip(xs, us, strict=True)]
+    exact = [max(-end, min(x, end)) for x in exact]
     results = [float(x) for x in exact]
     assert list(map(Fraction, results)) == exact
     return results
@@ -120,8 +123,8 @@ def squared_error(xs: list[float], results: list[float]) -> np.float32:
     return total
 
 
-def spec_block(xs: list[float], fmt: MXFormat, us: list[float]) -> list[float]:
-    """One block by the OCP specification, steps 1 to 6, in exact arithmetic."""
+def spec_block(xs: list[float], fmt: MXFormat, us: list[float], largest: float) -> list[float]:
+    """One block by the OCP specification, steps 1 to 6, in exact arithmetic; ``largest`` is where results saturate."""
     if not all(map(math.isfinite, xs)):
         return [math.nan] * len(xs)
     amax = max(abs(Fraction(x)) for x in xs)
@@ -132,9 +135,9 @@ def spec_block(xs: list[float], fmt: MXFormat, us: list[float]) -> list[float]:
     if s > limit:
         return [math.nan] * len(xs)
     s = max(s, -limit)
-    results = at_exponent(xs, fmt, us, s)
+    results = at_exponent(xs, fmt, us, s, largest)
     if fmt.scale_rule == "mse" and s < limit:
-        others = at_exponent(xs, fmt, us, s + 1)
+        others = at_exponent(xs, fmt, us, s + 1, largest)
         return others if squared_error(xs, others) < squared_error(xs, results) else results
     return results
 
@@ -142,10 +145,10 @@ def spec_block(xs: list[float], fmt: MXFormat, us: list[float]) -> list[float]:
 def spec(x: Tensor, fmt: MXFormat, seed: int = SEED) -> Tensor:
     """A 2-D tensor, blocks along the last axis, by :func:`spec_block`."""
     us = philox.uniform(x.shape, seed, x.device).tolist() if fmt.rounding == "dither" else None
-    rows = []
+    rows, largest = [], torch.finfo(x.dtype).max
     for i, row in enumerate(x.tolist()):
         rows.append([])
         for start in range(0, len(row), fmt.block_size or len(row)):
             part = slice(start, start + (fmt.block_size or len(row)))
-            rows[-1] += spec_block(row[part], fmt, us[i][part] if us else [0.0] * len(row[part]))
+            rows[-1] += spec_block(row[part], fmt, us[i][part] if us else [0.0] * len(row[part]), largest)
     return torch.tensor(rows, dtype=torch.float32).to(x.dtype)

@@ -6,14 +6,19 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from torch import Tensor
 
-from mxlab.formats import ELEMENTS, ROUNDINGS, MXFormat, element
-from mxlab.formats.scales import SCALE_RULES
+from mxlab.formats import ELEMENTS, MICROXCALING_ROUNDINGS, ROUNDINGS, MXFormat, element
+from mxlab.formats.scales import FP4_RULES, SCALE_RULES
 
 PARAMETRIC = [f"int{b}" for b in range(2, 9)] + [
     f"fp{n}_e{x}m{n - 1 - x}" for n in range(2, 9) for x in range(1, n) if n - 1 - x >= 0
 ]
 EVERY_NAME = sorted({*ELEMENTS, *PARAMETRIC})
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# The numerics, and the roundings that each has.
+NUMERICS_ROUNDINGS = [
+    *(("exact", rounding) for rounding in ROUNDINGS),
+    *(("microxcaling", rounding) for rounding in MICROXCALING_ROUNDINGS),
+]
 
 dtypes = st.sampled_from(DTYPES)
 anything = st.one_of(
@@ -37,10 +42,10 @@ def tensors(draw, dims=(1, 3), side=12, elements=anything):
 
 
 def allowed(element_name: str, rule: str, rounding: str) -> bool:
-    """Whether a scale that is a power of two can have the rule."""
+    """Whether a scale that is a power of two can have the rule, in every backend."""
     if rule == "mase_int":
         return element_name.startswith("int") and rounding in ("nearest", "even")
-    return rule != "max" and (rule, rounding) != ("mse", "dither")
+    return rule not in ("max", *FP4_RULES) and (rule, rounding) != ("mse", "dither")
 
 
 @st.composite
@@ -68,6 +73,7 @@ def full_range(**fixed):
 
 
 def refused(x: Tensor, fmt: MXFormat, numerics: str) -> bool:
-    """Whether microxcaling has no such rule, or no room in the dtype for the largest code, as in test_numerics."""
-    known = fmt.scale_rule in ("floor", "none") and element(fmt.element).max <= torch.finfo(x.dtype).max
+    """Whether microxcaling has no such rule or rounding, or no room in the dtype for the largest code."""
+    known = fmt.scale_rule in ("floor", "none") and fmt.rounding in MICROXCALING_ROUNDINGS
+    known &= element(fmt.element).max <= torch.finfo(x.dtype).max
     return numerics == "microxcaling" and not known

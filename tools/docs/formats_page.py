@@ -35,6 +35,8 @@ RULES = {
     "mase_int": ("ceil(log amax); integers on [-1, 1), ties to even", "MASE's MXINT"),
     "mse": ("that of `floor` or the next, that with the smaller squared error", "mxlab; the better of two"),
     "none": ("`floor`, every element for itself", "microxcaling's `shared_exp_method=none`"),
+    "four_thirds": ("that of `floor`; the scale is 4/3 of the power of two, for `fp4_e2m1`", "FP-Quant's `abs_max`"),
+    "quest": ("floor(log(2.92247856 / 6 · std + 10^-8)), for `fp4_e2m1`", "FP-Quant's and QuEST's `quest`"),
     "max": ("no exponent: amax / max on the grid of the scale, ties to even", "NVFP4; e5m3 scales"),
 }
 MX = [

@@ -13,7 +13,7 @@ from mxlab.checks import check_choice
 from mxlab.compat.mx.formats import _get_format_params, _get_max_norm
 from mxlab.compat.mx.specs import resolved
 from mxlab.errors import FormatError
-from mxlab.formats import ROUNDINGS, ElementFormat, Numerics, Rounding, elementwise_format
+from mxlab.formats import MICROXCALING_ROUNDINGS, ElementFormat, Numerics, Rounding, elementwise_format
 from mxlab.formats.elements import Specials
 from mxlab.numerics import microxcaling, operators, reference, round_elementwise
 
@@ -123,7 +123,7 @@ def _quantize_elemwise_core(
     element = _element(bits, exp_bits, max_norm)
     numerics = numerics_of(custom_cuda)
     operators.check(A, numerics, "reference")
-    check_choice("round", round, ROUNDINGS)
+    check_choice("round", round, MICROXCALING_ROUNDINGS)
     seed = int(torch.randint(2**63 - 1, ())) if round == "dither" else 0
     backend = reference if custom_cuda else microxcaling
     with torch.no_grad():

@@ -115,7 +115,7 @@ class LinearOperands:
     def weight_is_idempotent(self) -> bool:
         """Whether quantizing a quantized weight once more leaves it unchanged."""
         fmt = self.weight
-        is_stable = fmt is None or (isinstance(fmt, MXFormat) and fmt.scale == "e8m0" and fmt.scale_rule != "mase_int")
+        is_stable = fmt is None or (isinstance(fmt, MXFormat) and fmt.is_idempotent)
         return is_stable and self.numerics == "exact" and self.transform is None
 
     @property

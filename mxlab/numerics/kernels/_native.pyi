@@ -14,9 +14,10 @@ class Numerics(Enum):
 
 class Rounding(Enum):
     nearest = 0
-    even = 1
-    floor = 2
-    dither = 3
+    nearest_zero = 1
+    even = 2
+    floor = 3
+    dither = 4
 
 class Scaling(Enum):
     power = 0

@@ -17,7 +17,7 @@ from mxlab.numerics import operators, philox, quantize, quantize_, round_element
 from mxlab.numerics.kernels import native
 
 from support.bits import same
-from support.strategies import DTYPES, EVERY_NAME, allowed, float_scaled, formats, refused, tensors
+from support.strategies import DTYPES, EVERY_NAME, NUMERICS_ROUNDINGS, allowed, float_scaled, formats, refused, tensors
 
 if native.MISSING and os.environ.get("MXLAB_REQUIRE_NATIVE") == "0":
     pytest.skip(f"no native kernels ({native.MISSING}), and none are required", allow_module_level=True)
@@ -57,9 +57,8 @@ def hard(dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
     return x
 
 
-@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize(("numerics", "rounding"), NUMERICS_ROUNDINGS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("numerics", NUMERICS)
 def test_every_format_has_the_bits_of_the_reference(instruction_set, numerics, dtype, rounding):
     x = hard(dtype)
     for i, name in enumerate(EVERY_NAME):
@@ -98,8 +97,7 @@ def test_every_rule_and_scale_has_the_bits_of_the_reference(instruction_set, dty
                 same(mine, quantize(values, fmt, axis=axis, seed=i, backend="reference"))
 
 
-@pytest.mark.parametrize("rounding", ROUNDINGS)
-@pytest.mark.parametrize("numerics", NUMERICS)
+@pytest.mark.parametrize(("numerics", "rounding"), NUMERICS_ROUNDINGS)
 def test_element_wise_rounding_has_the_bits_of_the_reference(instruction_set, numerics, rounding):
     widths = [{"bfloat": b} for b in range(10, 32)] + [{"fp": b} for b in range(7, 30)]
     for dtype in DTYPES:

@@ -22,8 +22,10 @@ MX_NOINLINE void search_columns(const Op& op, const Stored* x, int64_t rows, int
     for (int64_t r = 0; r < rows; ++r, x += stride)
         for (int64_t i = 0; i < lanes; ++i) {
             const float v = T::load(x[i]);
-            error[i] += exact::squared(v - Op::element(v, {down[i], up[i]}, f, 0.0f));
-            next_error[i] += exact::squared(v - Op::element(v, {next_down[i], next_up[i]}, f, 0.0f));
+            const float y = Op::element(v, {down[i], up[i]}, f, 0.0f);
+            const float next_y = Op::element(v, {next_down[i], next_up[i]}, f, 0.0f);
+            error[i] += exact::squared(v - Op::in_range(y));
+            next_error[i] += exact::squared(v - Op::in_range(next_y));
         }
     for (int64_t i = 0; i < lanes; ++i) {
         down[i] = next_error[i] < error[i] ? next_down[i] : down[i];

@@ -19,17 +19,24 @@ float smallest_exact(int mantissa_bits, int lowest) {
 
 MX_INLINE int exponent_of(float power) { return static_cast<int>(bits_of(power) >> 23) - 127; }
 
-// Return the smallest scale `up` from which on results need no rounding to the type.
+// The smallest and the largest scale `up` with which results need neither rounding to the type nor saturation.
+struct Range {
+    float from, to;
+    MX_MEMBER int holds(float up) const { return (up >= from) & (up <= to); }  // comparisons with NaN are false
+};
+
 template <class Op>
-struct ExactFrom {
-    static float of(const Format& f) {
-        return smallest_exact<typename Op::T>(f.element.mantissa_bits, exponent_of(f.element.min_normal));
+struct ExactRange {
+    static Range of(const Format& f) {
+        const int m = f.element.mantissa_bits;
+        const float from = smallest_exact<typename Op::T>(m, exponent_of(f.element.min_normal));
+        return {from, power_of_two(126 - f.element.emax - m)};  // elements are at most 2^(emax + 1)
     }
 };
 
 template <class T, Rounding R>
-struct ExactFrom<Floating<T, R>> {
-    static float of(const Format&) { return float_of(QUIET_NAN); }  // none: comparisons with NaN are false
+struct ExactRange<Floating<T, R>> {
+    static Range of(const Format&) { return {float_of(QUIET_NAN), float_of(QUIET_NAN)}; }  // none
 };
 
 // Two bfloat16 at a time are worth it where an element takes few operations.
@@ -44,10 +51,10 @@ struct Computed : Op {
     static constexpr int64_t MIN_LOOP_BLOCK = 32;  // a shorter block does not get a loop of its own
     static constexpr bool PACKED_PAIRS = Op::T::mantissa_bits == 7 && FEW_OPERATIONS<Op>;
     const Format& format;
-    float exact_from;
+    Range exact;
 
-    Computed(const Format& f, const u32*) : format(f), exact_from(ExactFrom<Op>::of(f)) {}
-    MX_MEMBER bool is_exact(float up) const { return up >= exact_from; }
+    Computed(const Format& f, const u32*) : format(f), exact(ExactRange<Op>::of(f)) {}
+    MX_MEMBER int is_exact(float up) const { return exact.holds(up); }
 };
 
 // microxcaling's numerics for a 16-bit type, where a table holds what a scaled element is rounded to.
@@ -65,7 +72,7 @@ struct LookedUp {
         exact_from = smallest_exact<T>(m, exponent_of(f.element.min_normal) - m);
     }
     MX_INLINE Scale scale(u32 amax, const Format& f) { return microxcaling::scale<T>(amax, f); }
-    MX_MEMBER bool is_exact(float up) const { return up >= exact_from; }
+    MX_MEMBER int is_exact(float up) const { return up >= exact_from; }
 };
 
 // Replace each index by its entry.
@@ -80,7 +87,7 @@ struct Broadcast {
 };
 
 // Two bfloat16 in a 32-bit word are the upper halves of two float32, which saves widening and narrowing. They share a
-// scale. Exact results need no rounding before their upper halves are taken.
+// scale. Exact results need neither rounding nor saturation before their upper halves are taken.
 MX_INLINE u32 word_at(const u16* x, int64_t i) {
     u32 word;
     __builtin_memcpy(&word, x + 2 * i, sizeof word);
@@ -104,7 +111,10 @@ MX_INLINE void pairs(const Op& op, const u16* x, u16* out, const float* noise, i
         const Scale s{down[i], up[i]};
         const float low = Op::element(float_of(word << 16), s, f, noise ? noise[2 * i] : 0.0f);
         const float high = Op::element(float_of(word & 0xFFFF0000u), s, f, noise ? noise[2 * i + 1] : 0.0f);
-        store_word<IS_EXACT>(out, i, low, high);
+        if constexpr (IS_EXACT)
+            store_word<true>(out, i, low, high);
+        else
+            store_word<false>(out, i, Op::in_range(low), Op::in_range(high));
     }
 }
 
@@ -135,7 +145,7 @@ MX_INLINE void elements(const Op& op, const Stored* x, Stored* out, const float*
     const Format f = op.format;
     MX_INDEPENDENT
     for (int64_t i = 0; i < n; ++i)
-        out[i] = T::store(Op::element(T::load(x[i]), {down[i], up[i]}, f, noise ? noise[i] : 0.0f));
+        out[i] = T::store(Op::in_range(Op::element(T::load(x[i]), {down[i], up[i]}, f, noise ? noise[i] : 0.0f)));
 }
 
 template <class T, class Scales>

@@ -23,10 +23,8 @@ void round_alone(const Buffers& b, const Element& given, Numerics numerics, Roun
         with_rounding(rounding, [&](auto r) {
             using T = decltype(t);
             constexpr Rounding R = decltype(r)::value;
-            if (numerics == Numerics::exact)
-                round(Exact<T, R>{});
-            else
-                round(Microxcaling<T, R>{});
+            if (numerics == Numerics::exact) return round(Exact<T, R>{});
+            if constexpr (is_microxcalings(R)) round(Microxcaling<T, R>{});
         });
     });
 }
@@ -37,7 +35,7 @@ void microxcaling_table(u32* table, Dtype dtype, const Element& el, Rounding rou
         with_rounding(rounding, [&](auto r) {
             using T = decltype(t);
             constexpr Rounding R = decltype(r)::value;
-            if constexpr (sizeof(typename T::Stored) == 2)
+            if constexpr (sizeof(typename T::Stored) == 2 && is_microxcalings(R))
                 for (int i = 0; i < TABLE_SIZE; ++i) {
                     const float y = T::load(static_cast<u16>(i));
                     table[i] = bits_of(microxcaling::round_scaled<T, R>(y, el, 0.0f));

@@ -25,6 +25,8 @@ MX_INLINE Scale scale(u32 amax, const Format& f) {
 template <Rounding R>
 MX_INLINE float to_integer(float a, float steps, float noise) {
     if constexpr (R == Rounding::nearest) return truncated(multiply_add(a, steps, 0x0.ffffffp-1f));
+    // Below 1/4, where the difference rounds, it is above -1.
+    if constexpr (R == Rounding::nearest_zero) return round_up(multiply_add(a, steps, -0.5f));
     const float v = a * steps;
     if constexpr (R == Rounding::even) return round_to_even(v);
     const float whole = truncated(v);
@@ -108,14 +110,15 @@ MX_INLINE float quantize_floating(float x, const Scale& s, const Element& el, in
     return r.integer * power_of_two(-el.mantissa_bits) * r.binade * with_sign_of(s.up, x) + 0.0f;
 }
 
-// Round an element on its own: overflow becomes infinite, NaN and infinities stay.
-template <Rounding R>
+// Round an element on its own: what overflows the format becomes infinite, what only the type cannot hold saturates, NaN
+// and infinities stay.
+template <class T, Rounding R>
 MX_INLINE float round_alone(float x, const Element& el, bool subnormals, float noise) {
     const float a = magnitude(x);
     const bool finite = bits_of(a) < EXPONENT;
     const Rounded rounded = round_magnitude<R>(finite ? a : 0.0f, el, noise);
     float r = rounded.integer * power_of_two(-el.mantissa_bits) * rounded.binade;
-    r = r > el.max ? float_of(EXPONENT) : r;
+    r = r > el.max ? float_of(EXPONENT) : saturated<T>(r);
     r = !subnormals && a < el.min_normal ? 0.0f : r;
     return finite ? with_sign_of(r, x) + 0.0f : x;
 }

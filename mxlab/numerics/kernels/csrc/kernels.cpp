@@ -88,7 +88,9 @@ void quantize_microxcaling(const Buffers& b, const Layout& l, const Format& f, R
             if (table) return quantize<LookedUp<T>>(b, l, f, table, first, last);
         }
         with_rounding(rounding, [&](auto r) {
-            quantize<Computed<Microxcaling<T, decltype(r)::value>>>(b, l, f, nullptr, first, last);
+            constexpr Rounding R = decltype(r)::value;
+            if constexpr (is_microxcalings(R))
+                quantize<Computed<Microxcaling<T, R>>>(b, l, f, nullptr, first, last);
         });
     });
 }

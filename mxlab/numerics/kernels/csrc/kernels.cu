@@ -64,8 +64,8 @@ struct Search {
         : scale(s), next(exact::next_scale(s, f)), error(0.0f), next_error(0.0f) {}
     template <class Op>
     MX_MEMBER void add(float x, const Format& f) {
-        error += exact::squared(x - Op::element(x, scale, f, 0.0f));
-        next_error += exact::squared(x - Op::element(x, next, f, 0.0f));
+        error += exact::squared(x - Op::in_range(Op::element(x, scale, f, 0.0f)));
+        next_error += exact::squared(x - Op::in_range(Op::element(x, next, f, 0.0f)));
     }
     MX_MEMBER Scale better() const { return next_error < error ? next : scale; }
 };
@@ -156,7 +156,7 @@ MX_KERNEL quantize_vectors(const Vector* source, Vector* target, const float* no
         for (int j = 0; j < N; ++j) {
             const float x = get<T>(v[k], j);
             const Scale s = BLOCK == 1 ? scale_alone<Op>(x, f) : shared;
-            put<T>(out, j, Op::element(x, s, f, Op::DRAWS && i < count ? noise[i * N + j] : 0.0f));
+            put<T>(out, j, Op::in_range(Op::element(x, s, f, Op::DRAWS && i < count ? noise[i * N + j] : 0.0f)));
         }
         if (i < count) target[i] = out;
     }
@@ -216,7 +216,7 @@ MX_DEVICE void quantize_along(const Stored* source, Stored* target, const float*
     }
     for (i64 i = 0; i < w.count; ++i) {
         const i64 at = w.offset + i * w.step;
-        target[at] = T::store(Op::element(T::load(source[at]), s, f, Op::DRAWS ? noise[at] : 0.0f));
+        target[at] = T::store(Op::in_range(Op::element(T::load(source[at]), s, f, Op::DRAWS ? noise[at] : 0.0f)));
     }
 }
 

@@ -43,10 +43,14 @@ struct Constant {
     static constexpr Rounding value = R;
 };
 
+// Whether microxcaling, too, has the rounding.
+constexpr bool is_microxcalings(Rounding rounding) { return rounding != Rounding::nearest_zero; }
+
 // Call f with the rounding as a constant.
 template <class F>
 void with_rounding(Rounding rounding, F f) {
     if (rounding == Rounding::nearest) return f(Constant<Rounding::nearest>{});
+    if (rounding == Rounding::nearest_zero) return f(Constant<Rounding::nearest_zero>{});
     if (rounding == Rounding::even) return f(Constant<Rounding::even>{});
     if (rounding == Rounding::floor) return f(Constant<Rounding::floor>{});
     f(Constant<Rounding::dither>{});

@@ -187,6 +187,7 @@ NB_MODULE(_native, m) {
     nb::enum_<Numerics>(m, "Numerics").value("exact", Numerics::exact).value("microxcaling", Numerics::microxcaling);
     nb::enum_<Rounding>(m, "Rounding")
         .value("nearest", Rounding::nearest)
+        .value("nearest_zero", Rounding::nearest_zero)
         .value("even", Rounding::even)
         .value("floor", Rounding::floor)
         .value("dither", Rounding::dither);

@@ -25,7 +25,7 @@ using u16 = unsigned short;
 using u32 = unsigned int;
 using u64 = unsigned long long;
 
-enum class Rounding { nearest, even, floor, dither };
+enum class Rounding { nearest, nearest_zero, even, floor, dither };
 
 // An element format, with the constants that mxlab/formats/elements.py derives from its row.
 struct Element {
@@ -102,6 +102,14 @@ MX_INLINE float round_down(float x) {
 #endif
 }
 
+MX_INLINE float round_up(float x) {
+#if defined(__CUDA_ARCH__)
+    return ceilf(x);
+#else
+    return __builtin_ceilf(x);
+#endif
+}
+
 MX_INLINE float round_to_even(float x) {
 #if defined(__CUDA_ARCH__)
     return rintf(x);
@@ -154,6 +162,7 @@ MX_INLINE Binary binary(u32 magnitude_bits) {
 struct F32 {
     using Stored = float;
     static constexpr int mantissa_bits = 23;
+    static constexpr float max = 0x1.fffffep127f;
     MX_INLINE float load(float x) { return x; }
     MX_INLINE float store(float x) { return x; }
     MX_INLINE float round(float x) { return x; }
@@ -162,6 +171,7 @@ struct F32 {
 struct BF16 {
     using Stored = u16;
     static constexpr int mantissa_bits = 7;
+    static constexpr float max = 0x1.fep127f;
     MX_INLINE float load(u16 x) { return float_of(static_cast<u32>(x) << 16); }
     MX_INLINE u32 rounded_bits(float x) {
         const u32 b = bits_of(x);
@@ -188,6 +198,7 @@ struct BF16 {
 struct F16 {
     using Stored = u16;
     static constexpr int mantissa_bits = 10;
+    static constexpr float max = 65504.0f;
 #if MX_PTX
     MX_INLINE float load(u16 x) {
         float r;
@@ -225,6 +236,13 @@ struct F16 {
     }
 #endif
 };
+
+// Return x, or the end of the type's range where x is beyond it. NaN stays: comparisons with it are false.
+template <class T>
+MX_INLINE float saturated(float x) {
+    const float largest = T::max, limited = x > largest ? largest : x;
+    return limited < -largest ? -largest : limited;
+}
 
 // -------------------------------------------------------------------------------------------------------- dither
 

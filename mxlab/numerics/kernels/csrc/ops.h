@@ -1,6 +1,6 @@
 // The operations that the loops of the CPU and of CUDA are instantiated with. An operation says, for a storage type T
-// and a rounding, how a block gets its scale, how an element is quantized under a scale, and how an element is rounded
-// alone.
+// and a rounding, how a block gets its scale, how an element is quantized under a scale, what becomes of a result beyond
+// the range of T, and how an element is rounded alone.
 #pragma once
 
 #include "exact.h"
@@ -18,8 +18,9 @@ struct Exact {
     MX_INLINE float element(float x, const Scale& s, const Format& f, float noise) {
         return exact::quantize<R>(x, s, f.element, noise);
     }
+    MX_INLINE float in_range(float result) { return saturated<T>(result); }
     MX_INLINE float alone(float x, const Element& el, bool subnormals, float noise) {
-        return exact::round_alone<R>(x, el, subnormals, noise);
+        return exact::round_alone<T, R>(x, el, subnormals, noise);
     }
 };
 
@@ -55,6 +56,7 @@ struct Microxcaling {
     MX_INLINE float element(float x, const Scale& s, const Format& f, float noise) {
         return microxcaling::quantize<T, R>(x, s, f.element, noise);
     }
+    MX_INLINE float in_range(float result) { return result; }  // overflows, as in microxcaling
     MX_INLINE float alone(float x, const Element& el, bool subnormals, float noise) {
         return microxcaling::round_alone<T, R>(x, el, subnormals, noise);
     }

@@ -26,7 +26,7 @@ MX_INLINE void squared_errors(const Op& op, const Stored* x, int64_t n, const Sc
     const Format f = op.format;
     for (int64_t i = 0; i < n; ++i) {
         const float v = Op::T::load(x[i]);
-        squares[i] = exact::squared(v - Op::element(v, s, f, 0.0f));
+        squares[i] = exact::squared(v - Op::in_range(Op::element(v, s, f, 0.0f)));
     }
 }
 
