@@ -33,6 +33,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "mxlab convert --dry-run smollm2 mine.toml",
         "mxlab convert smollm2 tier_c --out smollm2-tier-c",
     ),
+    "quantize": (
+        "mxlab quantize smollm2 --recipe mxfp4_w4a4kv4_gptq --data-dir DATA --out smollm2-gptq",
+        "mxlab quantize smollm2 --recipe mine.toml --data-dir DATA --dtype bfloat16 --out mine",
+    ),
     "results": (
         "mxlab results results",
         "mxlab results results/ex1 --json",
@@ -52,6 +56,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
 _SHIPPED: dict[str, Kind] = {
     "eval": "recipe",
     "convert": "recipe",
+    "quantize": "recipe",
     "inspect": "recipe",
     "sweep": "sweep",
     "compare": "study",
