@@ -16,6 +16,10 @@ from mxlab.recipe.mx_specs import injected_options, override
 from mxlab.recipe.rule import Rule
 
 EXERCISES = ("activations_only", "baseline", "ex1", "ex2", "kv_only", "weights_only")
+FOUR_BITS = (
+    *(f"{fmt}_w4a4kv4{more}" for fmt in ("mxfp4", "mxint4", "nvfp4") for more in ("", "_gptq")),
+    "mxfp4_w4a4kv4_hadamard_gptq",
+)
 TIERS = ("all_linears", "mlp_only", "tier_a", "tier_b", "tier_c", "tier_d")
 
 formats = st.builds(
@@ -165,8 +169,11 @@ def test_injected_operators_stand_alone():
 
 
 def test_the_shipped_recipes():
-    assert sorted(path.stem for path in shipped.files("recipe").values()) == sorted((*EXERCISES, *TIERS, "injected"))
-    assert all(load_recipe(name).name == name for name in EXERCISES + TIERS)
+    assert sorted(path.stem for path in shipped.files("recipe").values()) == sorted(
+        (*EXERCISES, *TIERS, *FOUR_BITS, "injected")
+    )
+    assert all(load_recipe(name).name == name for name in EXERCISES + TIERS + FOUR_BITS)
+    assert all(("gptq" in load_recipe(name).algorithms) == name.endswith("_gptq") for name in FOUR_BITS)
 
 
 @pytest.mark.parametrize(
