@@ -110,8 +110,8 @@ MX_INLINE float quantize_floating(float x, const Scale& s, const Element& el, in
     return r.integer * power_of_two(-el.mantissa_bits) * r.binade * with_sign_of(s.up, x) + 0.0f;
 }
 
-// Round an element on its own: what overflows the format becomes infinite, what only the type cannot hold saturates, NaN
-// and infinities stay.
+// Round an element on its own: what overflows the format becomes infinite, what only the type cannot hold saturates,
+// NaN and infinities stay.
 template <class T, Rounding R>
 MX_INLINE float round_alone(float x, const Element& el, bool subnormals, float noise) {
     const float a = magnitude(x);

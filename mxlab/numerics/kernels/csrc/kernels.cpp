@@ -89,8 +89,7 @@ void quantize_microxcaling(const Buffers& b, const Layout& l, const Format& f, R
         }
         with_rounding(rounding, [&](auto r) {
             constexpr Rounding R = decltype(r)::value;
-            if constexpr (is_microxcalings(R))
-                quantize<Computed<Microxcaling<T, R>>>(b, l, f, nullptr, first, last);
+            if constexpr (is_microxcalings(R)) quantize<Computed<Microxcaling<T, R>>>(b, l, f, nullptr, first, last);
         });
     });
 }

@@ -19,9 +19,9 @@ constexpr u32 WARP = 0xFFFFFFFFu;
 
 // ------------------------------------------------------------------------------------------------------ arguments
 
-// Unpack a format from the three words that launches.py packs: small integers; the smallest normal and the largest element;
-// the same of a floating-point scale, or the carry into the exponent of another. `tensor` points to the largest finite
-// magnitude of the tensor if the format has a scale for the tensor, and is null otherwise.
+// Unpack a format from the three words that launches.py packs: small integers; the smallest normal and the largest
+// element; the same of a floating-point scale, or the carry into the exponent of another. `tensor` points to the
+// largest finite magnitude of the tensor if the format has a scale for the tensor, and is null otherwise.
 MX_DEVICE Format unpacked(u64 small, u64 limits, u64 scale = 0, const u32* tensor = nullptr) {
     const auto field = [small](int i) { return static_cast<int>(small >> 8 * i & 0xFF); };
     const auto low = [](u64 word) { return float_of(static_cast<u32>(word)); };

@@ -1,6 +1,6 @@
 // The operations that the loops of the CPU and of CUDA are instantiated with. An operation says, for a storage type T
-// and a rounding, how a block gets its scale, how an element is quantized under a scale, what becomes of a result beyond
-// the range of T, and how an element is rounded alone.
+// and a rounding, how a block gets its scale, how an element is quantized under a scale, what becomes of a result
+// beyond the range of T, and how an element is rounded alone.
 #pragma once
 
 #include "exact.h"
