@@ -256,7 +256,9 @@ def round_to_integer(v: Tensor, rounding: Rounding, noise: Tensor | None = None)
     if rounding == "nearest":
         return v.add_(torch.full_like(v, _HALF).copysign_(v)).trunc_()
     if rounding == "nearest_zero":
-        return v.abs().sub_(0.5).ceil_().copysign_(v)  # exact: below 1/4, where the difference rounds, it is above -1
+        magnitude = v.abs()
+        rounded = magnitude.round()
+        return rounded.sub_((rounded - magnitude == 0.5).to(v.dtype)).copysign_(v)  # less one for a tie that went up
     if rounding == "even":
         return v.round_()
     if rounding == "floor":

@@ -107,7 +107,11 @@ NEW_FORMATS = [
 
 
 def vector_sizes(rounding: str) -> tuple[int, ...]:
-    return {"nearest": (1, 8, 16, 32, 64, 128, 256), "dither": (1, 8, 32, 256)}.get(rounding, (1, 32))
+    return {
+        "nearest": (1, 8, 16, 32, 64, 128, 256),
+        "nearest_zero": (1, 8, 16, 32, 128),
+        "dither": (1, 8, 32, 256),
+    }.get(rounding, (1, 32))
 
 
 def kernel_names() -> list[str]:

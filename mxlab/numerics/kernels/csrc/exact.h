@@ -25,10 +25,12 @@ MX_INLINE Scale scale(u32 amax, const Format& f) {
 template <Rounding R>
 MX_INLINE float to_integer(float a, float steps, float noise) {
     if constexpr (R == Rounding::nearest) return truncated(multiply_add(a, steps, 0x0.ffffffp-1f));
-    // Below 1/4, where the difference rounds, it is above -1.
-    if constexpr (R == Rounding::nearest_zero) return round_up(multiply_add(a, steps, -0.5f));
     const float v = a * steps;
     if constexpr (R == Rounding::even) return round_to_even(v);
+    if constexpr (R == Rounding::nearest_zero) {
+        const float rounded = round_to_even(v);
+        return rounded - (rounded - v == 0.5f ? 1.0f : 0.0f);  // a tie that went up
+    }
     const float whole = truncated(v);
     if constexpr (R == Rounding::floor) return whole;
     // floor(v + noise), computed without rounding the sum.

@@ -102,14 +102,6 @@ MX_INLINE float round_down(float x) {
 #endif
 }
 
-MX_INLINE float round_up(float x) {
-#if defined(__CUDA_ARCH__)
-    return ceilf(x);
-#else
-    return __builtin_ceilf(x);
-#endif
-}
-
 MX_INLINE float round_to_even(float x) {
 #if defined(__CUDA_ARCH__)
     return rintf(x);
