@@ -13,10 +13,20 @@ from mxlab.recipe.algorithms import Calibration
 
 @dataclass(frozen=True)
 class Windows:
-    """Token ids [windows, tokens]; the last ``held_out`` of them judge what the others chose."""
+    """Token ids [windows, tokens]; the last ``held_out`` of them judge what the others chose.
+
+    ``rest`` are the windows of the text that are not held out, the others of ``ids`` first: what learns reads them in
+    turn.
+    """
 
     ids: Tensor
     held_out: int
+    rest: Tensor
+
+    @property
+    def held_out_ids(self) -> Tensor:
+        """The windows that are held out."""
+        return self.ids[len(self.ids) - self.held_out :]
 
     @property
     def tokens(self) -> int:
@@ -42,5 +52,7 @@ def sample(ids: Tensor, options: Calibration) -> Windows:
             f"{options.samples} windows and {options.held_out} held out it takes {wanted}; ask for fewer or shorter "
             "ones (samples, length), or give a longer text"
         )
-    order = torch.randperm(there, generator=torch.Generator().manual_seed(options.seed))[:wanted]
-    return Windows(ids[: there * options.length].view(there, options.length)[order], options.held_out)
+    order = torch.randperm(there, generator=torch.Generator().manual_seed(options.seed))
+    drawn = ids[: there * options.length].view(there, options.length)[order]
+    rest = torch.cat([drawn[: options.samples], drawn[wanted:]])
+    return Windows(drawn[:wanted], options.held_out, rest)

@@ -15,8 +15,11 @@ from mxlab.model.conversion import Conversion
 from mxlab.model.nn.linear import QuantizedLayer
 from mxlab.model.nn.operands import LinearOperands
 from mxlab.model.plan import QuantizedSite
+from mxlab.numerics.reference import block_layout
 from mxlab.ptq.calibration import Windows
+from mxlab.ptq.chosen import ChosenWeight
 from mxlab.ptq.correction import correct
+from mxlab.ptq.distillation import distill
 from mxlab.ptq.gptq import gptq
 from mxlab.ptq.scales import block_scales
 from mxlab.ptq.statistics import InputStatistics, input_statistics
@@ -45,7 +48,10 @@ def quantize_model(model: Any, original: Any, recipe: Recipe, windows: Windows) 
     worker = _Worker(options, windows.held_out)
     with torch.no_grad():
         run_in_lockstep(conversion, prepare_to_observe(original, recipe), windows.ids, worker.visit)
-    return finish(conversion)
+    conversion = finish(conversion)
+    if (distillation := recipe.algorithm("distillation")) is not None:
+        distill(conversion, original, worker.chosen, windows, distillation)
+    return conversion
 
 
 class _Worker:
@@ -54,6 +60,7 @@ class _Worker:
     def __init__(self, options: Gptq, held_out: int) -> None:
         self._options, self._held_out = options, held_out
         self._last: tuple[Tensor, str, InputStatistics] | None = None
+        self.chosen: list[ChosenWeight] = []
 
     def visit(self, site: QuantizedSite, x: Tensor, original: Tensor) -> None:
         """Quantize the weight of a site by its input, unless it cannot be or is done."""
@@ -66,7 +73,11 @@ class _Worker:
         weight = operands.transformed(layer.weight.detach().float(), site.input_axis)
         is_transposed = site.input_axis == 0
         found = self._best(site.name, weight.t() if is_transposed else weight, statistics, operands)
-        layer.freeze_as(found.t().contiguous() if is_transposed else found)
+        fmt = operands.weight
+        assert isinstance(fmt, MXFormat)
+        chosen = ChosenWeight(site.name, layer, fmt, *found[1:])
+        chosen.freeze_as(found[0])
+        self.chosen.append(chosen)
 
     def _statistics(
         self, site: QuantizedSite, operands: LinearOperands, x: Tensor, original: Tensor
@@ -81,12 +92,18 @@ class _Worker:
         self._last = x, operands.input_kind, made
         return made
 
-    def _best(self, name: str, weight: Tensor, statistics: InputStatistics, operands: LinearOperands) -> Tensor:
-        """Return the quantized weight [out, in] that leaves the smallest error on the rows held out."""
+    def _best(
+        self, name: str, weight: Tensor, statistics: InputStatistics, operands: LinearOperands
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the quantized weight [out, in] that leaves the smallest error on the rows held out.
+
+        With it come the scales of its blocks [out, blocks, 1], and what was rounded [out, in].
+        """
         fmt, options = operands.weight, self._options
         assert isinstance(fmt, MXFormat)
         wanted = statistics.held_out_original @ weight.t()
-        least, best, chosen = torch.inf, weight, (0.0, 0.0)
+        cut = block_layout(weight, fmt, (1,))
+        least, best, chosen = torch.inf, (weight, weight, weight), (0.0, 0.0)
         for damping in options.damping:
             corrected = correct(weight, statistics, damping) if max(options.correction) > 0 else weight
             for share in options.correction:
@@ -95,7 +112,7 @@ class _Worker:
                 found = gptq(target, statistics.gram, scales, fmt, damping, options.order)
                 error = float((statistics.held_out @ found.t() - wanted).square().sum())
                 if error < least:
-                    least, best, chosen = error, found, (damping, share)
+                    least, best, chosen = error, (found, cut.split(scales)[..., :1].clone(), target), (damping, share)
         loss = least / float(wanted.square().sum().clamp(min=1e-30))
         logger.debug("%s: %.4f of the output held out is lost, damping %g, correction %g", name, loss, *chosen)
         return best

@@ -74,7 +74,36 @@ class Gptq:
             raise FormatError(f"correction is {self.correction}: it lies between 0 and 1")
 
 
-TABLES: dict[str, type] = {"calibration": Calibration, "gptq": Gptq}
+@dataclass(frozen=True)
+class Distillation:
+    """Learn the weights on their grid, and the gains of the norms, end to end from the unquantized model.
+
+    Attributes:
+        steps: how often everything moves.
+        batch: windows that a step is taken from.
+        rate: of the weights at its highest, in parts of their block's scale a step.
+        vector_rate: of the gains of the norms and the biases.
+        check: steps from one look at the windows held out to the next.
+
+    Source: :mod:`mxlab.ptq.distillation`.
+    """
+
+    steps: int = 80
+    batch: int = 2
+    rate: float = 1e-3
+    vector_rate: float = 1e-3
+    check: int = 20
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "check"):
+            check_int(name, getattr(self, name), 1, 2**31, "a whole number from 1")
+        for name in ("rate", "vector_rate"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1:
+                raise FormatError(f"{name} is {value!r}: it must be a number from 0 to below 1")
+
+
+TABLES: dict[str, type] = {"calibration": Calibration, "gptq": Gptq, "distillation": Distillation}
 
 
 def read_table(name: str, values: Mapping[str, Any], source: str) -> Any:

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 import mxlab
 from mxlab.errors import ConversionError
 from mxlab.ptq.calibration import Windows
+from mxlab.ptq.distillation import divergence
 from mxlab.ptq.pipeline import quantize_model
 from mxlab.recipe import Recipe
 
@@ -36,7 +37,7 @@ def logits(model):
 
 def quantized(algorithms=None, **ways):
     model, original = tiny().eval(), tiny().eval()
-    quantize_model(model, original, recipe(algorithms=algorithms or {"gptq": {}}, **ways), Windows(IDS, 2))
+    quantize_model(model, original, recipe(algorithms=algorithms or {"gptq": {}}, **ways), Windows(IDS, 2, IDS[:4]))
     return model
 
 
@@ -80,7 +81,7 @@ def test_calibrating_again_gives_the_same_bits():
 def test_the_unquantized_model_is_not_touched():
     model, original = tiny().eval(), tiny().eval()
     before = {name: tensor.clone() for name, tensor in original.state_dict().items()}
-    quantize_model(model, original, recipe(), Windows(IDS, 2))
+    quantize_model(model, original, recipe(), Windows(IDS, 2, IDS[:4]))
     assert all(torch.equal(tensor, before[name]) for name, tensor in original.state_dict().items())
 
 
@@ -125,7 +126,7 @@ def test_inputs_that_are_not_finite_are_named(which):
     models = {"model": tiny().eval(), "original": tiny().eval()}
     models[which].model.layers[1].input_layernorm.weight.data[0] = torch.nan
     with pytest.raises(ConversionError, match=r"gives model\.layers\.1\.self_attn\.q_proj .* NaN or infinite"):
-        quantize_model(models["model"], models["original"], recipe(), Windows(IDS, 2))
+        quantize_model(models["model"], models["original"], recipe(), Windows(IDS, 2, IDS[:4]))
 
 
 @pytest.mark.parametrize("change", ["numerics", "format"])
@@ -134,4 +135,37 @@ def test_what_gptq_cannot_do_is_refused(change):
     if change == "format":
         wrong = recipe("integer,width=8,frac=4")
     with pytest.raises(ConversionError, match="exact numerics" if change == "numerics" else "gptq has no format"):
-        quantize_model(tiny().eval(), tiny().eval(), wrong, Windows(IDS, 2))
+        quantize_model(tiny().eval(), tiny().eval(), wrong, Windows(IDS, 2, IDS[:4]))
+
+
+DISTILLED = {"gptq": {}, "distillation": {"steps": 12, "check": 4, "rate": 0.02, "vector_rate": 0.01}}
+
+
+def test_distillation_brings_the_model_nearer_on_its_grid_and_is_saved_so(tmp_path):
+    before = divergence(quantized(), tiny().eval(), IDS[4:])
+    model = quantized(DISTILLED)
+    assert divergence(model, tiny().eval(), IDS[4:]) < before
+    layer = model.model.layers[1].mlp.down_proj
+    plain = quantized().model.layers[1].mlp.down_proj
+    assert not torch.equal(layer.weight, plain.weight)
+    assert layer.is_frozen
+    assert not any(p.requires_grad and p.grad is not None for p in model.parameters())
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model))
+
+
+@pytest.mark.parametrize("rate", [0.9, 0.0])
+def test_distillation_that_diverges_or_does_nothing_leaves_what_was_best(rate):
+    plain = quantized()
+    model = quantized({"gptq": {}, "distillation": {"steps": 4, "check": 2, "rate": rate, "vector_rate": rate}})
+    assert divergence(model, tiny().eval(), IDS[4:]) <= divergence(plain, tiny().eval(), IDS[4:])
+
+
+def test_learned_weights_lie_on_the_grid_of_the_scales_that_were_chosen():
+    plain, model = quantized(), quantized(DISTILLED)
+    for a, b in zip(plain.model.layers, model.model.layers, strict=True):
+        was, now = (layer.mlp.up_proj.weight.detach().unflatten(1, (-1, 16)) for layer in (a, b))
+        step = torch.where(was == 0, torch.inf, was.abs()).amin(-1, keepdim=True)
+        assert (was != now).any()
+        ratio = now / torch.exp2(torch.floor(torch.log2(step)) - 3)
+        assert torch.equal(ratio, ratio.round())

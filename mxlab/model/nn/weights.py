@@ -145,8 +145,8 @@ class FrozenWeight:
         self.mark(weight)
 
     def mark(self, weight: Tensor) -> None:
-        """Take the present values for quantized ones."""
-        self._mark = TensorVersion(weight)
+        """Take the present values for quantized ones, whatever was trained before."""
+        self._mark, self.is_master = TensorVersion(weight), False
 
     def expect(self, version: TensorVersion) -> None:
         """Take values that ``version`` recognises for quantized ones, once the weight has them."""
