@@ -21,6 +21,7 @@ from mxlab.cli.options import (
     ModelOption,
     OutOption,
     RecipeOption,
+    ReferenceOption,
     SetOption,
     StrideOption,
     TasksOption,
@@ -47,6 +48,7 @@ def evaluate(
     stride: StrideOption = None,
     windows: WindowsOption = None,
     compare: CompareOption = False,
+    reference: ReferenceOption = None,
     bos: BosOption = False,
     batch_size: BatchSizeOption = None,
     dtype: DtypeOption = Dtype.auto,
@@ -73,7 +75,8 @@ def evaluate(
             device=device,
             max_length=max_length,
         )
-        request = request_from(chosen, settings | text_settings(text, window, stride, windows, compare, bos), data_dir)
+        of_text = text_settings(text, window, stride, windows, compare, bos, reference)
+        request = request_from(chosen, settings | of_text, data_dir)
         folder = runs.run(request, out / chosen.name, {**chosen.options, **assigned(set_ or [])})
     if as_json:
         print_json(read_records([folder])[0])

@@ -50,6 +50,12 @@ WindowsOption = Annotated[
 CompareOption = Annotated[
     bool, typer.Option("--compare", help="KL divergence and top-1 agreement with the unquantized model.")
 ]
+ReferenceOption = Annotated[
+    str | None,
+    typer.Option(
+        "--reference", help="Compare with this model: for a saved quantized model, the one that it was made from."
+    ),
+]
 BosOption = Annotated[
     bool, typer.Option("--bos", help="Let the model see its token for the beginning of a text before each window.")
 ]
@@ -81,10 +87,24 @@ def given(**settings: Any) -> dict[str, Any]:
 
 
 def text_settings(
-    text: str | None, window: int | None, stride: int | None, windows: int | None, compare: bool, bos: bool
+    text: str | None,
+    window: int | None,
+    stride: int | None,
+    windows: int | None,
+    compare: bool,
+    bos: bool,
+    reference: str | None = None,
 ) -> dict[str, Any]:
     """Return the settings of a text that were named on the command line."""
-    return given(text=text, window=window, stride=stride, windows=windows, compare=compare or None, bos=bos or None)
+    return given(
+        text=text,
+        window=window,
+        stride=stride,
+        windows=windows,
+        compare=compare or None,
+        bos=bos or None,
+        reference=reference,
+    )
 
 
 def task_names(tasks: str | None) -> tuple[str, ...] | None:

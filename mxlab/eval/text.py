@@ -9,7 +9,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,8 @@ class TextRequest(EvaluationRequest):
         stride: tokens from one window to the next; None for disjoint windows.
         windows: the first so many windows; None for the whole text.
         compare: whether to run the unquantized model as well, for KL divergence and top-1 agreement.
+        reference: the model to compare with, where that is not ``model`` before the recipe: for a model that was saved
+            quantized, the one it was made from.
         bos: whether the model sees its token for the beginning of a text before each window; that is not scored.
 
     Raises:
@@ -49,6 +51,7 @@ class TextRequest(EvaluationRequest):
     stride: int | None = None
     windows: int | None = None
     compare: bool = False
+    reference: str | None = None
     bos: bool = False
 
     def __post_init__(self) -> None:
@@ -62,6 +65,9 @@ class TextRequest(EvaluationRequest):
         if self.windows is not None:
             check_int("windows", self.windows, 1, None, "a whole number, 1 or more")
         check_bool("compare", self.compare)
+        if self.reference is not None:
+            check_name("reference", self.reference)
+            object.__setattr__(self, "compare", True)
         check_bool("bos", self.bos)
 
     @property
@@ -80,7 +86,9 @@ class TextRequest(EvaluationRequest):
             "stride": self.stride or self.window,
             "windows": self.windows,
             "compare": self.compare,
-            **({"bos": True} if self.bos else {}),  # runs of before --bos are still found
+            # Runs of before these options are still found.
+            **({"bos": True} if self.bos else {}),
+            **({"reference": models.identity(self.reference)} if self.reference else {}),
         }
 
     def evaluate(self, folder: Path, load: LoadModel = models.load_model) -> Outcome:
@@ -104,16 +112,11 @@ def evaluate_text(request: TextRequest, folder: Path, load: LoadModel = models.l
     start = time.perf_counter()
     text = texts.load_text(request.text, request.data_dir)
     loaded = request.load(load)
-    if request.compare and (carried := conversion_of(loaded.model)) is not None:
-        raise SpecError(
-            f"{request.model} is quantized already, under recipe {carried.recipe.name}: there is no unquantized model "
-            "to compare with; leave the comparison out, or name the model it was made from"
-        )
     bos = _bos(request, loaded.tokenizer)
     check_context(loaded.model, request.window + request.bos)
     ids = texts.encode(loaded.tokenizer, text)
     windows = sliding_windows(len(ids), request.window, request.stride, request.windows)
-    reference = Predictor(_copy(loaded.model), bos) if request.compare else None
+    reference = Predictor(_reference(request, loaded.model, load), bos) if request.compare else None
     clamps: dict[str, Counter[str]] = {}
     scorer = Scorer(lambda: loaded.model, ids, windows, request.batch_size, reference, bos)
     score = scorer.score(request.recipe, lambda conversion: clamps.update(count_scale_clamps(conversion)))
@@ -147,13 +150,32 @@ def _bos(request: TextRequest, tokenizer: Any) -> int | None:
     return None
 
 
-def _copy(model: Any) -> Any:
+def _reference(request: TextRequest, model: Any, load: LoadModel) -> Any:
+    """Return the unquantized model to compare with."""
+    if request.reference is None and (carried := conversion_of(model)) is not None:
+        raise SpecError(
+            f"{request.model} is quantized already, under recipe {carried.recipe.name}: there is no unquantized model "
+            "to compare with; leave the comparison out, or name the model it was made from (--reference)"
+        )
     if not devices.has_room_for_copy(model, share=1):
         raise RunError(
             "memory does not hold the unquantized model beside the quantized one: leave the comparison out, or choose "
             "another device"
         )
-    return copy.deepcopy(model)
+    if request.reference is None:
+        return copy.deepcopy(model)
+    reference = replace(request, model=request.reference).load(load).model
+    if (carried := conversion_of(reference)) is not None:
+        raise SpecError(
+            f"the reference {request.reference} is quantized itself, under recipe {carried.recipe.name}: name an "
+            "unquantized model"
+        )
+    if reference.config.vocab_size != model.config.vocab_size:
+        raise SpecError(
+            f"the reference {request.reference} has {reference.config.vocab_size} tokens, {request.model} has "
+            f"{model.config.vocab_size}: their predictions do not compare"
+        )
+    return reference
 
 
 def _results(scores: TokenScores) -> dict[str, Any]:
@@ -172,6 +194,7 @@ def _config(request: TextRequest, text: CorpusText, model: Any) -> dict[str, Any
         "windows": request.windows,
         "top_k": TOP_K,
         "compare": request.compare,
+        **({"reference": request.reference} if request.reference else {}),
         "bos": request.bos,
     }
 

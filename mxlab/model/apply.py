@@ -40,7 +40,7 @@ from mxlab.recipe import Phase, Recipe
 from mxlab.recipe.carried import carried_recipe
 from mxlab.recipe.mx_specs import injected_options
 from mxlab.recipe.recipe import MASE
-from mxlab.recipe.transform import Hadamard
+from mxlab.recipe.transform import Transform
 
 logger = logging.getLogger("mxlab")
 
@@ -217,7 +217,7 @@ class _Installer:
 
 
 def linear_operands(
-    recipe: Recipe, formats: Mapping[str, NumberFormat], transform: Hadamard | None = None
+    recipe: Recipe, formats: Mapping[str, NumberFormat], transform: Transform | None = None
 ) -> LinearOperands:
     """Return how ``recipe`` treats the operands of a linear layer with these formats by role."""
     return LinearOperands(**formats, elementwise=recipe.elementwise, numerics=recipe.numerics, transform=transform)

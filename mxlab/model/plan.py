@@ -24,7 +24,7 @@ from mxlab.model.structure import CACHE_ARGUMENTS, Structure, takes_argument, wr
 from mxlab.model.transforms import transform_of
 from mxlab.numerics import DTYPES
 from mxlab.recipe import PHASES, Phase, Recipe, Rule
-from mxlab.recipe.transform import Hadamard
+from mxlab.recipe.transform import Transform
 
 Rules = Mapping[Phase, Rule | None]
 
@@ -42,7 +42,7 @@ class QuantizedSite(Site):
 
     by_phase: Mapping[Phase, Mapping[str, NumberFormat]] = field(default_factory=dict)
     rules: Mapping[Phase, int] = field(default_factory=dict)
-    transform: Hadamard | None = None
+    transform: Transform | None = None
     tied_to: str | None = None
 
     @property

@@ -8,10 +8,10 @@ from mxlab.errors import ConversionError, FormatError
 from mxlab.model.sites import Site
 from mxlab.numerics.hadamard import check_size
 from mxlab.recipe import Rule
-from mxlab.recipe.transform import Hadamard
+from mxlab.recipe.transform import Hadamard, Transform
 
 
-def transform_of(site: Site, rules: Iterable[Rule | None]) -> Hadamard | None:
+def transform_of(site: Site, rules: Iterable[Rule | None]) -> Transform | None:
     """Return the transform of a site's operands under its rules, one for each phase; None where there is none.
 
     Raises:
@@ -24,8 +24,14 @@ def transform_of(site: Site, rules: Iterable[Rule | None]) -> Hadamard | None:
     if transform is None or not site.shape:
         return transform
     length = site.shape[-1] if site.kind == "attention" else site.shape[site.input_axis]
-    try:
-        check_size(transform.size, length)
-    except FormatError as e:
-        raise ConversionError(f"{site.name}: {e}") from None
+    if isinstance(transform, Hadamard):
+        try:
+            check_size(transform.size, length)
+        except FormatError as e:
+            raise ConversionError(f"{site.name}: {e}") from None
+    elif length % transform.size or site.kind != "linear":
+        raise ConversionError(
+            f"{site.name}: {transform} is for linear layers with a multiple of {transform.size} inputs; this is "
+            f"{site.kind} with {length}: give it another transform"
+        )
     return transform

@@ -49,6 +49,23 @@ def run_in_lockstep(quantized: Conversion, original: Conversion, ids: Tensor, vi
         thread.join()
 
 
+def layers_by_input(conversion: Conversion, ids: Tensor) -> list[list[QuantizedSite]]:
+    """Return the linear layers of a model, those together that multiply the same tensor: query, key and value."""
+    groups: list[list[QuantizedSite]] = []
+    last: list[Tensor] = []
+
+    def meet(site: QuantizedSite, x: Tensor) -> None:
+        if last and last[0] is x:
+            groups[-1].append(site)
+        else:
+            groups.append([site])
+        last[:] = [x]
+
+    with observe_inputs(conversion, meet):
+        forward(conversion.model, ids)
+    return groups
+
+
 @torch.no_grad()
 def forward(model: Any, ids: Tensor) -> None:
     """Pass token ids through a model whose logits nobody reads."""

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 from mxlab.checks import check_choice, check_keys
 from mxlab.errors import FormatError, SpecError
 from mxlab.formats import NumberFormat, parse_format
-from mxlab.recipe.transform import Hadamard, parse_transform
+from mxlab.recipe.transform import Transform, Wush, parse_transform
 
 Part = Literal["mlp", "attention", "mixer", "router", "head", "vision", "all"]
 Phase = Literal["prefill", "decode"]
@@ -76,7 +76,7 @@ class Rule:
     p: NumberFormat | None = None
     softmax: NumberFormat | None = None
     rope: NumberFormat | None = None
-    transform: Hadamard | None = None
+    transform: Transform | None = None
     bias_optional: bool = False
 
     def __post_init__(self) -> None:
@@ -94,6 +94,8 @@ class Rule:
             object.__setattr__(self, "transform", parse_transform(self.transform))
             if not any(role in self.formats for role in (*TRANSFORMED_LINEAR_ROLES, *TRANSFORMED_ATTENTION_ROLES)):
                 raise SpecError(f"{self} gives a transform, and no format for what it transforms: give one")
+            if isinstance(self.transform, Wush) and self.is_attention:
+                raise SpecError(f"{self}: {self.transform} is fitted to a linear layer; for k, v and q take 'hadamard'")
         if self.is_attention and any(role in self.formats for role in LINEAR_ROLES):
             raise SpecError(f"{self} gives formats for a linear layer and for an attention: write two rules")
 

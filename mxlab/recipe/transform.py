@@ -1,4 +1,4 @@
-"""Orthogonal transforms of what is quantized, as data. Nothing here needs torch."""
+"""Transforms of what is quantized, as data. Nothing here needs torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from mxlab.errors import SpecError
 
-_SPELLING = re.compile(r"hadamard(@(?P<size>[0-9]+))?")
+_SPELLING = re.compile(r"(?P<kind>hadamard|wush)(@(?P<size>[0-9]+))?")
+_LARGEST = 128  # of a matrix for each block
 
 
 @dataclass(frozen=True)
@@ -31,15 +32,46 @@ class Hadamard:
         return f"hadamard@{self.size}" if self.size else "hadamard"
 
 
-def parse_transform(text: object) -> Hadamard:
-    """Return the transform that is spelled: ``hadamard`` or ``hadamard@32``.
+@dataclass(frozen=True)
+class Wush:
+    """A linear transform of blocks of ``size`` inputs, fitted to the weight and the activations of a layer.
+
+    The weight is multiplied by the inverse of what the activation is, so that the product stays what it was but for
+    rounding. The matrices, one for each block, are found by calibration (:mod:`mxlab.ptq.wush`) and are part of the
+    model.
+
+    Raises:
+        SpecError: a size that is no whole number from 2 to 128.
+
+    Source: "WUSH: Near-Optimal Adaptive Transforms for LLM Quantization", 2025 (arXiv 2512.00956).
+    """
+
+    size: int = 32
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.size, int) or isinstance(self.size, bool) or not 2 <= self.size <= _LARGEST:
+            raise SpecError(f"the size of a WUSH transform is {self.size!r}: it lies between 2 and {_LARGEST}")
+
+    def __str__(self) -> str:
+        return f"wush@{self.size}"
+
+
+Transform = Hadamard | Wush
+
+
+def parse_transform(text: object) -> Transform:
+    """Return the transform that is spelled: ``hadamard``, or with the size of its blocks ``hadamard@32``, ``wush@32``.
 
     Raises:
         SpecError: anything else.
     """
-    if isinstance(text, Hadamard):
+    if isinstance(text, Hadamard | Wush):
         return text
     found = _SPELLING.fullmatch(text) if isinstance(text, str) else None
     if found is None:
-        raise SpecError(f"transform is {text!r}: write 'hadamard', or with the size of its blocks 'hadamard@32'")
+        raise SpecError(
+            f"transform is {text!r}: write 'hadamard', or with the size of its blocks 'hadamard@32' or 'wush@32'"
+        )
+    if found["kind"] == "wush":
+        return Wush(int(found["size"])) if found["size"] else Wush()
     return Hadamard(int(found["size"] or 0))

@@ -82,6 +82,20 @@ def test_quantizing_costs(tmp_path):
 # ---- a tiny model
 
 
+def test_a_saved_quantized_model_is_compared_with_the_one_it_was_made_from(tiny_llama, tmp_path):
+    loaded = load_model(str(tiny_llama), "float32", "cpu")
+    mxlab.apply(loaded.model, "ex2")
+    loaded.model.save_pretrained(tmp_path / "saved")
+    loaded.tokenizer.save_pretrained(tmp_path / "saved")
+    again = replace(tiny(tiny_llama, "ex2", reference=str(tiny_llama)), model=str(tmp_path / "saved"))
+    found, expected = (score(r, tmp_path) for r in (again, tiny(tiny_llama, "ex2", compare=True)))
+    assert found["kl_divergence,none"] == expected["kl_divergence,none"] > 0
+    with pytest.raises(SpecError, match="no unquantized model to compare with.*--reference"):
+        evaluate_text(replace(again, reference=None, compare=True), tmp_path)
+    with pytest.raises(SpecError, match="the reference .* is quantized itself"):
+        evaluate_text(replace(again, reference=again.model), tmp_path)
+
+
 def test_the_run_directory(tiny_llama, tmp_path):
     request = tiny(tiny_llama, "ex2", stride=16, compare=True)
     folder = runs.run(request, tmp_path / "stage", command="mxlab eval")

@@ -27,7 +27,7 @@ from mxlab.model.nn.phase import PassPhase
 from mxlab.model.nn.products import AttentionProducts, unseen
 from mxlab.numerics import hadamard, quantize
 from mxlab.recipe.rule import KV_ROLES, TRANSFORMED_ATTENTION_ROLES, Phase
-from mxlab.recipe.transform import Hadamard
+from mxlab.recipe.transform import Hadamard, Transform
 
 # The roles that are met inside the attention's own computation; the last two not in a fused one.
 INNER_ROLES = ("q", "softmax", "p")
@@ -64,7 +64,7 @@ class QuantizedAttention(Observable):
         numerics: Numerics,
         phase: PassPhase | None = None,
         is_passive: bool = False,
-        transform: Hadamard | None = None,
+        transform: Transform | None = None,
     ) -> None:
         self._name, self._cache_argument = name, cache_argument
         self._config = getattr(attention, "config", None)
@@ -155,7 +155,7 @@ class QuantizedAttention(Observable):
         self._show("", role, x, axis)
         if self._is_passive:
             return x
-        if self._transform is None or role not in TRANSFORMED_ATTENTION_ROLES:
+        if not isinstance(self._transform, Hadamard) or role not in TRANSFORMED_ATTENTION_ROLES:
             return quantize(x, fmt, axis=axis, numerics=self.numerics)
         transformed = hadamard.transform(x, self._transform.size, axis)
         quantized = quantize(transformed, fmt, axis=axis, numerics=self.numerics)

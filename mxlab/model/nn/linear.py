@@ -105,9 +105,13 @@ class QuantizedLayer(Observable, QuantizedWeight):
         return f"{super().extra_repr()}, weight={mx.weight}, activation={mx.activation}, {mx.numerics}"
 
     def _quantized_input(self, x: Tensor, mx: LinearOperands) -> Tensor:
+        matrices = self.input_transform
         if torch.compiler.is_compiling() or not mx.shares_input:
-            return mx.on_activation(x)
-        return self.shared.get(x, mx.input_kind, mx.on_activation)
+            return mx.on_activation(x, matrices=matrices)
+        if matrices is None:
+            return self.shared.get(x, mx.input_kind, mx.on_activation)
+        kind = mx.input_kind, self._number_of_transform(matrices)
+        return self.shared.get(x, kind, lambda x, out: mx.on_activation(x, out, matrices=matrices))
 
 
 class MxLinear(QuantizedLayer, nn.Linear):

@@ -9,13 +9,22 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from mxlab.errors import ConversionError
 from mxlab.formats import MXFormat, NumberFormat, Numerics, Rounding, elementwise_format
+from mxlab.model.nn.products import unseen
 from mxlab.numerics import DTYPES, hadamard, is_lossless, quantize, round_elementwise
+from mxlab.numerics.block_transform import transform_blocks
 from mxlab.recipe import Elementwise, Phase
-from mxlab.recipe.transform import Hadamard
+from mxlab.recipe.transform import Hadamard, Transform, Wush
 
 # Told of an operand before it is quantized: its role, the tensor, and the axis of its blocks.
 Observer = Callable[[str, Tensor, int], None]
+
+
+_FITTED = (
+    "a transform that is fitted by calibration (wush) is asked for, and the weights were not quantized with it: use "
+    "mxlab quantize, and load what it saves"
+)
 
 
 class Observable:
@@ -40,7 +49,8 @@ class Observable:
 
     def _show(self, parameter: str, role: str, x: Tensor, axis: int = -1) -> None:
         if self._observers and (observer := self._observers.get(parameter)):
-            observer(role, x, axis)
+            with unseen():  # what an observer multiplies is none of an attention's products
+                observer(role, x, axis)
 
 
 @dataclass(frozen=True)
@@ -59,7 +69,7 @@ class LinearOperands:
     output: NumberFormat | None = None
     elementwise: Elementwise = field(default_factory=Elementwise)
     numerics: Numerics = "exact"
-    transform: Hadamard | None = None
+    transform: Transform | None = None
     # The dtypes that element-wise rounding leaves unchanged.
     untouched: tuple[torch.dtype, ...] = field(init=False)
     # Equal where the same input, or weight, becomes the same; short, as they are compared at every call.
@@ -83,12 +93,16 @@ class LinearOperands:
         """
         if weight.ndim == 3 and self.weight is not None and self.weight.tensor_bits:
             return torch.stack([self.on_weight(matrix, axis) for matrix in weight])
+        if isinstance(self.transform, Wush):
+            raise ConversionError(_FITTED)
         weight = self.transformed(weight, axis)
         return self._quantized(self._rounded(weight, self.elementwise.weight_rounding), self.weight, axis)
 
-    def on_activation(self, x: Tensor, out: Tensor | None = None, axis: int = -1) -> Tensor:
+    def on_activation(
+        self, x: Tensor, out: Tensor | None = None, axis: int = -1, matrices: Tensor | None = None
+    ) -> Tensor:
         """Return the input [..., in] as the matmul sees it; in ``out``, if that is given and x is quantized."""
-        x = self.transformed(x, axis)
+        x = self.transformed(x, axis, matrices)
         return self._quantized(self._rounded(x, self.elementwise.output_rounding), self.activation, axis, out)
 
     def on_bias(self, bias: Tensor) -> Tensor:
@@ -124,9 +138,20 @@ class LinearOperands:
         draws = self.activation is not None and self.activation.is_random
         return not draws and self.elementwise.output_rounding != "dither"
 
-    def transformed(self, x: Tensor, axis: int) -> Tensor:
-        """Return an operand in the basis of the transform, before it is rounded or quantized."""
-        return x if self.transform is None else hadamard.transform(x, self.transform.size, axis)
+    def transformed(self, x: Tensor, axis: int, matrices: Tensor | None = None) -> Tensor:
+        """Return an operand in the basis of the transform, before it is rounded or quantized.
+
+        Args:
+            x: the operand.
+            axis: along which it is transformed.
+            matrices: of a transform that was fitted, [blocks, size, size]: those of the activation, or of the weight.
+        """
+        if self.transform is None:
+            return x
+        if isinstance(self.transform, Hadamard):
+            return hadamard.transform(x, self.transform.size, axis)
+        assert matrices is not None
+        return transform_blocks(x, matrices, axis)
 
     def _quantized(self, x: Tensor, fmt: NumberFormat | None, axis: int = -1, out: Tensor | None = None) -> Tensor:
         return x if fmt is None else quantize(x, fmt, axis=axis, numerics=self.numerics, out=out)

@@ -45,14 +45,14 @@ _entered = _Entered()
 @contextmanager
 def unseen() -> Iterator[None]:
     """Leave the matmuls alone that a module inside an attention computes: they are none of the attention's own."""
-    present = _entered.stack[-1:]
-    for products in present:
+    present = [(products, products.is_paused) for products in _entered.stack[-1:]]
+    for products, _ in present:
         products.is_paused = True
     try:
         yield
     finally:
-        for products in present:
-            products.is_paused = False
+        for products, was_paused in present:
+            products.is_paused = was_paused
 
 
 class AttentionProducts(TorchFunctionMode):

@@ -13,6 +13,7 @@ from mxlab.errors import ConversionError
 from mxlab.model.nn.operands import LinearOperands
 from mxlab.numerics.fingerprints import fingerprint, fingerprints
 from mxlab.recipe import Phase
+from mxlab.recipe.transform import Transform, Wush
 
 
 class TensorVersion:
@@ -192,6 +193,22 @@ class FrozenWeight:
         return {**self.__dict__, "_watched": None}
 
 
+def make_room(layer: Any, transform: Transform | None, axis: int) -> None:
+    """Give a linear layer the buffer ``input_transform`` for a transform that is fitted, unless it has it.
+
+    Args:
+        layer: whose weight is called that.
+        transform: of the layer; others than fitted ones need no room.
+        axis: of the weight, the one that the product sums over.
+    """
+    if getattr(layer, "input_transform", None) is None:
+        matrices = None
+        if isinstance(transform, Wush):
+            one = torch.eye(transform.size, device=layer.weight.device)
+            matrices = one.repeat(layer.weight.shape[axis] // transform.size, 1, 1)
+        layer.register_buffer("input_transform", matrices)
+
+
 class QuantizedWeight(nn.Module):
     """The half of a quantized layer that keeps its weight quantized; see :class:`mxlab.model.nn.linear.QuantizedLayer`.
 
@@ -203,12 +220,23 @@ class QuantizedWeight(nn.Module):
     input_axis: int  # of the weight: the one the matmul sums over, along which its blocks run
     operands: Mapping[Phase, LinearOperands]
     frozen: FrozenWeight
+    input_transform: Tensor | None  # of a transform that is fitted: the matrices of the input, [blocks, size, size]
     _copies: dict[tuple[str, torch.device, torch.dtype], tuple[TensorVersion, Tensor]]
+    _numbered: tuple[tuple[int, int], int] | None
 
     def _prepare(self, operands: Mapping[Phase, LinearOperands], is_tied: bool) -> None:
         """Set up a module that has just become of this class."""
         self.operands = operands
         self.frozen, self._copies = FrozenWeight(operands, self.input_axis, is_tied), {}
+        self._numbered = None
+        make_room(self, operands["prefill"].transform, self.input_axis)
+
+    def _number_of_transform(self, matrices: Tensor) -> int:
+        """Return a number that tells the values of the transform from others; it is kept until they change."""
+        present = matrices.data_ptr(), 0 if matrices.is_inference() else matrices._version
+        if self._numbered is None or self._numbered[0] != present:
+            self._numbered = present, fingerprint(matrices)
+        return self._numbered[1]
 
     def freeze(self) -> None:
         """Quantize the weight, as :meth:`FrozenWeight.freeze`."""
