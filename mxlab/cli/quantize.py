@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,8 +30,14 @@ def quantize(
     dtype: DtypeOption = Dtype.float32,
     device: DeviceOption = "auto",
     data_dir: DataDirOption = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where an interrupted run of the same command was.")
+    ] = False,
 ) -> None:
-    """Quantize a model by the algorithms of a recipe, with a calibration text, and save it."""
+    """Quantize a model by the algorithms of a recipe, with a calibration text, and save it.
+
+    What is done is kept in OUT.unfinished until the model is saved.
+    """
     chosen = chosen_recipe(recipe, set_ or [], model)
     if not chosen.algorithms:
         raise SpecError(
@@ -40,19 +48,38 @@ def quantize(
         with loading_libraries():
             from mxlab.hf.checkpoint import save
 
-        conversion = save(lambda: _quantized(model, chosen, dtype.value, device, data_dir), out)
+        unfinished = out.with_name(f"{out.name}.unfinished")
+        job = _Job(model, chosen, dtype.value, device, data_dir, unfinished, resume)
+        conversion = save(job.run, out)
+        shutil.rmtree(unfinished, ignore_errors=True)
     print_inventory(conversion)
 
 
-def _quantized(model: str, recipe: Recipe, dtype: str, device: str, data_dir: Path | None) -> tuple[Conversion, Any]:
-    from mxlab.ptq.calibration import sample
-    from mxlab.ptq.pipeline import quantize_model
-    from mxlab.recipe.algorithms import Calibration
-    from mxlab.sources.models import load_model
-    from mxlab.sources.texts import encode, load_text
+@dataclass(frozen=True)
+class _Job:
+    """One quantization; the steps that are done are kept in ``unfinished``."""
 
-    calibration = recipe.algorithm("calibration") or Calibration()
-    text = load_text(calibration.text, data_dir)
-    loaded, original = (load_model(model, dtype, device) for _ in range(2))
-    windows = sample(encode(loaded.tokenizer, text), calibration)
-    return quantize_model(loaded.model, original.model, recipe, windows), loaded.tokenizer
+    model: str
+    recipe: Recipe
+    dtype: str
+    device: str
+    data_dir: Path | None
+    unfinished: Path
+    resume: bool
+
+    def run(self) -> tuple[Conversion, Any]:
+        from mxlab.experiments.provenance import code_version
+        from mxlab.ptq.calibration import sample
+        from mxlab.ptq.pipeline import quantize_model
+        from mxlab.ptq.resume import Progress, describe
+        from mxlab.recipe.algorithms import Calibration
+        from mxlab.sources.models import load_model
+        from mxlab.sources.texts import encode, load_text
+
+        calibration = self.recipe.algorithm("calibration") or Calibration()
+        text = load_text(calibration.text, self.data_dir)
+        loaded, original = (load_model(self.model, self.dtype, self.device) for _ in range(2))
+        windows = sample(encode(loaded.tokenizer, text), calibration)
+        belongs_to = describe(loaded.model, self.recipe, windows, code_version())
+        progress = Progress(self.unfinished, belongs_to, self.resume)
+        return quantize_model(loaded.model, original.model, self.recipe, windows, progress), loaded.tokenizer

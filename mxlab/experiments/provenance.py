@@ -19,7 +19,7 @@ _PACKAGES = ("torch", "transformers", "lm_eval", "datasets", "accelerate", "nump
 _ROOT = Path(mxlab.__file__).parent
 _SOURCES = (".py", ".cpp", ".h", ".cu")
 # The folders whose code can move a number.
-_COMPUTING = ("eval", "formats", "model", "numerics", "recipe", "sources", "train")
+_COMPUTING = ("eval", "formats", "hf", "model", "numerics", "ptq", "recipe", "sources", "train")
 
 
 def code_version() -> str:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,9 +25,14 @@ from mxlab.model.conversion import Conversion
 from mxlab.progress import track
 from mxlab.ptq.calibration import Windows
 from mxlab.ptq.chosen import ChosenWeight
+from mxlab.ptq.divergence import divergence, log_probabilities, mean_divergence
+from mxlab.ptq.resume import Progress
 from mxlab.recipe.algorithms import Distillation
 
 _MEAN, _SQUARE = 0.9, 0.95  # of the running moments: a run has some dozens of steps, not thousands
+_KEPT = "distillation"  # the name of the state that is kept
+_LEARNED = ("master", "mean", "square")  # what each learned parameter has
+_LEAST = 1e-12  # size of a gradient below which its direction is noise
 _WARM_UP = 5  # steps until the full rate
 _HALVINGS = 12  # of the way from what was to be rounded to the value it was given
 
@@ -35,7 +40,12 @@ logger = logging.getLogger("mxlab")
 
 
 def distill(
-    conversion: Conversion, original: Any, chosen: Sequence[ChosenWeight], windows: Windows, options: Distillation
+    conversion: Conversion,
+    original: Any,
+    chosen: Sequence[ChosenWeight],
+    windows: Windows,
+    options: Distillation,
+    progress: Progress,
 ) -> None:
     """Learn from ``original`` on the text, and keep what is best on the windows held out.
 
@@ -47,58 +57,54 @@ def distill(
         chosen: the weights on the grid.
         windows: the text.
         options: steps and rates.
+        progress: keeps the state at every look at the windows held out.
     """
     model = conversion.model
-    weights = [_LearnedWeight(weight) for weight in chosen]
-    vectors = _Vectors(model)
-    best = _Best(chosen, vectors.parameters)
-    best.consider(divergence(model, original, windows.held_out_ids), 0)
-    turns = _in_turn(windows.rest, options.batch)
-    with _learning(model, [*(w.parameter for w in weights), *vectors.parameters]):
-        for step in track(range(1, options.steps + 1), "distilling"):
-            loss = _accumulate_gradients(model, original, next(turns))
+    state = _State(model, chosen)
+    if (kept := progress.load(_KEPT)) is not None:
+        state.load(kept)
+    else:
+        state.consider(divergence(model, original, windows.held_out_ids))
+    with _learning(model, state.parameters):
+        for step in track(range(state.step + 1, options.steps + 1), "distilling"):
+            loss = _accumulate_gradients(model, original, _turn(windows.rest, step, options.batch))
             if not math.isfinite(loss):
                 logger.warning("distillation diverges in step %d: the best state before it is kept", step)
                 break
             logger.debug("distillation, step %d: KL divergence %.4f", step, loss)
-            share = _share_of_rate(step, options.steps)
-            with torch.no_grad():
-                for weight in weights:
-                    weight.advance(options.rate * share, step)
-                vectors.advance(options.vector_rate * share)
+            state.advance(options, _share_of_rate(step, options.steps))
             if step % options.check == 0 or step == options.steps:
-                best.consider(divergence(model, original, windows.held_out_ids), step)
-    best.restore()
+                state.consider(divergence(model, original, windows.held_out_ids))
+                progress.keep(_KEPT, state.tensors())
+    state.restore_best()
 
 
 class _LearnedWeight:
     """A weight that moves on its grid: the master, and the running moments of its gradient, in units of the scales."""
 
     def __init__(self, chosen: ChosenWeight) -> None:
-        self._chosen = chosen
+        self.name, self.chosen = chosen.name, chosen
         self._cut = chosen.blocks
-        self._master = _inside_cells(chosen)
-        self._mean, self._square = torch.zeros_like(self._master), torch.zeros_like(self._master)
+        self.master = _inside_cells(chosen)
+        self.mean, self.square = torch.zeros_like(self.master), torch.zeros_like(self.master)
 
     @property
     def parameter(self) -> nn.Parameter:
-        return self._chosen.layer.weight
+        return self.chosen.layer.weight
 
     def advance(self, rate: float, step: int) -> None:
         """Take a step of Adam, the first being 1, and round the master."""
         parameter = self.parameter
-        assert parameter.grad is not None
-        gradient = self._in_scales(parameter.grad.t() if self._chosen.is_transposed else parameter.grad)
+        if parameter.grad is None:  # no token went through the layer
+            return
+        gradient = self._in_scales(parameter.grad.t() if self.chosen.is_transposed else parameter.grad)
         parameter.grad = None
-        self._mean.lerp_(gradient, 1 - _MEAN)
-        self._square.lerp_(gradient.square_(), 1 - _SQUARE)
-        size = self._square.div(1 - _SQUARE**step).sqrt_().add_(torch.finfo(torch.float32).tiny)
-        direction = self._in_scales(self._mean.div(1 - _MEAN**step).div_(size))
-        self._master.sub_(direction, alpha=rate)
-        self._chosen.freeze_as(self._chosen.rounded(self._master))
+        direction = _direction(gradient.float(), self.mean, self.square, step)
+        self.master.sub_(self._in_scales(direction), alpha=rate)
+        self.chosen.freeze_as(self.chosen.rounded(self.master))
 
     def _in_scales(self, x: Tensor) -> Tensor:
-        return self._cut.join(self._cut.split(x) * self._chosen.scales)
+        return self._cut.join(self._cut.split(x) * self.chosen.scales)
 
 
 def _inside_cells(chosen: ChosenWeight) -> Tensor:
@@ -110,43 +116,92 @@ def _inside_cells(chosen: ChosenWeight) -> Tensor:
     return torch.where(chosen.rounded(master) != values, values, master)
 
 
-class _Vectors:
-    """All parameters of one dimension, the gains of norms and biases, moved by Adam."""
+class _LearnedVector:
+    """A parameter of one dimension, a norm's gain or a bias, moved by Adam in float32."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.parameters = [p for p in model.parameters() if p.ndim == 1 and p.is_floating_point()]
-        self._optimizer = torch.optim.Adam(self.parameters, betas=(_MEAN, _SQUARE)) if self.parameters else None
+    def __init__(self, name: str, parameter: nn.Parameter) -> None:
+        self.name, self.parameter = name, parameter
+        self.master = parameter.detach().float().clone()
+        self.mean, self.square = torch.zeros_like(self.master), torch.zeros_like(self.master)
 
-    def advance(self, rate: float) -> None:
-        """Take a step."""
-        if self._optimizer is not None:
-            self._optimizer.param_groups[0]["lr"] = rate
-            self._optimizer.step()
-            self._optimizer.zero_grad()
+    def advance(self, rate: float, step: int) -> None:
+        """Take a step of Adam, the first being 1."""
+        if (gradient := self.parameter.grad) is not None:  # else it takes no part in the prediction
+            self.master.sub_(_direction(gradient.float(), self.mean, self.square, step), alpha=rate)
+            self.parameter.copy_(self.master)
+            self.parameter.grad = None
 
 
-class _Best:
-    """Keeps the state that diverges least on the windows held out."""
+def _direction(gradient: Tensor, mean: Tensor, square: Tensor, step: int) -> Tensor:
+    """Return the direction in which Adam goes; updates the running moments, and overwrites the gradient."""
+    mean.lerp_(gradient, 1 - _MEAN)
+    square.lerp_(gradient.square_(), 1 - _SQUARE)
+    size = square.div(1 - _SQUARE**step).sqrt_().add_(_LEAST)
+    return mean.div(1 - _MEAN**step).div_(size)
 
-    def __init__(self, chosen: Sequence[ChosenWeight], vectors: Sequence[nn.Parameter]) -> None:
-        self._chosen, self._vectors = chosen, vectors
-        self._least, self._step = math.inf, 0
-        self._state: tuple[list[Tensor], list[Tensor]] = [], []
 
-    def consider(self, divergence: float, step: int) -> None:
-        """Remember the present state if it is better than all before."""
-        logger.info("after %d steps of distillation: KL divergence %.4f on the windows held out", step, divergence)
-        if divergence < self._least:
-            self._least, self._step = divergence, step
-            self._state = [c.values.clone() for c in self._chosen], [v.detach().clone() for v in self._vectors]
+class _State:
+    """All that is learned, and the best of it so far on the windows held out."""
+
+    def __init__(self, model: nn.Module, chosen: Sequence[ChosenWeight]) -> None:
+        self._weights = [_LearnedWeight(weight) for weight in chosen]
+        vectors = ((n, p) for n, p in model.named_parameters() if p.ndim == 1 and p.is_floating_point())
+        self._vectors = [_LearnedVector(name, parameter) for name, parameter in vectors]
+        self.step = 0
+        self._least, self._best = math.inf, self._values()
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return [learned.parameter for learned in (*self._weights, *self._vectors)]
 
     @torch.no_grad()
-    def restore(self) -> None:
+    def advance(self, options: Distillation, share: float) -> None:
+        """Take a step at a share of the rates."""
+        self.step += 1
+        for weight in self._weights:
+            weight.advance(options.rate * share, self.step)
+        for vector in self._vectors:
+            vector.advance(options.vector_rate * share, self.step)
+
+    def consider(self, found: float) -> None:
+        """Remember the present state if its divergence is less than all before."""
+        logger.info("distillation, step %d: KL divergence %.4f on the windows held out", self.step, found)
+        if found < self._least:
+            self._least, self._best = found, self._values()
+
+    @torch.no_grad()
+    def restore_best(self) -> None:
         """Give the model the best state."""
-        for chosen, values in zip(self._chosen, self._state[0], strict=True):
-            chosen.freeze_as(values.contiguous())
-        for vector, values in zip(self._vectors, self._state[1], strict=True):
-            vector.copy_(values)
+        self._give(self._best)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the state as tensors by name."""
+        numbers = {"step": torch.tensor(self.step), "least": torch.tensor(self._least, dtype=torch.float64)}
+        best = {f"best.{name}": values for name, values in self._best.items()}
+        present = {f"present.{name}": values for name, values in self._values().items()}
+        learned = {f"{kind}.{x.name}": getattr(x, kind) for kind in _LEARNED for x in (*self._weights, *self._vectors)}
+        return numbers | best | present | learned
+
+    @torch.no_grad()
+    def load(self, kept: Mapping[str, Tensor]) -> None:
+        """Take over what :meth:`tensors` returned."""
+        self.step, self._least = int(kept["step"]), float(kept["least"])
+        for name in self._best:
+            self._best[name] = kept[f"best.{name}"]
+        self._give({name: kept[f"present.{name}"] for name in self._best})
+        for x in (*self._weights, *self._vectors):
+            for kind in _LEARNED:
+                getattr(x, kind).copy_(kept[f"{kind}.{x.name}"])
+
+    def _values(self) -> dict[str, Tensor]:
+        weights = {w.name: w.chosen.values.clone() for w in self._weights}
+        return weights | {v.name: v.parameter.detach().clone() for v in self._vectors}
+
+    def _give(self, values: Mapping[str, Tensor]) -> None:
+        for weight in self._weights:
+            weight.chosen.freeze_as(values[weight.name].to(weight.parameter).contiguous())
+        for vector in self._vectors:
+            vector.parameter.copy_(values[vector.name])
 
 
 @contextmanager
@@ -177,31 +232,12 @@ def _accumulate_gradients(model: Any, original: Any, windows: Tensor) -> float:
         ids = window.to(model.device)
         logits = model(input_ids=ids, use_cache=False).logits
         with torch.no_grad():
-            wanted = _log_probabilities(original, ids)
+            wanted = log_probabilities(original, ids)
             found = logits.detach().float().log_softmax(-1)
-            total += _mean_divergence(wanted, found) / len(windows)
+            total += mean_divergence(wanted, found) / len(windows)
             gradient = found.exp_().sub_(wanted.exp_()).div_(ids.numel() * len(windows))
         logits.backward(gradient.to(logits.dtype))
     return total
-
-
-@torch.no_grad()
-def divergence(model: Any, original: Any, windows: Tensor) -> float:
-    """Return the mean KL divergence of a model's next tokens from the unquantized model's, in nats."""
-    total = 0.0
-    for window in windows.split(1):
-        ids = window.to(model.device)
-        found = _log_probabilities(model, ids)
-        total += _mean_divergence(_log_probabilities(original, ids), found)
-    return total / len(windows)
-
-
-def _log_probabilities(model: Any, ids: Tensor) -> Tensor:
-    return model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
-
-
-def _mean_divergence(wanted: Tensor, found: Tensor) -> float:
-    return float((wanted.exp() * (wanted - found)).sum(-1).mean())
 
 
 def _share_of_rate(step: int, steps: int) -> float:
@@ -209,10 +245,7 @@ def _share_of_rate(step: int, steps: int) -> float:
     return min(1.0, step / _WARM_UP) * (1 - (step - 1) / steps)
 
 
-def _in_turn(windows: Tensor, count: int) -> Iterator[Tensor]:
-    """Yield ``count`` windows at a time, over and over."""
-    start = 0
-    while True:
-        places = [(start + i) % len(windows) for i in range(count)]
-        yield windows[places]
-        start += count
+def _turn(windows: Tensor, step: int, count: int) -> Tensor:
+    """Return the ``count`` windows of a step, the first being 1; after the last window comes the first."""
+    start = (step - 1) * count
+    return windows[[(start + i) % len(windows) for i in range(count)]]

@@ -90,9 +90,9 @@ def test_a_saved_quantized_model_is_compared_with_the_one_it_was_made_from(tiny_
     again = replace(tiny(tiny_llama, "ex2", reference=str(tiny_llama)), model=str(tmp_path / "saved"))
     found, expected = (score(r, tmp_path) for r in (again, tiny(tiny_llama, "ex2", compare=True)))
     assert found["kl_divergence,none"] == expected["kl_divergence,none"] > 0
-    with pytest.raises(SpecError, match="no unquantized model to compare with.*--reference"):
+    with pytest.raises(SpecError, match=r"no unquantized model to compare with.*--reference"):
         evaluate_text(replace(again, reference=None, compare=True), tmp_path)
-    with pytest.raises(SpecError, match="the reference .* is quantized itself"):
+    with pytest.raises(SpecError, match=r"the reference .* is quantized itself"):
         evaluate_text(replace(again, reference=again.model), tmp_path)
 
 

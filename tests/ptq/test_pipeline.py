@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 import mxlab
 from mxlab.errors import ConversionError
 from mxlab.ptq.calibration import Windows
-from mxlab.ptq.distillation import divergence
+from mxlab.ptq.divergence import divergence
 from mxlab.ptq.pipeline import quantize_model
 from mxlab.recipe import Recipe
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from ptq.test_pipeline import logits, quantized
 from transformers import AutoModelForCausalLM
 
 import mxlab
@@ -10,7 +11,6 @@ from mxlab.numerics.block_transform import inverse_transposed, transform_blocks
 from mxlab.ptq import wush
 from mxlab.recipe.transform import Wush, parse_transform
 
-from ptq.test_pipeline import FINE, IDS, logits, quantized
 from support.llama import tiny
 
 

@@ -1,0 +1,163 @@
+"""Quantize the weights of one layer after the other, as the calibration text reaches it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from mxlab.formats import MXFormat
+from mxlab.model.conversion import Conversion
+from mxlab.model.nn.linear import QuantizedLayer
+from mxlab.model.plan import QuantizedSite
+from mxlab.numerics.block_transform import inverse_transposed
+from mxlab.numerics.reference import block_layout
+from mxlab.ptq import wush
+from mxlab.ptq.chosen import ChosenWeight
+from mxlab.ptq.correction import correct
+from mxlab.ptq.gptq import gptq
+from mxlab.ptq.resume import Progress
+from mxlab.ptq.scales import block_scales
+from mxlab.ptq.statistics import InputStatistics, input_statistics
+from mxlab.recipe.algorithms import Gptq
+from mxlab.recipe.transform import Wush
+
+logger = logging.getLogger("mxlab")
+
+
+class LayerQuantizer:
+    """Chooses a transform where it is to be fitted, scales and elements; what it has chosen is in ``chosen``.
+
+    Args:
+        options: of the rounding.
+        held_out: how many of the last windows decide among options.
+        conversion: of the model.
+        groups: the layers that share an input.
+        progress: what is kept of each layer.
+    """
+
+    def __init__(
+        self,
+        options: Gptq,
+        held_out: int,
+        conversion: Conversion,
+        groups: Sequence[Sequence[QuantizedSite]],
+        progress: Progress,
+    ) -> None:
+        self._options, self._held_out, self._progress = options, held_out, progress
+        layers = {site.name: site for site in conversion.sites if site.kind == "linear"}
+        self._sharing = {site.name: [layers[other.name] for other in group] for group in groups for site in group}
+        self._last: tuple[Tensor, str, InputStatistics] | None = None
+        self._fitted: set[str] = set()  # names of the layers whose transforms are
+        self.count = sum(_is_to_be_chosen(site) for site in layers.values())
+        self.chosen: list[ChosenWeight] = []
+
+    def visit(self, site: QuantizedSite, x: Tensor, original: Tensor) -> int:
+        """Quantize the weight of a site by its inputs; return how many were: none where it cannot be or is done."""
+        if not _is_to_be_chosen(site):
+            return 0
+        kept = self._progress.load(site.name)
+        self.chosen.append(self._choose(site, x, original) if kept is None else self._restore(site, kept))
+        return 1
+
+    def _choose(self, site: QuantizedSite, x: Tensor, original: Tensor) -> ChosenWeight:
+        if isinstance(site.transform, Wush) and site.name not in self._fitted:
+            self._fit(site, site.transform, x)
+        layer, fmt = _layer(site), _format(site)
+        statistics = self._statistics(site, layer, x, original)
+        matrices = None if layer.input_transform is None else inverse_transposed(layer.input_transform)
+        weight = layer.operands["prefill"].transformed(_by_outputs(site), -1, matrices)
+        values, scales, target = self._best(site.name, weight, statistics, fmt)
+        chosen = ChosenWeight(site.name, layer, fmt, scales, target)
+        chosen.freeze_as(values)
+        tensors = {"values": values, "scales": scales, "target": target, "transform": layer.input_transform}
+        self._progress.keep(site.name, tensors)
+        return chosen
+
+    def _fit(self, site: QuantizedSite, transform: Wush, x: Tensor) -> None:
+        """Fit the transform of all layers that share the input of ``site`` and are to be transformed so."""
+        weights = [_by_outputs(other) for other in self._alike(site)]
+        self._set_transform(site, wush.fit(weights, x[: len(x) - self._held_out], transform.size))
+
+    def _alike(self, site: QuantizedSite) -> list[QuantizedSite]:
+        """Return the layers that share the input of ``site``, and its transform."""
+        return [other for other in self._sharing[site.name] if other.transform == site.transform]
+
+    def _set_transform(self, site: QuantizedSite, matrices: Tensor) -> None:
+        for other in self._alike(site):
+            room = _layer(other).input_transform
+            assert room is not None
+            room.copy_(matrices)
+            self._fitted.add(other.name)
+
+    def _restore(self, site: QuantizedSite, kept: Mapping[str, Tensor]) -> ChosenWeight:
+        """Give a layer what was chosen for it before."""
+        values, scales, target = (kept[name].to(site.weight.device) for name in ("values", "scales", "target"))
+        if "transform" in kept:
+            self._set_transform(site, kept["transform"])
+        chosen = ChosenWeight(site.name, _layer(site), _format(site), scales, target)
+        chosen.freeze_as(values)
+        return chosen
+
+    def _statistics(self, site: QuantizedSite, layer: QuantizedLayer, x: Tensor, original: Tensor) -> InputStatistics:
+        """Return the statistics of the input; layers that share it, transformed and quantized, share them."""
+        operands = layer.operands["prefill"]
+        last = self._last
+        if last is not None and last[0] is x and last[1] == operands.input_kind:
+            return last[2]
+        made = input_statistics(
+            operands.on_activation(x, matrices=layer.input_transform),
+            operands.transformed(original, -1, layer.input_transform),
+            self._held_out,
+            site.name,
+        )
+        self._last = x, operands.input_kind, made
+        return made
+
+    def _best(
+        self, name: str, weight: Tensor, statistics: InputStatistics, fmt: MXFormat
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the quantized weight [out, in] that leaves the smallest error on the rows held out.
+
+        With it come the scales of its blocks [out, blocks, 1], and what was rounded [out, in].
+        """
+        options = self._options
+        wanted = statistics.held_out_original @ weight.t()
+        cut = block_layout(weight, fmt, (1,))
+        least, best, chosen = torch.inf, (weight, weight, weight), (0.0, 0.0)
+        for damping in options.damping:
+            corrected = correct(weight, statistics, damping) if max(options.correction) > 0 else weight
+            for share in options.correction:
+                target = torch.lerp(weight, corrected, share)
+                scales = block_scales(target, fmt, statistics.gram.diagonal(), options.search)
+                found = gptq(target, statistics.gram, scales, fmt, damping, options.order)
+                error = float((statistics.held_out @ found.t() - wanted).square().sum())
+                if error < least:
+                    least, best, chosen = error, (found, cut.split(scales)[..., :1].clone(), target), (damping, share)
+        loss = least / float(wanted.square().sum().clamp(min=1e-30))
+        logger.debug("%s: %.4f of the output held out is lost, damping %g, correction %g", name, loss, *chosen)
+        return best
+
+
+def _is_to_be_chosen(site: QuantizedSite) -> bool:
+    layer = _layer(site)
+    return site.formats.get("weight") is not None and not layer.is_frozen and layer.frozen.is_possible
+
+
+def _layer(site: QuantizedSite) -> QuantizedLayer:
+    assert isinstance(site.module, QuantizedLayer)
+    return site.module
+
+
+def _format(site: QuantizedSite) -> MXFormat:
+    fmt = site.formats["weight"]
+    assert isinstance(fmt, MXFormat)
+    return fmt
+
+
+def _by_outputs(site: QuantizedSite) -> Tensor:
+    """Return the weight of a linear layer as float32 [out, in]."""
+    weight = site.weight.detach().float()
+    return weight.t() if site.input_axis == 0 else weight

@@ -1,0 +1,128 @@
+"""Keep what has been computed so far, so that a quantization that was killed goes on where it was.
+
+A folder beside the result holds one safetensors file for each step, and what they belong to: a fingerprint of the
+model, the tokens, the recipe and the code. Each file is written under another name and renamed when it is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mxlab.errors import RunError
+from mxlab.numerics.fingerprints import fingerprints
+from mxlab.ptq.calibration import Windows
+from mxlab.recipe import Recipe
+
+_RECORD = "fingerprint.json"
+
+logger = logging.getLogger("mxlab")
+
+
+def describe(model: Any, recipe: Recipe, windows: Windows, code: str) -> dict[str, Any]:
+    """Return what decides the bits of a quantized model, as plain values.
+
+    Args:
+        model: before it is converted.
+        recipe: the recipe.
+        windows: the calibration text.
+        code: the version of mxlab, with a digest of its files.
+    """
+    numbers = fingerprints([*model.state_dict().values(), windows.ids, windows.rest])
+    return {
+        "model": hashlib.sha256(repr(numbers[:-2]).encode()).hexdigest(),
+        "dtype": str(model.dtype),
+        "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type,
+        "text": hashlib.sha256(repr((numbers[-2:], windows.ids.shape, windows.held_out)).encode()).hexdigest(),
+        "recipe": recipe.to_toml(),
+        "code": code,
+        "torch": torch.__version__,
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+class Progress:
+    """The steps that are done; without a folder nothing is kept.
+
+    Args:
+        folder: where they are kept; None for nowhere.
+        belongs_to: what decides their values.
+        resume: whether to go on with what is there; else it is thrown away.
+    """
+
+    def __init__(
+        self, folder: Path | None = None, belongs_to: Mapping[str, Any] | None = None, resume: bool = False
+    ) -> None:
+        self._folder = folder
+        if folder is None:
+            return
+        wanted = dict(belongs_to or {})
+        if folder.exists():
+            self._keep_or_clear(folder, wanted, resume)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / _RECORD).write_text(json.dumps(wanted, indent=1), encoding="utf-8")
+        except OSError as e:
+            raise RunError(f"cannot write to {folder}: {e}") from e
+
+    def _keep_or_clear(self, folder: Path, wanted: dict[str, Any], resume: bool) -> None:
+        found = _read(folder / _RECORD)
+        if found is None:
+            raise RunError(f"{folder} is in the way, and holds no unfinished quantization: move it elsewhere")
+        changed = [name for name in wanted if found.get(name) != wanted[name]]
+        if resume and not changed:
+            logger.info("going on with the %d steps in %s", len(list(folder.glob("*.safetensors"))), folder)
+            return
+        reason = f"was made with another {', '.join(changed)}" if changed else "is not to be resumed (--resume)"
+        logger.warning("what is in %s %s: starting over", folder, reason)
+        shutil.rmtree(folder)
+
+    def load(self, step: str) -> dict[str, Tensor] | None:
+        """Return the tensors of a step that is done; None where it is not."""
+        if self._folder is None or not (path := self._path(self._folder, step)).exists():
+            return None
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as e:
+            logger.warning("cannot read %s (%s): computing it again", path, e)
+            return None
+
+    def keep(self, step: str, tensors: Mapping[str, Tensor | None]) -> None:
+        """Keep the tensors of a step; those that are None are left out.
+
+        Raises:
+            RunError: they cannot be written.
+        """
+        if self._folder is None:
+            return
+        path = self._path(self._folder, step)
+        partial = path.with_suffix(".partial")
+        try:
+            save_file({name: t.contiguous().cpu() for name, t in tensors.items() if t is not None}, partial)
+            partial.replace(path)
+        except (OSError, SafetensorError) as e:
+            partial.unlink(missing_ok=True)
+            raise RunError(f"cannot write {path}: {e}; what is done is kept, go on with --resume") from e
+
+    @staticmethod
+    def _path(folder: Path, step: str) -> Path:
+        return folder / f"{step}.safetensors"
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None

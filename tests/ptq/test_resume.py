@@ -1,0 +1,113 @@
+"""A quantization that was killed goes on where it was, with the bits of one that was not; or says why it cannot."""
+
+import logging
+
+import pytest
+import torch
+from ptq.test_pipeline import DISTILLED, IDS, logits, recipe
+
+from mxlab.errors import RunError
+from mxlab.ptq import distillation
+from mxlab.ptq.calibration import Windows
+from mxlab.ptq.layers import LayerQuantizer
+from mxlab.ptq.pipeline import quantize_model
+from mxlab.ptq.resume import Progress, describe
+
+from support.llama import tiny
+
+WINDOWS = Windows(IDS, 2, IDS[:4])
+RECIPE = recipe(linear="wush@16", algorithms=DISTILLED)
+
+
+def run(folder=None, resume=True):
+    model, original = tiny().eval(), tiny().eval()
+    progress = Progress(folder, describe(model, RECIPE, WINDOWS, "1"), resume)
+    quantize_model(model, original, RECIPE, WINDOWS, progress)
+    return logits(model)
+
+
+class KilledError(Exception):
+    pass
+
+
+def killed_after(count, method):
+    left = [count]
+
+    def counted(*args, **kwargs):
+        if not left[0]:
+            raise KilledError
+        left[0] -= 1
+        return method(*args, **kwargs)
+
+    return counted
+
+
+@pytest.mark.parametrize("count", [0, 1, 5, 9])
+def test_killed_between_layers(count, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(LayerQuantizer, "_choose", killed_after(count, LayerQuantizer._choose))
+        with pytest.raises(KilledError):
+            run(tmp_path / "kept")
+    chosen = []
+    choose = LayerQuantizer._choose
+    monkeypatch.setattr(LayerQuantizer, "_choose", lambda *a: chosen.append(1) or choose(*a))
+    again = run(tmp_path / "kept")
+    assert len(chosen) == 14 - count
+    assert torch.equal(again, run())
+
+
+@pytest.mark.parametrize("count", [3, 4, 9])
+def test_killed_while_distilling(count, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        accumulate = distillation._accumulate_gradients
+        patch.setattr(distillation, "_accumulate_gradients", killed_after(count, accumulate))
+        with pytest.raises(KilledError):
+            run(tmp_path / "kept")
+    assert torch.equal(run(tmp_path / "kept"), run())
+
+
+def test_a_file_that_was_cut_short_is_computed_again(tmp_path, monkeypatch, caplog):
+    run(tmp_path / "kept")
+    file = tmp_path / "kept" / "model.layers.0.mlp.up_proj.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    (tmp_path / "kept" / "distillation.safetensors").unlink()
+    assert torch.equal(run(tmp_path / "kept"), run())
+    assert "cannot read" in caplog.text
+
+
+def test_what_belongs_to_something_else_is_not_used(tmp_path, caplog):
+    folder = tmp_path / "kept"
+    belongs_to = describe(tiny().eval(), RECIPE, WINDOWS, "1")
+    Progress(folder, belongs_to).keep("a", {"x": torch.zeros(1)})
+    assert Progress(folder, belongs_to, resume=True).load("a") is not None
+    other = describe(tiny(seed=1).eval(), RECIPE, Windows(IDS + 1, 2, IDS), "2")
+    caplog.set_level(logging.WARNING)
+    assert Progress(folder, other, resume=True).load("a") is None
+    assert "was made with another model, text, code: starting over" in caplog.text
+
+
+def test_without_resume_it_starts_over_and_says_so(tmp_path, caplog):
+    Progress(tmp_path / "kept", {"a": 1}).keep("a", {"x": torch.zeros(1)})
+    assert Progress(tmp_path / "kept", {"a": 1}).load("a") is None
+    assert "is not to be resumed (--resume): starting over" in caplog.text
+
+
+def test_a_folder_that_is_something_else_is_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(RunError, match="is in the way, and holds no unfinished quantization"):
+        Progress(tmp_path, {"a": 1})
+    assert (tmp_path / "thesis.tex").read_text() == "precious"
+
+
+def test_a_full_disk_keeps_what_is_done(tmp_path, monkeypatch):
+    progress = Progress(tmp_path / "kept", {"a": 1})
+    progress.keep("a", {"x": torch.zeros(1)})
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("mxlab.ptq.resume.save_file", full)
+    with pytest.raises(RunError, match=r"cannot write .*b\.safetensors.*No space left.*--resume"):
+        progress.keep("b", {"x": torch.zeros(1)})
+    assert progress.load("a") is not None
+    assert progress.load("b") is None
