@@ -82,7 +82,7 @@ def apply(model: nn.Module, recipe: Recipe | str | Path) -> Conversion:
     # Counted first: once quantized, a block whose scale was clamped may be all zeros.
     clamps = count_weight_clamps([site for site in plan.sites if not _is_frozen(site, versions)])
     conversion = _install(plan, clamps=clamps, remarks=_meta_remarks(plan))
-    _freeze(plan.sites)
+    freeze(plan.sites)
     logger.info(conversion.summary())
     conversion.write_inventory(environment.inventory_file())
     return conversion
@@ -90,7 +90,7 @@ def apply(model: nn.Module, recipe: Recipe | str | Path) -> Conversion:
 
 def finish(conversion: Conversion) -> Conversion:
     """Quantize the weights that are not yet quantized, once those of the others have been chosen."""
-    _freeze(conversion.sites)
+    freeze(conversion.sites)
     logger.info(conversion.summary())
     return conversion
 
@@ -223,7 +223,7 @@ def linear_operands(
     return LinearOperands(**formats, elementwise=recipe.elementwise, numerics=recipe.numerics, transform=transform)
 
 
-def _freeze(found: Sequence[QuantizedSite]) -> None:
+def freeze(found: Sequence[QuantizedSite]) -> None:
     """Quantize the weights of all converted modules in place, as far as they can be."""
     for module in track(list(dict.fromkeys(site.module for site in found)), "quantizing weights"):
         if isinstance(module, QuantizedLayer):

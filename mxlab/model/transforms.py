@@ -21,8 +21,15 @@ def transform_of(site: Site, rules: Iterable[Rule | None]) -> Transform | None:
     if len(given) > 1:
         raise ConversionError(f"{site.name}: the phases of generation have different transforms; give both the same")
     transform = given.pop()
-    if transform is None or not site.shape:
-        return transform
+    if transform is not None:
+        check_fit(site, transform)
+    return transform
+
+
+def check_fit(site: Site, transform: Transform) -> None:
+    """Raise ConversionError unless the operands of a site can be transformed so; of an unknown shape anything may."""
+    if not site.shape:
+        return
     length = site.shape[-1] if site.kind == "attention" else site.shape[site.input_axis]
     if isinstance(transform, Hadamard):
         try:
@@ -34,4 +41,3 @@ def transform_of(site: Site, rules: Iterable[Rule | None]) -> Transform | None:
             f"{site.name}: {transform} is for linear layers with a multiple of {transform.size} inputs; this is "
             f"{site.kind} with {length}: give it another transform"
         )
-    return transform

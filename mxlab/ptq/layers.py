@@ -68,7 +68,7 @@ class LayerQuantizer:
         layer, fmt = _layer(site), _format(site)
         statistics = self._statistics(site, layer, x, original)
         matrices = None if layer.input_transform is None else inverse_transposed(layer.input_transform)
-        weight = layer.operands["prefill"].transformed(_by_outputs(site), -1, matrices)
+        weight = layer.operands["prefill"].transformed(by_outputs(site), -1, matrices)
         values, scales, target = self._best(site.name, weight, statistics, fmt)
         chosen = ChosenWeight(site.name, layer, fmt, scales, target)
         chosen.freeze_as(values)
@@ -78,7 +78,7 @@ class LayerQuantizer:
 
     def _fit(self, site: QuantizedSite, transform: Wush, x: Tensor) -> None:
         """Fit the transform of all layers that share the input of ``site`` and are to be transformed so."""
-        weights = [_by_outputs(other) for other in self._alike(site)]
+        weights = [by_outputs(other) for other in self._alike(site)]
         self._set_transform(site, wush.fit(weights, x[: len(x) - self._held_out], transform.size))
 
     def _alike(self, site: QuantizedSite) -> list[QuantizedSite]:
@@ -157,7 +157,7 @@ def _format(site: QuantizedSite) -> MXFormat:
     return fmt
 
 
-def _by_outputs(site: QuantizedSite) -> Tensor:
+def by_outputs(site: QuantizedSite) -> Tensor:
     """Return the weight of a linear layer as float32 [out, in]."""
     weight = site.weight.detach().float()
     return weight.t() if site.input_axis == 0 else weight

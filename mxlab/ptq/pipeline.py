@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from mxlab.ptq.calibration import Windows
 from mxlab.ptq.distillation import distill
 from mxlab.ptq.layers import LayerQuantizer
 from mxlab.ptq.resume import Progress
+from mxlab.ptq.search import searched
 from mxlab.ptq.streams import layers_by_input, run_in_lockstep
 from mxlab.recipe import Recipe
 from mxlab.recipe.algorithms import Gptq
@@ -40,6 +42,7 @@ def quantize_model(
     """
     progress = progress or Progress()
     _check(recipe)
+    recipe = _searched(original, recipe, windows, progress)
     conversion, observed = prepare(model, recipe), prepare_to_observe(original, recipe)
     groups = layers_by_input(observed, windows.ids[:1, :_PROBE])
     layers = LayerQuantizer(recipe.algorithm("gptq") or Gptq(), windows.held_out, conversion, groups, progress)
@@ -49,6 +52,19 @@ def quantize_model(
     if (distillation := recipe.algorithm("distillation")) is not None:
         distill(conversion, original, layers.chosen, windows, distillation, progress)
     return conversion
+
+
+def _searched(original: Any, recipe: Recipe, windows: Windows, progress: Progress) -> Recipe:
+    """Return the recipe with the transforms that were found, in its rules, and without the search that found them."""
+    options = recipe.algorithm("search")
+    if options is None:
+        return recipe
+    if (kept := progress.load_text("search")) is not None:
+        return Recipe.from_toml(kept)
+    others = {name: table for name, table in recipe.algorithms.items() if name != "search"}
+    found = replace(searched(original, recipe, options, windows.ids), algorithms=others)
+    progress.keep_text("search", found.to_toml())
+    return found
 
 
 def _check(recipe: Recipe) -> None:

@@ -115,6 +115,15 @@ class Progress:
             partial.unlink(missing_ok=True)
             raise RunError(f"cannot write {path}: {e}; what is done is kept, go on with --resume") from e
 
+    def load_text(self, step: str) -> str | None:
+        """Return a text that was kept; None where there is none."""
+        kept = self.load(step)
+        return None if kept is None else bytes(kept["text"].tolist()).decode()
+
+    def keep_text(self, step: str, text: str) -> None:
+        """Keep a text. Raises RunError as :meth:`keep`."""
+        self.keep(step, {"text": torch.tensor(list(text.encode()), dtype=torch.uint8)})
+
     @staticmethod
     def _path(folder: Path, step: str) -> Path:
         return folder / f"{step}.safetensors"

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 
 from mxlab.checks import check_choice, check_int, check_keys
 from mxlab.errors import FormatError, SpecError
+from mxlab.recipe.transform import Transform, parse_transform
 
 Order = Literal["activation", "index"]
 ORDERS: tuple[Order, ...] = get_args(Order)
@@ -103,7 +104,35 @@ class Distillation:
                 raise FormatError(f"{name} is {value!r}: it must be a number from 0 to below 1")
 
 
-TABLES: dict[str, type] = {"calibration": Calibration, "gptq": Gptq, "distillation": Distillation}
+@dataclass(frozen=True)
+class Search:
+    """Choose the transform of every layer, in place of those that the rules give.
+
+    Attributes:
+        transforms: the candidates: ``none``, or as a rule spells them. Those that do not fit a layer are left out.
+        tokens: of the calibration text, by which assignments are compared.
+
+    Source: :mod:`mxlab.ptq.search`.
+    """
+
+    transforms: tuple[str, ...] = ("none", "hadamard@32", "hadamard@64", "hadamard", "wush@32")
+    tokens: int = 4096
+
+    def __post_init__(self) -> None:
+        check_int("tokens", self.tokens, 2, 2**31, "a whole number from 2")
+        values = self.transforms
+        if not isinstance(values, list | tuple) or not values or not all(isinstance(v, str) for v in values):
+            raise FormatError(f"transforms is {values!r}: it must be a list of their names")
+        object.__setattr__(self, "transforms", tuple(values))
+        self.candidates  # noqa: B018 - raises where one cannot be read
+
+    @property
+    def candidates(self) -> tuple[Transform | None, ...]:
+        """The transforms; None for none."""
+        return tuple(None if name == "none" else parse_transform(name) for name in self.transforms)
+
+
+TABLES: dict[str, type] = {"calibration": Calibration, "search": Search, "gptq": Gptq, "distillation": Distillation}
 
 
 def read_table(name: str, values: Mapping[str, Any], source: str) -> Any:
@@ -116,5 +145,5 @@ def read_table(name: str, values: Mapping[str, Any], source: str) -> Any:
     check_keys(values, [f.name for f in fields(kind)], source)
     try:
         return kind(**values)
-    except FormatError as e:
+    except (FormatError, SpecError) as e:
         raise SpecError(f"{source}: {e}") from None

@@ -95,7 +95,10 @@ class LinearOperands:
             return torch.stack([self.on_weight(matrix, axis) for matrix in weight])
         if isinstance(self.transform, Wush):
             raise ConversionError(_FITTED)
-        weight = self.transformed(weight, axis)
+        return self.on_transformed_weight(self.transformed(weight, axis), axis)
+
+    def on_transformed_weight(self, weight: Tensor, axis: int = -1) -> Tensor:
+        """Return a weight that is in the basis of the transform already as the matmul sees it."""
         return self._quantized(self._rounded(weight, self.elementwise.weight_rounding), self.weight, axis)
 
     def on_activation(

@@ -1,0 +1,228 @@
+"""Choose the transform of every layer: by what it leaves of the layer's output, then by what the model predicts.
+
+First every candidate is tried on each group of layers that share an input, by itself: which leaves the smallest error
+in what they compute. Then kinds of layers are taken one after the other (those with the same name in every decoder
+layer): each candidate for all of a kind, and the best of each layer, are compared by the KL divergence of the model's
+next tokens, everything being rounded to nearest. The size that suits one model does not suit another, and a rotation
+can be worse than none (PTQ with MXFP4: Egiazarian et al., "Bridging the Gap Between Promise and Performance for
+Microscaling FP4 Quantization", 2025).
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mxlab.errors import ConversionError
+from mxlab.model.apply import freeze, linear_operands, prepare, prepare_to_observe
+from mxlab.model.nn.linear import QuantizedLayer
+from mxlab.model.observe import observe_inputs
+from mxlab.model.plan import QuantizedSite, make_plan
+from mxlab.model.transforms import check_fit
+from mxlab.numerics.block_transform import inverse_transposed
+from mxlab.progress import Steps
+from mxlab.ptq import wush
+from mxlab.ptq.divergence import log_probabilities, mean_divergence
+from mxlab.ptq.layers import by_outputs
+from mxlab.ptq.streams import forward, layers_by_input
+from mxlab.recipe import Recipe
+from mxlab.recipe.algorithms import Search
+from mxlab.recipe.transform import Transform, Wush
+
+_PROBE = 8  # tokens that tell which layers share an input
+_ROWS = 512  # of an input, by which candidates are tried on a layer
+_FINALISTS = 2  # candidates for all layers of a kind that are compared in the model, beside the best of each layer
+
+Assignment = dict[str, Transform | None]  # by the layer's name
+
+logger = logging.getLogger("mxlab")
+
+
+def searched(original: Any, recipe: Recipe, options: Search, ids: Tensor) -> Recipe:
+    """Return the recipe with a rule for each layer, and in it the transform that serves it best.
+
+    Args:
+        original: the unquantized model, which is left alone.
+        recipe: what is quantized.
+        options: the candidates.
+        ids: token ids [windows, tokens] of the calibration text.
+
+    Raises:
+        ConversionError: the recipe does not fit the model, or none of the candidates fits a layer.
+    """
+    plan = make_plan(original, recipe)
+    spelled = plan.spelled_out()
+    groups = _groups(original, spelled, options, ids)
+    contests = [*_linear_contests(groups), *_attention_contests(plan.sites, options)]
+    start: Assignment = {name: group.best for group in groups for name in group.names}
+    trial = _Trial(original, spelled, ids[: max(1, options.tokens // ids.shape[1])], groups)
+    return with_transforms(spelled, trial.winners(start, contests))
+
+
+def with_transforms(recipe: Recipe, assignment: Assignment) -> Recipe:
+    """Return a recipe whose rules name one layer each, with the transforms that are assigned to these."""
+    rules = (replace(r, transform=assignment[r.name]) if r.name in assignment else r for r in recipe.rules)
+    return replace(recipe, rules=tuple(rules))
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Layers that share an input.
+
+    Attributes:
+        place: what the layers of other decoder layers have in common with these.
+        names: of the layers.
+        losses: by candidate, the squared error of what they compute, relative to its square.
+        matrices: of the transforms that were fitted.
+    """
+
+    place: tuple[int, ...]
+    names: tuple[str, ...]
+    losses: dict[Transform | None, float]
+    matrices: dict[Transform, Tensor]
+
+    @property
+    def best(self) -> Transform | None:
+        """The candidate that loses least."""
+        return min(self.losses, key=lambda candidate: self.losses[candidate])
+
+
+@dataclass(frozen=True)
+class _Contest:
+    """Candidates for all layers of a kind."""
+
+    names: tuple[str, ...]
+    candidates: tuple[Transform | None, ...]
+
+
+def _linear_contests(groups: Sequence[_Group]) -> list[_Contest]:
+    """Return for each kind of layers the candidates that lose least over all of them."""
+    kinds: defaultdict[tuple[int, ...], list[_Group]] = defaultdict(list)
+    for group in groups:
+        kinds[group.place].append(group)
+    contests = []
+    for alike in kinds.values():
+        totals = {c: sum(g.losses[c] for g in alike) for c in alike[0].losses if all(c in g.losses for g in alike)}
+        finalists = sorted(totals, key=lambda c: totals[c])[:_FINALISTS]
+        contests.append(_Contest(tuple(name for group in alike for name in group.names), tuple(finalists)))
+    return contests
+
+
+def _attention_contests(sites: Sequence[QuantizedSite], options: Search) -> list[_Contest]:
+    """Return what all attentions can have in common, which is told apart by the model alone."""
+    attentions = [site for site in sites if site.kind == "attention"]
+    fitting = [c for c in options.candidates if all(_fits(site, c) for site in attentions)]
+    return [_Contest(tuple(site.name for site in attentions), tuple(fitting))] if attentions else []
+
+
+def _fits(site: QuantizedSite, candidate: Transform | None) -> bool:
+    try:
+        if candidate is not None:
+            check_fit(site, candidate)
+    except ConversionError:
+        return False
+    return True
+
+
+class _Trial:
+    """Compares assignments by how far the rounded model's predictions are from the unquantized model's."""
+
+    def __init__(self, original: Any, recipe: Recipe, ids: Tensor, groups: Sequence[_Group]) -> None:
+        self._original, self._recipe = original, replace(recipe, algorithms={})
+        self._matrices = {name: group.matrices for group in groups for name in group.names}
+        self._windows = ids.to(original.device).split(1)
+        with torch.no_grad():
+            self._wanted = [log_probabilities(original, window) for window in self._windows]
+
+    def winners(self, start: Assignment, contests: Sequence[_Contest]) -> Assignment:
+        """Try each candidate in place of what is assigned, one kind of layers after the other; keep what is nearer."""
+        with Steps("comparing transforms", 1 + sum(len(contest.candidates) for contest in contests)) as steps:
+            present, least = start, self._divergence(start)
+            logger.info("transforms that serve each layer best: KL divergence %.4f", least)
+            steps.advance()
+            for contest in contests:
+                for candidate in contest.candidates:
+                    tried = {**present, **dict.fromkeys(contest.names, candidate)}
+                    found = self._divergence(tried)
+                    logger.info("%s for all like %s: KL divergence %.4f", candidate, contest.names[0], found)
+                    steps.advance()
+                    if found < least:
+                        present, least = tried, found
+        return present
+
+    @torch.no_grad()
+    def _divergence(self, assignment: Assignment) -> float:
+        model = copy.deepcopy(self._original)
+        conversion = prepare(model, with_transforms(self._recipe, assignment))
+        for site in conversion.sites:
+            if isinstance(site.transform, Wush):
+                _round(site, self._matrices[site.name][site.transform])
+        freeze(conversion.sites)
+        found = (log_probabilities(model, window) for window in self._windows)
+        return sum(map(mean_divergence, self._wanted, found)) / len(self._windows)
+
+
+def _round(site: QuantizedSite, matrices: Tensor) -> None:
+    """Round a weight to nearest in the basis of a transform that was fitted."""
+    layer = site.module
+    assert isinstance(layer, QuantizedLayer)
+    assert layer.input_transform is not None
+    layer.input_transform.copy_(matrices)
+    operands = layer.operands["prefill"]
+    weight = operands.transformed(by_outputs(site), -1, inverse_transposed(matrices))
+    values = operands.on_transformed_weight(weight)
+    layer.freeze_as(values.t().contiguous() if site.input_axis == 0 else values)
+
+
+def _groups(original: Any, recipe: Recipe, options: Search, ids: Tensor) -> list[_Group]:
+    """Try every candidate on the layers of the unquantized model, one group of layers after the other."""
+    observed = prepare_to_observe(copy.deepcopy(original), replace(recipe, algorithms={}))
+    firsts = {group[0].name: group for group in layers_by_input(observed, ids[:1, :_PROBE])}
+    counts: defaultdict[int | None, int] = defaultdict(int)  # of the groups met in each decoder layer
+    groups: list[_Group] = []
+
+    def meet(site: QuantizedSite, x: Tensor) -> None:
+        if site.name in firsts:
+            place = counts[site.layer], x.shape[-1], *((-1,) if site.layer is None else ())
+            counts[site.layer] += 1
+            groups.append(_tried(firsts[site.name], place, x.flatten(0, -2)[:_ROWS].float(), options, recipe))
+
+    with observe_inputs(observed, meet), torch.no_grad():
+        forward(observed.model, ids[: -(-_ROWS // ids.shape[1])])
+    return groups
+
+
+def _tried(
+    group: Sequence[QuantizedSite], place: tuple[int, ...], x: Tensor, options: Search, recipe: Recipe
+) -> _Group:
+    """Try every candidate that fits on the layers that read ``x`` [rows, in]."""
+    losses: dict[Transform | None, float] = {}
+    matrices: dict[Transform, Tensor] = {}
+    for candidate in options.candidates:
+        if all(_fits(site, candidate) for site in group):
+            if isinstance(candidate, Wush):
+                matrices[candidate] = wush.fit([by_outputs(site) for site in group], x, candidate.size)
+            losses[candidate] = sum(_loss(site, x, candidate, matrices, recipe) for site in group)
+    if not losses:
+        raise ConversionError(f"{group[0].name}: none of the transforms {', '.join(options.transforms)} fits it")
+    return _Group(place, tuple(site.name for site in group), losses, matrices)
+
+
+def _loss(
+    site: QuantizedSite, x: Tensor, candidate: Transform | None, matrices: Mapping[Transform, Tensor], recipe: Recipe
+) -> float:
+    """Return the squared error of a layer's product under a candidate, relative to the product's square."""
+    operands = linear_operands(recipe, site.formats, candidate)
+    weight, of_x = by_outputs(site), matrices.get(candidate) if candidate is not None else None
+    of_weight = None if of_x is None else inverse_transposed(of_x)
+    quantized = operands.on_transformed_weight(operands.transformed(weight, -1, of_weight))
+    product = operands.on_activation(x, matrices=of_x) @ quantized.t()
+    wanted = x @ weight.t()
+    return float((product - wanted).square().sum() / wanted.square().sum().clamp(min=1e-30))
