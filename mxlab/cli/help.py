@@ -35,7 +35,8 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     ),
     "quantize": (
         "mxlab quantize smollm2 --recipe mxfp4_w4a4kv4_gptq --data-dir DATA --out smollm2-gptq",
-        "mxlab quantize smollm2 --recipe mine.toml --data-dir DATA --dtype bfloat16 --out mine",
+        "mxlab quantize smollm2 --recipe mine.toml --data-dir DATA --dtype bfloat16 --out mine --resume",
+        "mxlab quantize smollm2 --recipe mxfp4_w4a4kv4_best --dry-run",
     ),
     "results": (
         "mxlab results results",

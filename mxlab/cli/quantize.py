@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-from mxlab.cli.console import loading_libraries, progress, start_logging
+from mxlab.cli.console import loading_libraries, print_text, progress, start_logging
 from mxlab.cli.convert import print_inventory
 from mxlab.cli.options import DataDirOption, DeviceOption, Dtype, DtypeOption, ModelArgument, SetOption
 from mxlab.cli.recipes import chosen_recipe
 from mxlab.errors import SpecError
-
-if TYPE_CHECKING:
-    from mxlab.model.conversion import Conversion
-    from mxlab.recipe import Recipe
 
 
 def quantize(
@@ -25,7 +19,8 @@ def quantize(
     recipe: Annotated[
         str, typer.Option("--recipe", help="A shipped recipe's name, or a TOML file, with [algorithms].")
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Where the quantized model goes.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Where the quantized model goes.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be quantized, and how.")] = False,
     set_: SetOption = None,
     dtype: DtypeOption = Dtype.float32,
     device: DeviceOption = "auto",
@@ -38,48 +33,22 @@ def quantize(
 
     What is done is kept in OUT.unfinished until the model is saved.
     """
+    if dry_run == (out is not None):
+        raise SpecError("give --out FOLDER for the quantized model, or --dry-run to see what a recipe does")
     chosen = chosen_recipe(recipe, set_ or [], model)
-    if not chosen.algorithms:
-        raise SpecError(
-            f"recipe {chosen.name} asks for no algorithm: mxlab convert rounds to nearest; or add [algorithms.gptq]"
-        )
-    start_logging()
+    if out is not None:
+        start_logging()
     with progress():
         with loading_libraries():
-            from mxlab.hf.checkpoint import save
+            from mxlab.experiments.provenance import code_version
+            from mxlab.ptq.job import QuantizationJob
 
-        unfinished = out.with_name(f"{out.name}.unfinished")
-        job = _Job(model, chosen, dtype.value, device, data_dir, unfinished, resume)
-        conversion = save(job.run, out)
-        shutil.rmtree(unfinished, ignore_errors=True)
+        job = QuantizationJob(model, chosen, code_version(), dtype.value, device, data_dir)
+        if out is None:
+            plan = job.plan()
+            conversion, lines = plan.conversion, plan.lines
+        else:
+            conversion, lines = job.run(out, resume=resume), []
     print_inventory(conversion)
-
-
-@dataclass(frozen=True)
-class _Job:
-    """One quantization; the steps that are done are kept in ``unfinished``."""
-
-    model: str
-    recipe: Recipe
-    dtype: str
-    device: str
-    data_dir: Path | None
-    unfinished: Path
-    resume: bool
-
-    def run(self) -> tuple[Conversion, Any]:
-        from mxlab.experiments.provenance import code_version
-        from mxlab.ptq.calibration import sample
-        from mxlab.ptq.pipeline import quantize_model
-        from mxlab.ptq.resume import Progress, describe
-        from mxlab.recipe.algorithms import Calibration
-        from mxlab.sources.models import load_model
-        from mxlab.sources.texts import encode, load_text
-
-        calibration = self.recipe.algorithm("calibration") or Calibration()
-        text = load_text(calibration.text, self.data_dir)
-        loaded, original = (load_model(self.model, self.dtype, self.device) for _ in range(2))
-        windows = sample(encode(loaded.tokenizer, text), calibration)
-        belongs_to = describe(loaded.model, self.recipe, windows, code_version())
-        progress = Progress(self.unfinished, belongs_to, self.resume)
-        return quantize_model(loaded.model, original.model, self.recipe, windows, progress), loaded.tokenizer
+    for line in lines:
+        print_text(line)

@@ -19,9 +19,11 @@ from mxlab.model.nn.forward import override_of
 from mxlab.model.nn.injection import Injection
 from mxlab.model.nn.operands import Observable
 from mxlab.model.plan import QuantizedSite
+from mxlab.numerics.fingerprints import fingerprint
 from mxlab.recipe import Phase, Recipe, Rule
 from mxlab.recipe.rule import KV_ROLES, PHASES
 
+_TRANSFORM_BITS = 16  # of an element of a fitted transform
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 _PLURALS = {"linear": "linears", "experts": "experts", "attention": "attentions"}
 
@@ -57,13 +59,25 @@ class Conversion:
         """Average storage of the parameters in bits: quantized weights with their scales, others in their dtype.
 
         A parameter that is used in several places (tied embeddings) counts once, and where a quantized copy of it is
-        kept, that copy as well. Biases are rounded as they are used, and stored unchanged.
+        kept, that copy as well. Biases are rounded as they are used, and stored unchanged. Transforms that were fitted
+        are stored in 16 bits an element, one for the layers that share an input.
         """
         in_place = {id(p) for site in self.linears for p in site.stored_parameters()}
         parameters = list(self.model.parameters())
         bits = sum(p.numel() * p.element_size() * 8 for p in parameters if id(p) not in in_place)
-        bits += sum(site.storage_bits() for site in self.linears)
+        bits += sum(site.storage_bits() for site in self.linears) + self._transform_bits()
         return bits / max(sum(p.numel() for p in parameters), 1)
+
+    def _transform_bits(self) -> int:
+        fitted = {
+            (
+                site.name.rpartition(".")[0],
+                id(matrices) if matrices.is_meta else fingerprint(matrices),
+            ): matrices.numel()
+            for site in self.linears
+            if (matrices := getattr(site.module, "input_transform", None)) is not None
+        }
+        return _TRANSFORM_BITS * sum(fitted.values())
 
     def bits_in(self, phase: Phase) -> float:
         """Average bits of the parameters as the passes of one phase read them; counted as :attr:`bits_per_parameter`.

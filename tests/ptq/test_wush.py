@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM
 
 import mxlab
 from mxlab.errors import ConversionError, SpecError
+from mxlab.model.saved import conversion_of
 from mxlab.numerics.block_transform import inverse_transposed, transform_blocks
 from mxlab.ptq import wush
 from mxlab.recipe.transform import Wush, parse_transform
@@ -78,6 +79,15 @@ def test_layers_that_share_an_input_transform_it_once(monkeypatch):
     monkeypatch.setattr(mxlab.model.nn.operands, "transform_blocks", lambda *a: calls.append(1) or real(*a))
     logits(model)
     assert len(calls) == 4 * len(model.model.layers)
+
+
+def test_its_matrices_are_counted_once_for_an_input():
+    plain, fitted = quantized(linear=None), quantized(linear="wush@16")
+    sizes = fitted.config.hidden_size, fitted.config.intermediate_size
+    matrices = 2 * (3 * sizes[0] + sizes[1]) * 16  # of q, k, v; o; gate, up; down in two layers
+    parameters = sum(p.numel() for p in plain.parameters())
+    more = conversion_of(fitted).bits_per_parameter - conversion_of(plain).bits_per_parameter
+    assert more * parameters == pytest.approx(16 * matrices)
 
 
 def test_weights_that_it_was_not_fitted_to_are_refused():

@@ -17,8 +17,7 @@ from mxlab.recipe.rule import Rule
 
 EXERCISES = ("activations_only", "baseline", "ex1", "ex2", "kv_only", "weights_only")
 FOUR_BITS = (
-    *(f"{fmt}_w4a4kv4{more}" for fmt in ("mxfp4", "mxint4", "nvfp4") for more in ("", "_gptq")),
-    "mxfp4_w4a4kv4_hadamard_gptq",
+    *(f"{fmt}_w4a4kv4{more}" for fmt in ("mxfp4", "mxint4", "nvfp4") for more in ("", "_gptq", "_best")),
 )
 TIERS = ("all_linears", "mlp_only", "tier_a", "tier_b", "tier_c", "tier_d")
 
