@@ -88,11 +88,12 @@ class _Worker:
         wanted = statistics.held_out_original @ weight.t()
         least, best, chosen = torch.inf, weight, (0.0, 0.0)
         for damping in options.damping:
-            corrected = correct(weight, statistics, damping) if max(options.correction) > 0 else weight
+            factor = statistics.factor(damping, options.order)
+            corrected = correct(weight, statistics, factor) if max(options.correction) > 0 else weight
             for share in options.correction:
                 target = torch.lerp(weight, corrected, share)
                 scales = block_scales(target, fmt, statistics.gram.diagonal(), options.search)
-                found = gptq(target, statistics.gram, scales, fmt, damping, options.order)
+                found = gptq(target, factor, scales, fmt)
                 error = float((statistics.held_out @ found.t() - wanted).square().sum())
                 if error < least:
                     least, best, chosen = error, found, (damping, share)

@@ -59,6 +59,19 @@ class RoundPlan:
     def __init__(self, element: Element, rounding: Rounding, subnormals: bool, numerics: Numerics) -> None: ...
     def run(self, source: int, target: int, noise: int, dtype: int, count: int, threads: int, /) -> None: ...
 
+def settle(
+    weight: int,
+    scales: int,
+    factors: int,
+    errors: int,
+    inputs: int,
+    outputs: int,
+    element: Element,
+    lowest: float,
+    rounding: Rounding,
+    threads: int,
+    /,
+) -> None: ...
 def uniform(target: int, count: int, seed: int, threads: int, /) -> None: ...
 def adopt_openmp(path: str) -> bool: ...
 def instruction_sets() -> list[str]: ...

@@ -60,6 +60,24 @@ quantize, quantize_out, quantize_ = _backend.quantize, _backend.quantize_out, _b
 round_elementwise, uniform = _backend.round_elementwise, _backend.uniform
 
 
+def settle(weight: Tensor, scales: Tensor, factors: Tensor, fmt: MXFormat) -> Tensor:
+    """Quantize inputs of a weight one after the other: :func:`mxlab.ptq.gptq.settle_in_torch` in C++, bit for bit.
+
+    Args:
+        weight: float32 [inputs, outputs], contiguous, at most 128 inputs; overwritten by what is on the grid.
+        scales: float32 [inputs, outputs], contiguous.
+        factors: float32 [inputs, inputs], contiguous.
+        fmt: a format that has kernels and does not draw random numbers.
+    """
+    errors = torch.empty_like(weight)
+    addresses = weight.data_ptr(), scales.data_ptr(), factors.data_ptr(), errors.data_ptr()
+    inputs, outputs = weight.shape
+    lowest, largest = fmt.limits
+    element, rounding = _element(fmt.grid, largest), _native.Rounding[fmt.rounding]
+    _native.settle(*addresses, inputs, outputs, element, -lowest, rounding, torch.get_num_threads())
+    return errors
+
+
 def missing() -> str | None:
     """Return why the backend is missing; None where it is there."""
     return MISSING

@@ -4,6 +4,7 @@
 
 #include "columns.h"
 #include "elementwise.h"
+#include "gptq.h"
 #include "rows.h"
 
 namespace mx {
@@ -112,9 +113,17 @@ u32 largest_finite(const Buffers& b, int64_t first, int64_t last) {
 #define MX_TEXT(isa) MX_TEXT_(isa)
 
 const Kernels MX_NAME(MX_ISA) = {
-    MX_TEXT(MX_ISA),         MX_ISA::quantize_units, MX_ISA::quantize_exact,     MX_ISA::quantize_microxcaling,
-    MX_ISA::largest_finite,  MX_ISA::round_alone,    MX_ISA::microxcaling_table, MX_ISA::look_up,
+    MX_TEXT(MX_ISA),
+    MX_ISA::quantize_units,
+    MX_ISA::quantize_exact,
+    MX_ISA::quantize_microxcaling,
+    MX_ISA::largest_finite,
+    MX_ISA::round_alone,
+    MX_ISA::microxcaling_table,
+    MX_ISA::look_up,
     MX_ISA::uniform_numbers,
+    MX_ISA::settle_units,
+    MX_ISA::settle,
 };
 
 }  // namespace mx

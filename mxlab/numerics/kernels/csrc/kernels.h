@@ -31,6 +31,18 @@ struct Buffers {
     Dtype dtype;
 };
 
+// Inputs of a weight that GPTQ quantizes one after the other; rows are inputs, columns are outputs.
+constexpr int64_t MOST_INPUTS = 128;
+
+struct Settling {
+    float* weight;         // [inputs, outputs]; becomes what is on the grid
+    const float* scales;   // [inputs, outputs], of each element
+    const float* factors;  // [inputs, inputs], lower triangular: what an input loses by the errors of those before it
+    float* errors;         // [inputs, outputs], a result: the error of each element over the diagonal of `factors`
+    int64_t inputs, outputs;
+    float lowest;  // elements lie above its negative, in multiples of the scale
+};
+
 // The kernels of one instruction set.
 struct Kernels {
     const char* name;
@@ -49,6 +61,8 @@ struct Kernels {
     void (*microxcaling_table)(u32* table, Dtype, const Element&, Rounding);
     void (*look_up)(const Buffers&, const uint16_t* table, int64_t first, int64_t last);
     void (*uniform)(float* target, uint64_t seed, int64_t first, int64_t last);
+    int64_t (*settle_units)(const Settling&);
+    void (*settle)(const Settling&, const Element&, Rounding, int64_t first, int64_t last);
 };
 
 extern const Kernels portable_kernels, avx2_kernels, avx512_kernels;  // the latter two on x86-64 only

@@ -62,6 +62,23 @@ Buffers buffers(uintptr_t source, uintptr_t target, uintptr_t noise, int dtype) 
 
 int useful(int threads, int64_t elements) { return elements < WORTH_A_THREAD ? 1 : threads; }
 
+// Quantize `inputs` inputs of a weight one after the other: see Settling.
+void settle(uintptr_t weight, uintptr_t scales, uintptr_t factors, uintptr_t errors, int64_t inputs, int64_t outputs,
+            const Element& element, float lowest, Rounding rounding, int threads) {
+    const nb::gil_scoped_release release;
+    if (inputs < 1 || inputs > MOST_INPUTS || outputs < 1) return;
+    const Settling s{reinterpret_cast<float*>(weight),
+                     reinterpret_cast<const float*>(scales),
+                     reinterpret_cast<const float*>(factors),
+                     reinterpret_cast<float*>(errors),
+                     inputs,
+                     outputs,
+                     lowest};
+    const Kernels& kernels = *active;
+    parallel_for(useful(threads, inputs * outputs), kernels.settle_units(s), 1,
+                 [&](int64_t first, int64_t last) { kernels.settle(s, element, rounding, first, last); });
+}
+
 // Two tables of TABLE_SIZE entries, for bfloat16 and for float16, each made when it is first asked for.
 template <class Entry>
 class Tables {
@@ -222,6 +239,7 @@ NB_MODULE(_native, m) {
              nb::arg("subnormals"), nb::arg("numerics"))
         .def("run", &RoundPlan::run);
     m.def("uniform", &uniform);
+    m.def("settle", &settle);
     m.def(
         "adopt_openmp", [](const std::string& path) { return adopt_openmp(path.c_str()); }, nb::arg("path"),
         "Use the threads of the GNU OpenMP runtime at a path, if it is loaded; return whether it is.");
