@@ -14,6 +14,10 @@ import torch
 from torch import Tensor
 
 from mxlab.errors import FormatError
+from mxlab.formats import NumberFormat, Numerics
+from mxlab.numerics import transforms
+from mxlab.numerics.kernels.native import LARGEST_MATRIX
+from mxlab.numerics.quantization import DTYPES, quantize
 
 
 def transform(x: Tensor, size: int, axis: int = -1, *, inverse: bool = False) -> Tensor:
@@ -26,13 +30,19 @@ def transform(x: Tensor, size: int, axis: int = -1, *, inverse: bool = False) ->
         inverse: multiply by the transposed matrix, which undoes the transform.
 
     Returns:
-        A new tensor of the shape and dtype of ``x``, computed in float32 at least.
+        A new tensor of the shape and dtype of ``x``, computed in float32 at least: up to size 128 by
+        :func:`mxlab.numerics.transforms.transform`, beyond by torch with two factors of the matrix.
 
     Raises:
         FormatError: no such matrix, or a length that is not a multiple of its size.
     """
     length = x.shape[axis]
     check_size(size, length)
+    if _is_one_product(x, size or length):
+        matrices = _on_the_right(size or length, inverse, x.device)
+        if axis in (-1, x.ndim - 1):
+            return transforms.transform(x, matrices)
+        return transforms.transform(x.movedim(axis, -1), matrices).movedim(-1, axis).contiguous()
     left, right = (factor.to(x.device, _wide(x.dtype)) for factor in _factors(size or length))
     if inverse:
         left, right = left.t(), right.t()
@@ -42,6 +52,27 @@ def transform(x: Tensor, size: int, axis: int = -1, *, inverse: bool = False) ->
     if len(left) > 1:
         blocks = left @ blocks
     return blocks.reshape(shape).to(x.dtype).movedim(-1, axis).contiguous()
+
+
+def transform_quantize(
+    x: Tensor, size: int, fmt: NumberFormat, axis: int = -1, *, numerics: Numerics = "exact", out: Tensor | None = None
+) -> Tensor:
+    """Quantize what :func:`transform` returns along the same axis; into ``out``, if that is given.
+
+    Raises:
+        FormatError: as :func:`transform` and :func:`mxlab.numerics.quantize`.
+    """
+    length = x.shape[axis]
+    check_size(size, length)
+    if axis in (-1, x.ndim - 1) and _is_one_product(x, size or length):
+        matrices = _on_the_right(size or length, False, x.device)
+        return transforms.transform_quantize(x, matrices, fmt, numerics=numerics, out=out)
+    return quantize(transform(x, size, axis), fmt, axis=axis, numerics=numerics, out=out)
+
+
+def _is_one_product(x: Tensor, size: int) -> bool:
+    """Return whether blocks are multiplied by the whole matrix, rather than by its two factors one after the other."""
+    return size <= LARGEST_MATRIX and x.dtype in DTYPES
 
 
 def check_size(size: int, length: int) -> None:
@@ -58,6 +89,14 @@ def matrix(size: int) -> Tensor:
     """Return the normalised matrix, float32 [size, size]. Raises FormatError where there is none."""
     check_size(size, size)
     return torch.kron(*_factors(size))
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def _on_the_right(size: int, inverse: bool, device: torch.device) -> Tensor:
+    """Return what a block is multiplied by as a row: the matrix transposed, or for the inverse the matrix itself."""
+    with torch.inference_mode(False):
+        return (matrix(size) if inverse else matrix(size).t().contiguous()).to(device)
 
 
 def sizes_below(limit: int) -> list[int]:

@@ -6,16 +6,15 @@ of the error lies in the space that H weighs. Sources: Li et al., "GPTAQ", 2025;
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from mxlab.ptq.factor import Factor
 from mxlab.ptq.statistics import InputStatistics
 
 
-def correct(weight: Tensor, statistics: InputStatistics, damping: float) -> Tensor:
-    """Return the weight [out, in] that computes of the quantized input what ``weight`` does of the unquantized one."""
-    gram = statistics.gram
-    size = gram.diagonal().mean()
-    damped = gram + damping * size * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    lost = weight @ (statistics.cross - gram)
-    return weight + torch.linalg.solve(damped, lost.t()).t()
+def correct(weight: Tensor, statistics: InputStatistics, factor: Factor) -> Tensor:
+    """Return the weight [out, in] that computes of the quantized input what ``weight`` does of the unquantized one.
+
+    ``factor`` is that of the statistics, which says how they are damped.
+    """
+    return weight + factor.divided(weight @ (statistics.cross - statistics.gram))

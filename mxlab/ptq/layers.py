@@ -12,8 +12,8 @@ from mxlab.formats import MXFormat
 from mxlab.model.conversion import Conversion
 from mxlab.model.nn.linear import QuantizedLayer
 from mxlab.model.plan import QuantizedSite
-from mxlab.numerics.block_transform import inverse_transposed
 from mxlab.numerics.reference import block_layout
+from mxlab.numerics.transforms import inverse_transposed
 from mxlab.ptq import wush
 from mxlab.ptq.chosen import ChosenWeight
 from mxlab.ptq.correction import correct
@@ -128,11 +128,12 @@ class LayerQuantizer:
         cut = block_layout(weight, fmt, (1,))
         least, best, chosen = torch.inf, (weight, weight, weight), (0.0, 0.0)
         for damping in options.damping:
-            corrected = correct(weight, statistics, damping) if max(options.correction) > 0 else weight
+            factor = statistics.factor(damping, options.order)
+            corrected = correct(weight, statistics, factor) if max(options.correction) > 0 else weight
             for share in options.correction:
                 target = torch.lerp(weight, corrected, share)
                 scales = block_scales(target, fmt, statistics.gram.diagonal(), options.search)
-                found = gptq(target, statistics.gram, scales, fmt, damping, options.order)
+                found = gptq(target, factor, scales, fmt)
                 error = float((statistics.held_out @ found.t() - wanted).square().sum())
                 if error < least:
                     least, best, chosen = error, (found, cut.split(scales)[..., :1].clone(), target), (damping, share)

@@ -26,7 +26,7 @@ from mxlab.model.nn.linear import QuantizedLayer
 from mxlab.model.observe import observe_inputs
 from mxlab.model.plan import QuantizedSite, make_plan
 from mxlab.model.transforms import check_fit
-from mxlab.numerics.block_transform import inverse_transposed
+from mxlab.numerics.transforms import inverse_transposed
 from mxlab.progress import Steps
 from mxlab.ptq import wush
 from mxlab.ptq.divergence import log_probabilities, mean_divergence

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from mxlab.errors import ConversionError
+from mxlab.ptq.factor import Factor, factorized
+from mxlab.recipe.algorithms import Order
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,14 @@ class InputStatistics:
     cross: Tensor
     held_out: Tensor
     held_out_original: Tensor
+    _factors: dict[tuple[float, Order], Factor] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def factor(self, damping: float, order: Order) -> Factor:
+        """Return the factor of :func:`~mxlab.ptq.factor.factorized`, made once for all weights that read this input."""
+        key = damping, order
+        if key not in self._factors:
+            self._factors[key] = factorized(self.gram, *key)
+        return self._factors[key]
 
 
 def input_statistics(quantized: Tensor, original: Tensor, held_out: int, name: str) -> InputStatistics:

@@ -7,13 +7,18 @@ import torch
 
 from mxlab import quantize
 from mxlab.errors import ConversionError, SpecError
-from mxlab.formats import MXFormat
+from mxlab.formats import ELEMENTS, MXFormat
+from mxlab.numerics.kernels import native
 from mxlab.ptq.calibration import sample
 from mxlab.ptq.correction import correct
-from mxlab.ptq.gptq import gptq, inverse_factor
+from mxlab.ptq.factor import factorized, inverse_factor
+from mxlab.ptq.gptq import gptq, settle_in_torch
 from mxlab.ptq.scales import block_scales, rounded
 from mxlab.ptq.statistics import InputStatistics
 from mxlab.recipe.algorithms import Calibration
+
+from support.bits import same
+from support.kernels import every_way
 
 FP4 = MXFormat.parse("fp4_e2m1@32,scale_rule=even,rounding=even")
 FORMATS = ["fp4_e2m1@32,scale_rule=even", "int4@32,scale_rule=mase_int", "fp6_e2m3@16", "nvfp4", "fp4@16,scale=e5m3"]
@@ -49,7 +54,7 @@ def test_the_loop_is_sequential_least_squares(text, order):
     scales = block_scales(weight, fmt, gram.diagonal(), (0,))
     places = torch.argsort(gram.diagonal(), descending=True, stable=True) if order == "activation" else range(64)
     expected = by_least_squares(weight, x, scales, fmt, 0.01, [int(p) for p in places])
-    found = gptq(weight, gram, scales, fmt, 0.01, order)
+    found = gptq(weight, factorized(gram, 0.01, order), scales, fmt)
     assert (found != expected).float().mean() < 0.01  # float32 may decide a tie otherwise, and all behind it
 
 
@@ -59,10 +64,54 @@ def test_it_loses_less_of_the_output_than_rounding_to_nearest_and_stays_on_the_g
     weight, x = toy(inputs=160, outputs=24, rows=600)
     gram = x.t() @ x
     scales = block_scales(weight, fmt, gram.diagonal(), (0,))
-    found = gptq(weight, gram, scales, fmt, 0.01, "activation")
+    found = gptq(weight, factorized(gram, 0.01, "activation"), scales, fmt)
     assert torch.equal(rounded(found, scales, fmt), found)
     lost = [(x @ (q - weight).t()).square().sum() for q in (found, quantize(weight, fmt))]
     assert lost[0] < 0.7 * lost[1]
+
+
+KERNELS = [
+    *(
+        f"{name}@32,rounding={rounding}"
+        for name in ELEMENTS
+        for rounding in ("nearest", "nearest_zero", "even", "floor")
+    ),
+    *FORMATS,
+    "int8@32,scale_rule=mase_int",
+]
+
+
+@pytest.mark.parametrize("text", KERNELS)
+def test_the_kernel_has_the_bits_of_the_loop_in_torch(text):
+    fmt = MXFormat.parse(text)
+    for inputs, outputs in ((128, 576), (37, 71), (1, 3)):
+        weight, x = toy(inputs, outputs, rows=2 * inputs, seed=inputs)
+        scales = block_scales(weight, fmt, torch.ones(inputs), (-1, 0)).t().contiguous()
+        factors = inverse_factor(x.t() @ x, 0.01).t().contiguous()
+        given = weight.t().contiguous() * 1.5  # beyond the largest element, too
+        expected = given.clone()
+        errors = settle_in_torch(expected, scales, factors, fmt)
+        for _ in every_way():
+            found = given.clone()
+            same(native.settle(found, scales, factors, fmt), errors)
+            same(found, expected)
+
+
+@pytest.mark.skipif(native.MISSING is not None, reason="no native kernels")
+def test_the_kernel_makes_no_number_of_what_is_not_finite():
+    weight = torch.tensor([[torch.nan, torch.inf, -torch.inf, 1.0]])
+    errors = native.settle(weight, torch.ones(1, 4), torch.ones(1, 1), FP4)
+    assert weight.isnan().tolist() == errors.isnan().tolist() == [[True, True, True, False]]
+
+
+@pytest.mark.parametrize("text", ["fp4_e2m1@32,scale_rule=quest", "fp4_e2m1@32"])
+def test_formats_without_kernels_and_machines_without_them_take_the_loop_in_torch(monkeypatch, text):
+    fmt = MXFormat.parse(text)
+    weight, x = toy(inputs=160)
+    factor, scales = factorized(x.t() @ x, 0.01, "activation"), block_scales(weight, fmt, x.square().sum(0), (0,))
+    expected = gptq(weight, factor, scales, fmt)
+    monkeypatch.setattr("mxlab.numerics.operators.choose", lambda *_: "reference")
+    same(gptq(weight, factor, scales, fmt), expected)
 
 
 def test_scales_that_are_searched_leave_a_smaller_error():
@@ -87,7 +136,7 @@ def test_the_correction_aims_at_the_output_of_the_unquantized_model():
     weight, x = toy()
     seen = quantize(x, FP4)
     statistics = InputStatistics(seen.t() @ seen, x.t() @ seen, seen, x)
-    aimed = correct(weight, statistics, 1e-6)
+    aimed = correct(weight, statistics, statistics.factor(1e-6, "activation"))
     expected = torch.linalg.lstsq(seen.double(), (x @ weight.t()).double()).solution.t().float()
     assert torch.allclose(aimed, expected, atol=1e-2)
     lost = [(seen @ w.t() - x @ weight.t()).square().sum() for w in (aimed, weight)]
@@ -98,11 +147,23 @@ def test_an_input_that_is_always_zero_and_one_that_repeats_another(caplog):
     weight, x = toy()
     x[:, 3], x[:, 5] = 0, x[:, 4]
     gram = x.t() @ x
-    found = gptq(weight, gram, block_scales(weight, FP4, gram.diagonal(), (0,)), FP4, 0.01, "activation")
+    found = gptq(weight, factorized(gram, 0.01, "activation"), block_scales(weight, FP4, gram.diagonal(), (0,)), FP4)
     assert found.isfinite().all()
     with caplog.at_level(logging.WARNING, "mxlab"):
         inverse_factor(x[:5].t() @ x[:5] - torch.eye(64), 1e-5)
     assert "damping is raised" in caplog.text
+
+
+@pytest.mark.parametrize("order", ["index", "activation"])
+def test_the_factor_is_that_of_the_inverse_and_made_once(order):
+    _, x = toy()
+    gram = x.t() @ x
+    statistics = InputStatistics(gram, gram, x, x)
+    factor = statistics.factor(0.01, order)
+    assert statistics.factor(0.01, order) is factor
+    assert torch.equal(factor.upper, factor.upper.triu())
+    damped = gram.double() + 0.01 * gram.diagonal().mean() * torch.eye(64, dtype=torch.float64)
+    assert torch.allclose(factor.divided(x).double() @ damped, x.double(), atol=1e-4)
 
 
 def test_moments_that_cannot_be_repaired():

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 import mxlab
 from mxlab.errors import ConversionError, SpecError
 from mxlab.model.saved import conversion_of
-from mxlab.numerics.block_transform import inverse_transposed, transform_blocks
+from mxlab.numerics.transforms import inverse_transposed, transform
 from mxlab.ptq import wush
 from mxlab.recipe.transform import Wush, parse_transform
 
@@ -25,8 +25,8 @@ def operands():
 def test_weights_and_activations_have_equal_second_moments():
     x, weights = operands()
     found = wush.fit(weights, x, 32)
-    of_x = transform_blocks(x, found)
-    of_w = torch.cat([transform_blocks(w, inverse_transposed(found)) for w in weights])
+    of_x = transform(x, found)
+    of_w = torch.cat([transform(w, inverse_transposed(found)) for w in weights])
     for block in range(2):
         a, b = (t[:, 32 * block :][:, :32] for t in (of_x, of_w))
         a, b = a.t() @ a / len(a), b.t() @ b / len(b)
@@ -38,7 +38,7 @@ def test_weights_and_activations_have_equal_second_moments():
 def test_products_stay_what_they_are():
     x, (weight, _) = operands()
     found = wush.fit([weight], x, 32)
-    y = transform_blocks(x, found) @ transform_blocks(weight, inverse_transposed(found)).t()
+    y = transform(x, found) @ transform(weight, inverse_transposed(found)).t()
     assert torch.allclose(y, x @ weight.t(), rtol=1e-4, atol=1e-4 * float(y.abs().max()))
 
 
@@ -75,8 +75,9 @@ def test_a_saved_model_is_loaded_with_its_transforms(tmp_path):
 def test_layers_that_share_an_input_transform_it_once(monkeypatch):
     model = quantized(linear="wush@16")
     calls = []
-    real = mxlab.model.nn.operands.transform_blocks
-    monkeypatch.setattr(mxlab.model.nn.operands, "transform_blocks", lambda *a: calls.append(1) or real(*a))
+    real = mxlab.numerics.transforms.transform_quantize
+    counted = lambda *a, **k: calls.append(1) or real(*a, **k)  # noqa: E731
+    monkeypatch.setattr(mxlab.numerics.transforms, "transform_quantize", counted)
     logits(model)
     assert len(calls) == 4 * len(model.model.layers)
 

@@ -16,9 +16,7 @@ from mxlab.recipe.mx_specs import injected_options, override
 from mxlab.recipe.rule import Rule
 
 EXERCISES = ("activations_only", "baseline", "ex1", "ex2", "kv_only", "weights_only")
-FOUR_BITS = (
-    *(f"{fmt}_w4a4kv4{more}" for fmt in ("mxfp4", "mxint4", "nvfp4") for more in ("", "_gptq", "_best")),
-)
+FOUR_BITS = (*(f"{fmt}_w4a4kv4{more}" for fmt in ("mxfp4", "mxint4", "nvfp4") for more in ("", "_gptq", "_best")),)
 TIERS = ("all_linears", "mlp_only", "tier_a", "tier_b", "tier_c", "tier_d")
 
 formats = st.builds(

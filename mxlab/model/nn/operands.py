@@ -12,8 +12,7 @@ from torch import Tensor
 from mxlab.errors import ConversionError
 from mxlab.formats import MXFormat, NumberFormat, Numerics, Rounding, elementwise_format
 from mxlab.model.nn.products import unseen
-from mxlab.numerics import DTYPES, hadamard, is_lossless, quantize, round_elementwise
-from mxlab.numerics.block_transform import transform_blocks
+from mxlab.numerics import DTYPES, hadamard, is_lossless, quantize, round_elementwise, transforms
 from mxlab.recipe import Elementwise, Phase
 from mxlab.recipe.transform import Hadamard, Transform, Wush
 
@@ -105,6 +104,8 @@ class LinearOperands:
         self, x: Tensor, out: Tensor | None = None, axis: int = -1, matrices: Tensor | None = None
     ) -> Tensor:
         """Return the input [..., in] as the matmul sees it; in ``out``, if that is given and x is quantized."""
+        if self.transform is not None and self.activation is not None and x.dtype in self.untouched:
+            return self._transformed_and_quantized(x, self.transform, self.activation, axis, matrices, out)
         x = self.transformed(x, axis, matrices)
         return self._quantized(self._rounded(x, self.elementwise.output_rounding), self.activation, axis, out)
 
@@ -154,7 +155,18 @@ class LinearOperands:
         if isinstance(self.transform, Hadamard):
             return hadamard.transform(x, self.transform.size, axis)
         assert matrices is not None
-        return transform_blocks(x, matrices, axis)
+        return transforms.transform(x.movedim(axis, -1), matrices.float()).movedim(-1, axis).contiguous()
+
+    def _transformed_and_quantized(
+        self, x: Tensor, transform: Transform, fmt: NumberFormat, axis: int, matrices: Tensor | None, out: Tensor | None
+    ) -> Tensor:
+        """Return the input transformed and quantized, in one pass where that can be."""
+        if isinstance(transform, Hadamard):
+            return hadamard.transform_quantize(x, transform.size, fmt, axis, numerics=self.numerics, out=out)
+        assert matrices is not None
+        if axis in (-1, x.ndim - 1):
+            return transforms.transform_quantize(x, matrices.float(), fmt, numerics=self.numerics, out=out)
+        return self._quantized(self.transformed(x, axis, matrices), fmt, axis, out)
 
     def _quantized(self, x: Tensor, fmt: NumberFormat | None, axis: int = -1, out: Tensor | None = None) -> Tensor:
         return x if fmt is None else quantize(x, fmt, axis=axis, numerics=self.numerics, out=out)

@@ -31,6 +31,28 @@ struct Buffers {
     Dtype dtype;
 };
 
+// Inputs of a weight that GPTQ quantizes one after the other; rows are inputs, columns are outputs.
+constexpr int64_t MOST_INPUTS = 128;
+
+struct Settling {
+    float* weight;         // [inputs, outputs]; becomes what is on the grid
+    const float* scales;   // [inputs, outputs], of each element
+    const float* factors;  // [inputs, inputs], lower triangular: what an input loses by the errors of those before it
+    float* errors;         // [inputs, outputs], a result: the error of each element over the diagonal of `factors`
+    int64_t inputs, outputs;
+    float lowest;  // elements lie above its negative, in multiples of the scale
+};
+
+// Matrices [size, size] that the blocks of a row of `axis` elements are multiplied by: each block by its own, or all by
+// one.
+constexpr int64_t MOST_TRANSFORMED = 128;
+
+struct Transform {
+    const float* matrices;
+    int64_t axis, size;
+    bool is_shared;
+};
+
 // The kernels of one instruction set.
 struct Kernels {
     const char* name;
@@ -49,6 +71,9 @@ struct Kernels {
     void (*microxcaling_table)(u32* table, Dtype, const Element&, Rounding);
     void (*look_up)(const Buffers&, const uint16_t* table, int64_t first, int64_t last);
     void (*uniform)(float* target, uint64_t seed, int64_t first, int64_t last);
+    void (*transform)(const Buffers&, const Transform&, int64_t first, int64_t last);  // units are rows
+    int64_t (*settle_units)(const Settling&);
+    void (*settle)(const Settling&, const Element&, Rounding, int64_t first, int64_t last);
 };
 
 extern const Kernels portable_kernels, avx2_kernels, avx512_kernels;  // the latter two on x86-64 only
