@@ -68,6 +68,14 @@ class Conversion:
         bits += sum(site.storage_bits() for site in self.linears) + self._transform_bits()
         return bits / max(sum(p.numel() for p in parameters), 1)
 
+    @property
+    def bits_per_weight(self) -> float | None:
+        """Average bits of the elements of quantized weights, scales and fitted transforms counted; None without any."""
+        quantized = [site for site in self.linears if "weight" in site.roles]
+        elements = sum(prod(site.shape) for site in quantized)
+        bits = sum(site.storage_bits() for site in quantized) + self._transform_bits()
+        return bits / elements if elements else None
+
     def _transform_bits(self) -> int:
         fitted = {
             (

@@ -1,6 +1,9 @@
 """Post-training quantization: choose the values on the grid by data, rather than round to nearest.
 
-Read in this order: ``calibration`` (the tokens by which it is chosen), ``streams`` (the quantized model beside the
-unquantized one, layer by layer), ``statistics`` (what is kept of a layer's input), ``scales`` (the scale of each
-block), ``gptq`` (the elements), ``correction`` (what the layers before have lost), ``pipeline`` (all of it, in order).
+Read in this order: ``job`` (one quantization from beginning to end), ``calibration`` (the tokens by which values are
+chosen), ``pipeline`` (the algorithms, in order), ``search`` (which transform suits a layer), ``streams`` (the quantized
+model beside the unquantized one), ``layers`` (what is done at each layer), ``statistics`` (what is kept of its input),
+``wush`` (a transform that is fitted), ``correction`` (what the layers before have lost), ``scales`` (of each block),
+``factor`` and ``gptq`` (the elements), ``chosen`` (a weight on its grid), ``distillation`` (all weights together) by the
+``divergence`` of predictions, ``resume`` (what is kept of a run).
 """

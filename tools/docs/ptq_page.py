@@ -1,0 +1,131 @@
+"""Fill docs/ptq.md with the rows that record_ptq.py kept, and draw figs/ptq_steps.png.
+
+python tools/docs/ptq_page.py [--check]
+
+The table stands between ``<!-- steps -->`` and ``<!-- end -->``. With --check nothing is written, and a page that is out
+of date is an error.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import matplotlib.pyplot as plt
+from formats_page import SECTION, table
+
+from mxlab.report.style import DPI, SHAPES, STYLE
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs" / "ptq.md"
+FIGURE = ROOT / "figs" / "ptq_steps.png"
+ROWS = ROOT / "results" / "smollm2-135m" / "ptq" / "rows.jsonl"
+FORMATS = {"mxfp4": "MXFP4", "mxint4": "MXINT4", "nvfp4": "NVFP4"}
+STEPS = {"": "rounded to nearest", "_gptq": "GPTQ", "_best": "transforms, GPTQ, distillation"}
+TEXT = "wikitext2"
+
+
+@dataclass(frozen=True)
+class Step:
+    """The rows of one recipe, one for each seed, on one text."""
+
+    fmt: str
+    step: str
+    rows: tuple[dict[str, Any], ...]
+
+    def mean(self, name: str) -> float:
+        """The mean over the seeds."""
+        return mean(row[name] for row in self.rows)
+
+    @property
+    def spread(self) -> float | None:
+        """The standard deviation of the cross entropy over the seeds; None for one."""
+        return stdev(row["cross_entropy"] for row in self.rows) if len(self.rows) > 1 else None
+
+
+def read(text: str = TEXT) -> tuple[float, list[Step]]:
+    """Return the unquantized model's cross entropy on a text, and the steps of every format."""
+    rows = [json.loads(line) for line in ROWS.read_text(encoding="utf-8").splitlines()]
+    rows = [row for row in rows if row["text"] == text]
+    [unquantized] = [row["cross_entropy"] for row in rows if row["recipe"] == "baseline"]
+    steps = [
+        Step(fmt, step, found)
+        for fmt in FORMATS
+        for step in STEPS
+        if (found := tuple(row for row in rows if row["recipe"] == f"{fmt}_w4a4kv4{step}"))
+    ]
+    return unquantized, steps
+
+
+HEADS = (
+    "format", "step", "#perplexity", "#lost, nats", "#won back", "#KL divergence", "#top-1 agreement", "#bits a weight",
+    "#minutes", "#peak memory, GiB", "seeds",
+)  # fmt: skip
+
+
+def fill(page: str) -> str:
+    """``page`` with the table as the rows have it."""
+    return SECTION.sub(lambda found: found[1] + table(HEADS, _lines()) + found[3], page)
+
+
+def _lines() -> Iterator[Sequence[str]]:
+    unquantized, steps = read()
+    plain = {step.fmt: step.mean("cross_entropy") - unquantized for step in steps if not step.step}
+    for step in steps:
+        lost = step.mean("cross_entropy") - unquantized
+        spread = f" ± {step.spread:.3f}" if step.spread is not None else ""
+        yield (
+            FORMATS[step.fmt],
+            STEPS[step.step],
+            f"{math.exp(step.mean('cross_entropy')):.2f}",
+            f"{lost:.3f}{spread}",
+            f"{1 - lost / plain[step.fmt]:.0%}" if step.step and step.fmt in plain else "-",
+            f"{step.mean('kl_divergence'):.3f}",
+            f"{step.mean('top1_agreement'):.1%}",
+            f"{step.mean('bits_per_weight'):.2f}",
+            f"{step.mean('seconds') / 60:.0f}" if "seconds" in step.rows[0] else "-",
+            f"{step.mean('peak_memory_bytes') / 2**30:.1f}" if "peak_memory_bytes" in step.rows[0] else "-",
+            ", ".join(str(row["seed"]) for row in step.rows) if step.step else "-",
+        )
+
+
+def draw() -> None:
+    """Draw the perplexity of every format after each step."""
+    unquantized, steps = read()
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(6.4, 3.8))
+        for (fmt, name), (colour, marker) in zip(FORMATS.items(), SHAPES, strict=False):
+            of = [step for step in steps if step.fmt == fmt]
+            places = [list(STEPS).index(step.step) for step in of]
+            axes.plot(places, [math.exp(s.mean("cross_entropy")) for s in of], marker=marker, color=colour, label=name)
+        axes.axhline(math.exp(unquantized), color="#555555", linestyle="--", label="unquantized")
+        axes.set_yscale("log")
+        ticks = [25, 30, 40, 50, 75, 100, 150, 200]
+        axes.set_yticks(ticks, [str(tick) for tick in ticks], minor=False)
+        axes.minorticks_off()
+        axes.set_xticks(range(len(STEPS)), [name.replace(", ", ",\n") for name in STEPS.values()])
+        axes.set_ylabel("perplexity, WikiText-2")
+        axes.legend()
+        figure.tight_layout()
+        figure.savefig(FIGURE, dpi=DPI)
+        plt.close(figure)
+
+
+def main() -> None:
+    """Write the page and its figure, or check the page."""
+    page = PAGE.read_text(encoding="utf-8")
+    filled = fill(page)
+    if "--check" in sys.argv[1:]:
+        sys.exit(0 if filled == page else f"{PAGE} is out of date: run tools/docs/ptq_page.py")
+    PAGE.write_text(filled, encoding="utf-8")
+    draw()
+
+
+if __name__ == "__main__":
+    main()
