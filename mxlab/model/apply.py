@@ -70,12 +70,8 @@ def apply(model: nn.Module, recipe: Recipe | str | Path) -> Conversion:
     if (present := saved.conversion_of(model)) is not None:
         saved.check_same(present.recipe, chosen)
         return present
-    _refuse_tables_of_mase(chosen)
     if chosen.algorithms and saved.carried_config(model) is None:
-        raise ConversionError(
-            f"recipe {chosen.name} asks for {', '.join(chosen.algorithms)}, which take a calibration text: use "
-            "mxlab quantize, and load what it saves; or take [algorithms] out, to round to nearest"
-        )
+        _refuse_algorithms(chosen)
     plan = _checked_plan(model, chosen)
     plan.check_finite()
     versions = saved.frozen_versions(saved.carried_config(model))
@@ -120,7 +116,6 @@ def _is_frozen(site: QuantizedSite, versions: Mapping[str, TensorVersion]) -> bo
 
 
 def _checked_plan(model: nn.Module, recipe: Recipe) -> Plan:
-    _refuse_tables_of_mase(recipe)
     if any(isinstance(m, QuantizedLayer) or override_of(m) for m in model.modules()):
         raise ConversionError(
             "this model is quantized already: load it anew, and use either MX_SPECS_JSON with a patched transformers "
@@ -137,13 +132,15 @@ def _checked_plan(model: nn.Module, recipe: Recipe) -> Plan:
     return make_plan(model, recipe)
 
 
-def _refuse_tables_of_mase(recipe: Recipe) -> None:
+def _refuse_algorithms(recipe: Recipe) -> None:
+    asked, keys = ", ".join(recipe.algorithms), "[algorithms]"
     if MASE in recipe.algorithms:
         tables = recipe.algorithms[MASE]
-        raise ConversionError(
-            f"recipe {recipe.name} asks for MASE's {', '.join(tables)}, which this version of mxlab does not have: to "
-            f"quantize by rounding to nearest, take {', '.join(_KEYS_OF_MASE[name] for name in tables)} out of the file"
-        )
+        asked, keys = f"MASE's {', '.join(tables)}", ", ".join(_KEYS_OF_MASE[name] for name in tables)
+    raise ConversionError(
+        f"recipe {recipe.name} asks for {asked}, which take a calibration text: use mxlab quantize, and load what it "
+        f"saves; or take {keys} out, to round to nearest"
+    )
 
 
 def _install(

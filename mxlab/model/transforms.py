@@ -8,7 +8,7 @@ from mxlab.errors import ConversionError, FormatError
 from mxlab.model.sites import Site
 from mxlab.numerics.hadamard import check_size
 from mxlab.recipe import Rule
-from mxlab.recipe.transform import Hadamard, Transform
+from mxlab.recipe.transform import Derotated, Hadamard, Transform
 
 
 def transform_of(site: Site, rules: Iterable[Rule | None]) -> Transform | None:
@@ -31,7 +31,7 @@ def check_fit(site: Site, transform: Transform) -> None:
     if not site.shape:
         return
     length = site.shape[-1] if site.kind == "attention" else site.shape[site.input_axis]
-    if isinstance(transform, Hadamard):
+    if isinstance(transform, Hadamard | Derotated):
         try:
             check_size(transform.size, length)
         except FormatError as e:

@@ -5,5 +5,6 @@ chosen), ``pipeline`` (the algorithms, in order), ``search`` (which transform su
 model beside the unquantized one), ``layers`` (what is done at each layer), ``statistics`` (what is kept of its input),
 ``wush`` (a transform that is fitted), ``correction`` (what the layers before have lost), ``scales`` (of each block),
 ``factor`` and ``gptq`` (the elements), ``chosen`` (a weight on its grid), ``distillation`` (all weights together) by the
-``divergence`` of predictions, ``resume`` (what is kept of a run).
+``divergence`` of predictions, ``resume`` (what is kept of a run). ``mase`` runs the tables of a MASE file, with MASE's
+meaning.
 """

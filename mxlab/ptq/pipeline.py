@@ -9,9 +9,10 @@ import torch
 
 from mxlab.errors import ConversionError
 from mxlab.formats import MXFormat
-from mxlab.model.apply import finish, prepare, prepare_to_observe
+from mxlab.model.apply import apply, finish, prepare, prepare_to_observe
 from mxlab.model.conversion import Conversion
 from mxlab.progress import Steps
+from mxlab.ptq import mase
 from mxlab.ptq.calibration import Windows
 from mxlab.ptq.distillation import distill
 from mxlab.ptq.layers import LayerQuantizer
@@ -20,6 +21,7 @@ from mxlab.ptq.search import searched
 from mxlab.ptq.streams import layers_by_input, run_in_lockstep
 from mxlab.recipe import Recipe
 from mxlab.recipe.algorithms import Gptq
+from mxlab.recipe.recipe import MASE
 
 _PROBE = 8  # tokens that tell which layers share an input
 
@@ -32,7 +34,8 @@ def quantize_model(
     Args:
         model: the model, in evaluation mode.
         original: another copy of it, which stays unquantized; it cannot be used for anything else afterwards.
-        recipe: with a table ``[algorithms.gptq]``.
+        recipe: without algorithms everything is rounded to nearest; the tables of a MASE file have MASE's meaning
+            (:mod:`mxlab.ptq.mase`).
         windows: the calibration text.
         progress: where each step is kept, and found again after an interruption.
 
@@ -41,6 +44,10 @@ def quantize_model(
         RunError: a step cannot be kept.
     """
     progress = progress or Progress()
+    if not recipe.algorithms:
+        return apply(model, recipe)
+    if MASE in recipe.algorithms:
+        return mase.quantize_model(model, original, recipe, windows, progress)
     _check(recipe)
     recipe = _searched(original, recipe, windows, progress)
     conversion, observed = prepare(model, recipe), prepare_to_observe(original, recipe)

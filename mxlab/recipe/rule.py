@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 from mxlab.checks import check_choice, check_keys
 from mxlab.errors import FormatError, SpecError
 from mxlab.formats import NumberFormat, parse_format
-from mxlab.recipe.transform import Transform, Wush, parse_transform
+from mxlab.recipe.transform import Derotated, Transform, Wush, parse_transform
 
 Part = Literal["mlp", "attention", "mixer", "router", "head", "vision", "all"]
 Phase = Literal["prefill", "decode"]
@@ -23,6 +23,7 @@ ATTENTION_ROLES = (*KV_ROLES, "q", "p", "softmax", "rope")
 ROLES = LINEAR_ROLES + ATTENTION_ROLES
 TRANSFORMED_LINEAR_ROLES = ("weight", "activation")
 TRANSFORMED_ATTENTION_ROLES = (*KV_ROLES, "q")
+DEROTATED_ROLES = ("activation", *KV_ROLES)
 SELECTORS = ("modules", "type", "name", "part")
 _FLAGS = ("skip", "bias_optional")
 
@@ -47,7 +48,8 @@ class Rule:
     ``rope`` (the cosines and sines) along head_dim. With ``skip`` the modules stay in high precision.
 
     A ``transform`` is applied to both operands of the product, before they are quantized: to the weight and the
-    activation of a linear layer along the dimension it sums over, to ``k``, ``q`` and ``v`` along head_dim.
+    activation of a linear layer along the dimension it sums over, to ``k``, ``q`` and ``v`` along head_dim. The
+    transform ``derotated_hadamard`` is applied to ``activation``, ``k`` and ``v`` alone, and undone after quantizing.
 
     Attributes:
         layers: decoder layers, such as ``0-3, 8, -1``; ranges include both ends, -1 is the last layer.
@@ -91,13 +93,22 @@ class Rule:
         if self.skip and self.formats:
             raise SpecError(f"{self} skips its modules and gives formats for {', '.join(self.formats)}: one or other")
         if self.transform is not None:
-            object.__setattr__(self, "transform", parse_transform(self.transform))
-            if not any(role in self.formats for role in (*TRANSFORMED_LINEAR_ROLES, *TRANSFORMED_ATTENTION_ROLES)):
-                raise SpecError(f"{self} gives a transform, and no format for what it transforms: give one")
-            if isinstance(self.transform, Wush) and self.is_attention:
-                raise SpecError(f"{self}: {self.transform} is fitted to a linear layer; for k, v and q take 'hadamard'")
+            self._read_transform(self.transform)
         if self.is_attention and any(role in self.formats for role in LINEAR_ROLES):
             raise SpecError(f"{self} gives formats for a linear layer and for an attention: write two rules")
+
+    def _read_transform(self, given: object) -> None:
+        transform = parse_transform(given)
+        object.__setattr__(self, "transform", transform)
+        if not any(role in self.formats for role in (*TRANSFORMED_LINEAR_ROLES, *TRANSFORMED_ATTENTION_ROLES)):
+            raise SpecError(f"{self} gives a transform, and no format for what it transforms: give one")
+        if isinstance(transform, Wush) and self.is_attention:
+            raise SpecError(f"{self}: {transform} is fitted to a linear layer; for k, v and q take 'hadamard'")
+        if isinstance(transform, Derotated) and not any(role in self.formats for role in DEROTATED_ROLES):
+            raise SpecError(
+                f"{self}: {transform} transforms {', '.join(DEROTATED_ROLES)}, and there is no format for any of "
+                "them: give one, or take 'hadamard'"
+            )
 
     def _check_selector(self) -> None:
         given = [name for name in SELECTORS if getattr(self, name) is not None]

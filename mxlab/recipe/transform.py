@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from mxlab.errors import SpecError
 
-_SPELLING = re.compile(r"(?P<kind>hadamard|wush)(@(?P<size>[0-9]+))?")
+_SPELLING = re.compile(r"(?P<kind>hadamard|derotated_hadamard|wush)(@(?P<size>[0-9]+))?")
 _LARGEST = 128  # of a matrix for each block
 
 
@@ -29,7 +29,31 @@ class Hadamard:
             raise SpecError(f"the size of a Hadamard transform is {self.size!r}: it must be 2 or more, or 0 for all")
 
     def __str__(self) -> str:
-        return f"hadamard@{self.size}" if self.size else "hadamard"
+        return _spelled("hadamard", self.size)
+
+
+@dataclass(frozen=True)
+class Derotated:
+    """MASE's rotation: the Hadamard transform before quantizing, and its inverse after it, of one operand alone.
+
+    The activation of a linear layer is transformed in blocks of ``size`` elements (0: the whole axis), quantized and
+    transformed back; so are the keys and values of an attention. The other operand, weight or query, stays in its own
+    basis. So the operand that enters the product does not lie on the grid: it can be stored in the format, and not be
+    multiplied in it.
+
+    Raises:
+        SpecError: a size that is no whole number from 0, or 1.
+
+    Source: ``mxint_rotate_quantizer`` of MASE (github.com/DeepWok/mase).
+    """
+
+    size: int = 0
+
+    def __post_init__(self) -> None:
+        Hadamard(self.size)  # raises where there is no such size
+
+    def __str__(self) -> str:
+        return _spelled("derotated_hadamard", self.size)
 
 
 @dataclass(frozen=True)
@@ -56,22 +80,30 @@ class Wush:
         return f"wush@{self.size}"
 
 
-Transform = Hadamard | Wush
+Transform = Hadamard | Derotated | Wush
 
 
 def parse_transform(text: object) -> Transform:
-    """Return the transform that is spelled: ``hadamard``, or with the size of its blocks ``hadamard@32``, ``wush@32``.
+    """Return the transform that is spelled: ``hadamard``, or with the size of its blocks ``hadamard@32``.
+
+    Likewise ``derotated_hadamard`` and ``wush``.
 
     Raises:
         SpecError: anything else.
     """
-    if isinstance(text, Hadamard | Wush):
+    if isinstance(text, Hadamard | Derotated | Wush):
         return text
     found = _SPELLING.fullmatch(text) if isinstance(text, str) else None
     if found is None:
         raise SpecError(
-            f"transform is {text!r}: write 'hadamard', or with the size of its blocks 'hadamard@32' or 'wush@32'"
+            f"transform is {text!r}: write 'hadamard' or 'derotated_hadamard', or with the size of its blocks "
+            "'hadamard@32', 'derotated_hadamard@32' or 'wush@32'"
         )
     if found["kind"] == "wush":
         return Wush(int(found["size"])) if found["size"] else Wush()
-    return Hadamard(int(found["size"] or 0))
+    kind = Derotated if found["kind"] == "derotated_hadamard" else Hadamard
+    return kind(int(found["size"] or 0))
+
+
+def _spelled(kind: str, size: int) -> str:
+    return f"{kind}@{size}" if size else kind

@@ -81,7 +81,7 @@ def test_calibrating_again_gives_the_same_bits():
 def test_the_unquantized_model_is_not_touched():
     model, original = tiny().eval(), tiny().eval()
     before = {name: tensor.clone() for name, tensor in original.state_dict().items()}
-    quantize_model(model, original, recipe(), Windows(IDS, 2, IDS[:4]))
+    quantize_model(model, original, recipe(algorithms={"gptq": {}}), Windows(IDS, 2, IDS[:4]))
     assert all(torch.equal(tensor, before[name]) for name, tensor in original.state_dict().items())
 
 
@@ -125,15 +125,16 @@ def test_loading_full_precision_weights_quantizes_them_anew():
 def test_inputs_that_are_not_finite_are_named(which):
     models = {"model": tiny().eval(), "original": tiny().eval()}
     models[which].model.layers[1].input_layernorm.weight.data[0] = torch.nan
+    asked = recipe(algorithms={"gptq": {}})
     with pytest.raises(ConversionError, match=r"gives model\.layers\.1\.self_attn\.q_proj .* NaN or infinite"):
-        quantize_model(models["model"], models["original"], recipe(), Windows(IDS, 2, IDS[:4]))
+        quantize_model(models["model"], models["original"], asked, Windows(IDS, 2, IDS[:4]))
 
 
 @pytest.mark.parametrize("change", ["numerics", "format"])
 def test_what_gptq_cannot_do_is_refused(change):
-    wrong = replace(recipe("fp4_e2m1@16", None, None), numerics="microxcaling")
+    wrong = replace(recipe("fp4_e2m1@16", None, None, {"gptq": {}}), numerics="microxcaling")
     if change == "format":
-        wrong = recipe("integer,width=8,frac=4")
+        wrong = recipe("integer,width=8,frac=4", algorithms={"gptq": {}})
     with pytest.raises(ConversionError, match="exact numerics" if change == "numerics" else "gptq has no format"):
         quantize_model(tiny().eval(), tiny().eval(), wrong, Windows(IDS, 2, IDS[:4]))
 

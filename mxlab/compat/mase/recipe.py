@@ -30,7 +30,7 @@ _TYPES = {"linear": "Linear"}
 _KNOWN = {
     "gptq": (
         *("model_name", "device", "dataset", "nsamples", "seqlen", "format", "weight_config", "quantile_search"),
-        *("clip_search_y", "cali_batch_size", "checkpoint_dir", "hf_token", "max_layers", "phase"),
+        *("clip_search_y", "cali_batch_size", "checkpoint_dir", "hf_token", "max_layers", "phase", "percdamp"),
     ),
     "rotation_search": (
         *("calib_data", "calib_nsamples", "calib_seqlen", "improvement_eps", "matmul_types", "cache_path"),

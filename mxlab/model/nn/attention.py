@@ -26,8 +26,8 @@ from mxlab.model.nn.operands import Observable
 from mxlab.model.nn.phase import PassPhase
 from mxlab.model.nn.products import AttentionProducts, unseen
 from mxlab.numerics import hadamard, quantize
-from mxlab.recipe.rule import KV_ROLES, TRANSFORMED_ATTENTION_ROLES, Phase
-from mxlab.recipe.transform import Hadamard, Transform
+from mxlab.recipe.rule import DEROTATED_ROLES, KV_ROLES, TRANSFORMED_ATTENTION_ROLES, Phase
+from mxlab.recipe.transform import Derotated, Hadamard, Transform
 
 # The roles that are met inside the attention's own computation; the last two not in a fused one.
 INNER_ROLES = ("q", "softmax", "p")
@@ -52,7 +52,8 @@ class QuantizedAttention(Observable):
         phase: which phase a pass is in.
         is_passive: show the operands to observers, and leave them unchanged.
         transform: of K, V and the query along head_dim, before they are quantized. The attention sees them transformed
-            back. As it is orthogonal, the products are those of the transformed operands, which lie on the grid.
+            back. As it is orthogonal, the products are those of the transformed operands, which lie on the grid. One
+            that is derotated leaves the query alone.
     """
 
     def __init__(
@@ -155,10 +156,11 @@ class QuantizedAttention(Observable):
         self._show("", role, x, axis)
         if self._is_passive:
             return x
-        if not isinstance(self._transform, Hadamard) or role not in TRANSFORMED_ATTENTION_ROLES:
+        transform = self._transform
+        if not isinstance(transform, Hadamard | Derotated) or role not in _transformed_roles(transform):
             return quantize(x, fmt, axis=axis, numerics=self.numerics)
-        quantized = hadamard.transform_quantize(x, self._transform.size, fmt, axis, numerics=self.numerics)
-        return hadamard.transform(quantized, self._transform.size, axis, inverse=True)
+        quantized = hadamard.transform_quantize(x, transform.size, fmt, axis, numerics=self.numerics)
+        return hadamard.transform(quantized, transform.size, axis, inverse=True)
 
     def _with(self, args: tuple, kwargs: dict[str, Any], name: str, function: Callable[[Any], Any]) -> tuple:
         """Return the arguments with the one called ``name`` (None if not given) passed through ``function``."""
@@ -185,6 +187,10 @@ class QuantizedAttention(Observable):
         raise ConversionError(
             f"{self._name} computes its attention where mxlab cannot see {', '.join(missed)}: {remedy}"
         )
+
+
+def _transformed_roles(transform: Transform) -> tuple[str, ...]:
+    return DEROTATED_ROLES if isinstance(transform, Derotated) else TRANSFORMED_ATTENTION_ROLES
 
 
 class _QuantizingCache:

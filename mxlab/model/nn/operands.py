@@ -14,7 +14,7 @@ from mxlab.formats import MXFormat, NumberFormat, Numerics, Rounding, elementwis
 from mxlab.model.nn.products import unseen
 from mxlab.numerics import DTYPES, hadamard, is_lossless, quantize, round_elementwise, transforms
 from mxlab.recipe import Elementwise, Phase
-from mxlab.recipe.transform import Hadamard, Transform, Wush
+from mxlab.recipe.transform import Derotated, Hadamard, Transform, Wush
 
 # Told of an operand before it is quantized: its role, the tensor, and the axis of its blocks.
 Observer = Callable[[str, Tensor, int], None]
@@ -56,10 +56,11 @@ class Observable:
 class LinearOperands:
     """The formats of a linear layer's roles in one phase; None leaves a role unchanged.
 
-    A transform comes first: of the weight and of the input, along the dimension that the product sums over. Then the
-    order is microxcaling's: round element-wise, quantize along the inner dimension, multiply, round the result,
-    add the rounded bias, round again; then the output is quantized along its last axis. Without element-wise rounding
-    the bias is added by the matmul itself, as in torch.
+    A transform comes first: of the weight and of the input, along the dimension that the product sums over; one that
+    is derotated is of the input alone, and is undone once that is quantized. Then the order is microxcaling's: round
+    element-wise, quantize along the inner dimension, multiply, round the result, add the rounded bias, round again;
+    then the output is quantized along its last axis. Without element-wise rounding the bias is added by the matmul
+    itself, as in torch.
     """
 
     weight: NumberFormat | None = None
@@ -78,7 +79,7 @@ class LinearOperands:
     def __post_init__(self) -> None:
         e = self.elementwise
         object.__setattr__(self, "input_kind", f"{self.transform} {self.activation} {self.numerics} {e}")
-        object.__setattr__(self, "weight_kind", f"{self.transform} {self.weight} {self.numerics} {e}")
+        object.__setattr__(self, "weight_kind", f"{self.weight_transform} {self.weight} {self.numerics} {e}")
         element = elementwise_format(e.bfloat, e.fp)
         exactly = self.numerics == "exact" and e.subnormals
         untouched = tuple(t for t in DTYPES if element is None or (exactly and is_lossless(element, t)))
@@ -104,9 +105,15 @@ class LinearOperands:
         self, x: Tensor, out: Tensor | None = None, axis: int = -1, matrices: Tensor | None = None
     ) -> Tensor:
         """Return the input [..., in] as the matmul sees it; in ``out``, if that is given and x is quantized."""
-        if self.transform is not None and self.activation is not None and x.dtype in self.untouched:
-            return self._transformed_and_quantized(x, self.transform, self.activation, axis, matrices, out)
-        x = self.transformed(x, axis, matrices)
+        transform, fmt = self.transform, self.activation
+        if isinstance(transform, Derotated) and fmt is not None:
+            on_grid = self._on_grid(hadamard.transform(x, transform.size, axis), axis)
+            return hadamard.transform(on_grid, transform.size, axis, inverse=True)
+        if isinstance(transform, Hadamard | Wush) and fmt is not None and x.dtype in self.untouched:
+            return self._transformed_and_quantized(x, transform, fmt, axis, matrices, out)
+        return self._on_grid(self.transformed(x, axis, matrices), axis, out)
+
+    def _on_grid(self, x: Tensor, axis: int, out: Tensor | None = None) -> Tensor:
         return self._quantized(self._rounded(x, self.elementwise.output_rounding), self.activation, axis, out)
 
     def on_bias(self, bias: Tensor) -> Tensor:
@@ -134,7 +141,12 @@ class LinearOperands:
         """Whether quantizing a quantized weight once more leaves it unchanged."""
         fmt = self.weight
         is_stable = fmt is None or (isinstance(fmt, MXFormat) and fmt.is_idempotent)
-        return is_stable and self.numerics == "exact" and self.transform is None
+        return is_stable and self.numerics == "exact" and self.weight_transform is None
+
+    @property
+    def weight_transform(self) -> Transform | None:
+        """What the weight is transformed by; None where it stays in its own basis."""
+        return None if isinstance(self.transform, Derotated) else self.transform
 
     @property
     def shares_input(self) -> bool:
@@ -143,14 +155,14 @@ class LinearOperands:
         return not draws and self.elementwise.output_rounding != "dither"
 
     def transformed(self, x: Tensor, axis: int, matrices: Tensor | None = None) -> Tensor:
-        """Return an operand in the basis of the transform, before it is rounded or quantized.
+        """Return an operand in the basis of the product, before it is rounded or quantized.
 
         Args:
             x: the operand.
             axis: along which it is transformed.
             matrices: of a transform that was fitted, [blocks, size, size]: those of the activation, or of the weight.
         """
-        if self.transform is None:
+        if self.transform is None or isinstance(self.transform, Derotated):
             return x
         if isinstance(self.transform, Hadamard):
             return hadamard.transform(x, self.transform.size, axis)

@@ -124,7 +124,7 @@ class FrozenWeight:
         if torch.compiler.is_compiling():
             return self._is_frozen_in_trace(weight, is_training)
         if torch.is_grad_enabled() and weight.requires_grad:
-            if is_training and self._mark is not None and self._operands.transform is not None:
+            if is_training and self._mark is not None and self._operands.weight_transform is not None:
                 raise ConversionError(_TRAINED)
             self.is_master |= is_training
             self._watch_for_gradients(weight)
@@ -158,7 +158,7 @@ class FrozenWeight:
         if weight.is_meta:  # its values are elsewhere, until accelerate brings them
             return False
         if self._mark is not None and not self._mark.is_of(weight):
-            if self._operands.transform is not None:
+            if self._operands.weight_transform is not None:
                 raise ConversionError(_CHANGED)
             self._mark = None
         return self._mark is not None
