@@ -4,7 +4,7 @@ Read in this order: ``job`` (one quantization from beginning to end), ``calibrat
 chosen), ``pipeline`` (the algorithms, in order), ``search`` (which transform suits a layer), ``streams`` (the quantized
 model beside the unquantized one), ``layers`` (what is done at each layer), ``statistics`` (what is kept of its input),
 ``wush`` (a transform that is fitted), ``correction`` (what the layers before have lost), ``scales`` (of each block),
-``factor`` and ``gptq`` (the elements), ``chosen`` (a weight on its grid), ``distillation`` (all weights together) by the
-``divergence`` of predictions, ``resume`` (what is kept of a run). ``mase`` runs the tables of a MASE file, with MASE's
-meaning.
+``factor`` and ``gptq`` (the elements), ``chosen`` (a weight on its grid), ``distillation`` (all weights together) by
+the ``divergence`` of predictions, ``resume`` (what is kept of a run). ``mase`` runs the tables of a MASE file, with
+MASE's meaning.
 """

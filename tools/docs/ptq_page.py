@@ -2,8 +2,8 @@
 
 python tools/docs/ptq_page.py [--check]
 
-The table stands between ``<!-- steps -->`` and ``<!-- end -->``. With --check nothing is written, and a page that is out
-of date is an error.
+The table stands between ``<!-- steps -->`` and ``<!-- end -->``. With --check nothing is written, and a page that is
+out of date is an error.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mxlab.formats import MXFormat
 from mxlab.numerics import reference
-from mxlab.ptq.gptq import inverse_factor
+from mxlab.ptq.factor import inverse_factor
 from mxlab.ptq.scales import rounded
 
 # Of the magnitudes in a block: each is taken for the largest, of which the scale is made; those above it are clamped.
