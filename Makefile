@@ -40,6 +40,7 @@ figs: setup
 	for page in results inspect recipes; do $(PYTHON) tools/docs/fill_tables.py docs/$$page.md || exit 1; done
 	$(PYTHON) tools/docs/formats_page.py
 	$(PYTHON) tools/docs/published_tools_page.py
+	$(PYTHON) tools/docs/ptq_page.py
 
 # DATA is a folder with lambada_openai.jsonl; without one, the embedded passages are read.
 DATA ?= $(wildcard ../shared/data)

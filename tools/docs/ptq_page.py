@@ -101,7 +101,8 @@ def draw() -> None:
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(6.4, 3.8))
         for (fmt, name), (colour, marker) in zip(FORMATS.items(), SHAPES, strict=False):
-            of = [step for step in steps if step.fmt == fmt]
+            if not (of := [step for step in steps if step.fmt == fmt]):
+                continue
             places = [list(STEPS).index(step.step) for step in of]
             axes.plot(places, [math.exp(s.mean("cross_entropy")) for s in of], marker=marker, color=colour, label=name)
         axes.axhline(math.exp(unquantized), color="#555555", linestyle="--", label="unquantized")
