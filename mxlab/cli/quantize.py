@@ -13,10 +13,14 @@ from mxlab.cli.console import loading_libraries, progress, start_logging
 from mxlab.cli.convert import print_inventory
 from mxlab.cli.options import DataDirOption, DeviceOption, Dtype, DtypeOption, ModelArgument, SetOption
 from mxlab.cli.recipes import chosen_recipe
+from mxlab.compat.recipes import is_of_mase
 from mxlab.errors import SpecError
 
 if TYPE_CHECKING:
     from mxlab.model.conversion import Conversion
+    from torch import Tensor
+
+    from mxlab.ptq.calibration import Windows
     from mxlab.recipe import Recipe
 
 
@@ -36,10 +40,11 @@ def quantize(
 ) -> None:
     """Quantize a model by the algorithms of a recipe, with a calibration text, and save it.
 
+    The tables [gptq] and [rotation_search] of a MASE file have MASE's meaning; one without them is rounded to nearest.
     What is done is kept in OUT.unfinished until the model is saved.
     """
     chosen = chosen_recipe(recipe, set_ or [], model)
-    if not chosen.algorithms:
+    if not chosen.algorithms and not is_of_mase(recipe):
         raise SpecError(
             f"recipe {chosen.name} asks for no algorithm: mxlab convert rounds to nearest; or add [algorithms.gptq]"
         )
@@ -69,17 +74,28 @@ class _Job:
 
     def run(self) -> tuple[Conversion, Any]:
         from mxlab.experiments.provenance import code_version
-        from mxlab.ptq.calibration import sample
         from mxlab.ptq.pipeline import quantize_model
         from mxlab.ptq.resume import Progress, describe
-        from mxlab.recipe.algorithms import Calibration
         from mxlab.sources.models import load_model
-        from mxlab.sources.texts import encode, load_text
 
-        calibration = self.recipe.algorithm("calibration") or Calibration()
-        text = load_text(calibration.text, self.data_dir)
         loaded, original = (load_model(self.model, self.dtype, self.device) for _ in range(2))
-        windows = sample(encode(loaded.tokenizer, text), calibration)
+        windows = self._windows(loaded.tokenizer)
         belongs_to = describe(loaded.model, self.recipe, windows, code_version())
         progress = Progress(self.unfinished, belongs_to, self.resume)
         return quantize_model(loaded.model, original.model, self.recipe, windows, progress), loaded.tokenizer
+
+    def _windows(self, tokenizer: Any) -> Windows:
+        """Return the calibration text; a recipe without algorithms needs none."""
+        from mxlab.ptq import mase
+        from mxlab.ptq.calibration import sample
+        from mxlab.recipe.algorithms import Calibration
+        from mxlab.recipe.recipe import MASE
+        from mxlab.sources.texts import encode, load_text
+
+        def read(name: str) -> Tensor:
+            return encode(tokenizer, load_text(name, self.data_dir))
+
+        if MASE in self.recipe.algorithms or not self.recipe.algorithms:
+            return mase.windows(self.recipe, read)
+        calibration = self.recipe.algorithm("calibration") or Calibration()
+        return sample(read(calibration.text), calibration)
