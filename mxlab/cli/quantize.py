@@ -17,9 +17,9 @@ from mxlab.compat.recipes import is_of_mase
 from mxlab.errors import SpecError
 
 if TYPE_CHECKING:
-    from mxlab.model.conversion import Conversion
     from torch import Tensor
 
+    from mxlab.model.conversion import Conversion
     from mxlab.ptq.calibration import Windows
     from mxlab.recipe import Recipe
 

@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM
 import mxlab
 from mxlab.compat import mase as files
 from mxlab.errors import ConversionError, SpecError
+from mxlab.formats import parse_format
 from mxlab.numerics import hadamard
 from mxlab.ptq import mase
 from mxlab.ptq.calibration import Windows
@@ -133,8 +134,8 @@ def test_a_derotated_transform_changes_nothing_without_rounding():
     model = tiny()
     before = logits(model)
     rules = (
-        Rule(modules=r".*_proj", activation=mxlab.parse_format(FINE), transform=Derotated()),
-        Rule(part="attention", k=mxlab.parse_format(FINE), v=mxlab.parse_format(FINE), transform=Derotated()),
+        Rule(modules=r".*_proj", activation=parse_format(FINE), transform=Derotated()),
+        Rule(part="attention", k=parse_format(FINE), v=parse_format(FINE), transform=Derotated()),
     )
     mxlab.apply(model, Recipe("fine", rules))
     assert (logits(model) - before).abs().max() < 1e-5 * before.abs().max()
