@@ -11,6 +11,7 @@ from mxlab.cli.console import loading_libraries, print_text, progress, start_log
 from mxlab.cli.convert import print_inventory
 from mxlab.cli.options import DataDirOption, DeviceOption, Dtype, DtypeOption, ModelArgument, SetOption
 from mxlab.cli.recipes import chosen_recipe
+from mxlab.compat.recipes import is_of_mase
 from mxlab.errors import SpecError
 
 
@@ -31,11 +32,16 @@ def quantize(
 ) -> None:
     """Quantize a model by the algorithms of a recipe, with a calibration text, and save it.
 
+    The tables [gptq] and [rotation_search] of a MASE file have MASE's meaning; one without them is rounded to nearest.
     What is done is kept in OUT.unfinished until the model is saved.
     """
     if dry_run == (out is not None):
         raise SpecError("give --out FOLDER for the quantized model, or --dry-run to see what a recipe does")
     chosen = chosen_recipe(recipe, set_ or [], model)
+    if not chosen.algorithms and not is_of_mase(recipe):
+        raise SpecError(
+            f"recipe {chosen.name} asks for no algorithm: mxlab convert rounds to nearest; or add [algorithms.gptq]"
+        )
     if out is not None:
         start_logging()
     with progress():

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mxlab import shipped
 from mxlab.recipe import Recipe, load_recipe
 
 logger = logging.getLogger("mxlab")
@@ -21,6 +22,14 @@ def load_any_recipe(recipe: Recipe | str | Path) -> Recipe:
         SpecError: no such recipe or file, or one that cannot be read.
     """
     return load_recipe(recipe, readers=(_read_mase,))
+
+
+def is_of_mase(name: str | Path) -> bool:
+    """Return whether a recipe's name, or file, is that of one of MASE's files. Raises SpecError as above."""
+    from mxlab.compat.mase import recipe as mase
+
+    values = shipped.read_toml(shipped.find("recipe", name), str(name))
+    return "name" not in values and "rules" not in values and mase.recognises(values)
 
 
 def _read_mase(values: Mapping[str, Any], name: str, source: str) -> Recipe | None:

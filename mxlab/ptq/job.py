@@ -12,15 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mxlab.errors import SpecError
+from torch import Tensor
+
 from mxlab.hf.checkpoint import save
 from mxlab.model.apply import prepare
 from mxlab.model.conversion import Conversion
+from mxlab.ptq import mase
 from mxlab.ptq.calibration import Windows, sample
 from mxlab.ptq.pipeline import quantize_model
 from mxlab.ptq.resume import Progress, describe
 from mxlab.recipe import Recipe
 from mxlab.recipe.algorithms import Calibration
+from mxlab.recipe.recipe import MASE
 from mxlab.sources.models import load_model, skeleton
 from mxlab.sources.texts import encode, load_text
 
@@ -72,14 +75,11 @@ class QuantizationJob:
 
     Attributes:
         model: a hub name, a folder, or ``smollm2``.
-        recipe: with tables of algorithms.
+        recipe: without tables of algorithms everything is rounded to nearest.
         code: the version of mxlab; steps that were made with another are not resumed.
         dtype: of the model.
         device: auto, cpu, cuda, ...
         data_dir: a folder with the calibration text; None for the hub.
-
-    Raises:
-        SpecError: a recipe that asks for no algorithm.
     """
 
     model: str
@@ -88,13 +88,6 @@ class QuantizationJob:
     dtype: str = "float32"
     device: str = "auto"
     data_dir: Path | None = None
-
-    def __post_init__(self) -> None:
-        if not self.recipe.algorithms:
-            raise SpecError(
-                f"recipe {self.recipe.name} asks for no algorithm: mxlab convert rounds to nearest; or add "
-                "[algorithms.gptq]"
-            )
 
     def run(self, out: Path, *, resume: bool = False) -> Conversion:
         """Save the quantized model into the new folder ``out``.
@@ -127,8 +120,13 @@ class QuantizationJob:
         Raises:
             SourceError, SpecError: the text cannot be had, or is too short.
         """
+        if MASE in self.recipe.algorithms or not self.recipe.algorithms:
+            return mase.windows(self.recipe, lambda name: self._tokens(tokenizer, name))
         options = self.recipe.algorithm("calibration") or Calibration()
-        return sample(encode(tokenizer, load_text(options.text, self.data_dir)), options)
+        return sample(self._tokens(tokenizer, options.text), options)
+
+    def _tokens(self, tokenizer: Any, text: str) -> Tensor:
+        return encode(tokenizer, load_text(text, self.data_dir))
 
     def _quantized(self, unfinished: Path, resume: bool) -> tuple[Conversion, Any]:
         loaded = load_model(self.model, self.dtype, self.device)

@@ -121,7 +121,7 @@ class MaseTables:
         Raises:
             SpecError: an option that cannot be honoured, or a value that is not what it asks for.
         """
-        tables: Mapping[str, Any] = recipe.algorithms[MASE]
+        tables: Mapping[str, Any] = recipe.algorithms.get(MASE, {})
         for name in tables:
             if name not in ("gptq", "clip_search", "rotation_search"):
                 raise SpecError(f"recipe {recipe.name}: MASE's table {name} is not known: take it out")
