@@ -75,6 +75,7 @@ def _is_one_product(x: Tensor, size: int) -> bool:
     return size <= LARGEST_MATRIX and x.dtype in DTYPES
 
 
+@torch.compiler.assume_constant_result
 def check_size(size: int, length: int) -> None:
     """Raise FormatError unless an axis of that length can be transformed in blocks of ``size`` (0: as a whole)."""
     if (size and length % size) or _odd_order(size or length) is None:
@@ -91,9 +92,13 @@ def matrix(size: int) -> Tensor:
     return torch.kron(*_factors(size))
 
 
-@torch.compiler.assume_constant_result
-@functools.cache
+@torch.compiler.assume_constant_result  # which sees no cached function
 def _on_the_right(size: int, inverse: bool, device: torch.device) -> Tensor:
+    return _matrix_on_the_right(size, inverse, device)
+
+
+@functools.cache
+def _matrix_on_the_right(size: int, inverse: bool, device: torch.device) -> Tensor:
     """Return what a block is multiplied by as a row: the matrix transposed, or for the inverse the matrix itself."""
     with torch.inference_mode(False):
         return (matrix(size) if inverse else matrix(size).t().contiguous()).to(device)
