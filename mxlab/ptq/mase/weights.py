@@ -114,8 +114,9 @@ def _clipped(site: QuantizedSite) -> Tensor:
 def _rounded_block(fmt: MXFormat, searches: bool, judge: gptq.Judge | None, part: Tensor, start: int) -> Tensor:
     if not searches:
         return gptq.round_to_nearest(part, fmt)
-    error_of = gptq.weight_error if judge is None else partial(judge, start=start)
-    return gptq.round_by_quantiles(part, fmt, error_of)
+    if judge is None:
+        return gptq.round_by_quantiles(part, fmt, gptq.weight_error)
+    return gptq.round_by_quantiles(part, fmt, lambda difference: judge(difference, start))
 
 
 def _block_size(weight: Tensor, fmt: MXFormat) -> int:
