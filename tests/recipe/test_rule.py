@@ -234,7 +234,7 @@ def test_a_transform_is_read_printed_and_hashed():
     assert len({Recipe("a", (r,)).hash for r in (rule, *others)}) == 4
 
 
-@pytest.mark.parametrize("text", ["hadamrd", "hadamard@", "hadamard@1", "hadamard@-2", 32, "wush"])
+@pytest.mark.parametrize("text", ["hadamrd", "hadamard@", "hadamard@1", "hadamard@-2", 32, "wush@1", "wash@32"])
 def test_another_transform_is_refused(text):
     with pytest.raises(SpecError, match="transform"):
         Rule.from_dict({"part": "mlp", "weight": "fp4@32", "transform": text}, "file")
