@@ -3,7 +3,6 @@
 import functools
 import io
 import json
-import logging
 import os
 import re
 import shlex
@@ -27,33 +26,6 @@ from mxlab.recipe import load_recipe
 from support.paths import ROOT
 
 QUICK = ["--dtype", "float32", "--batch-size", "2", "--device", "cpu", "--limit", "2"]
-
-
-@pytest.fixture(autouse=True)
-def _restored(monkeypatch):
-    """What the command changes in its process: the logger, and the environment."""
-    logger = logging.getLogger("mxlab")
-    kept = logger.level, list(logger.handlers), logger.propagate
-    monkeypatch.setenv("TQDM_DISABLE", "1")
-    monkeypatch.setenv("COLUMNS", "300")
-    monkeypatch.delenv("MX_SPECS_JSON", raising=False)
-    yield
-    level, logger.handlers, logger.propagate = kept
-    logger.setLevel(level)
-
-
-@pytest.fixture
-def mxlab(monkeypatch, capfd):
-    """Runs the command in this process; returns its exit code and what it printed and complained."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["mxlab", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        printed = capfd.readouterr()
-        return caught.value.code or 0, printed.out, printed.err
-
-    return call
 
 
 def only(folder: Path) -> Path:
