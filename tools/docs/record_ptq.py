@@ -12,21 +12,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mxlab.compat.recipes import load_any_recipe
-from mxlab.eval.text import TextRequest
 from mxlab.experiments import provenance
 from mxlab.progress import LineReporter, shown_by
-from mxlab.ptq.job import RECORD, QuantizationJob
+from mxlab.ptq.measure import METRICS, Measurement, with_options
 from mxlab.recipe import Recipe
-from mxlab.rundir import RECIPE, read_json
 
 ROWS = "rows.jsonl"
-METRICS = ("perplexity", "cross_entropy", "kl_divergence", "top1_agreement")
 
 
 def main() -> None:
@@ -42,65 +37,19 @@ def main() -> None:
             for seed in options.seed if recipe.algorithms else [None]:
                 if (recipe.name, seed, options.text, options.window, options.windows) in done:
                     continue
-                row = record(with_seed(recipe, seed), seed, options)
+                calibrated = recipe if seed is None else with_options(recipe, {"calibration": {"seed": seed}})
+                row = record(calibrated, seed, options)
                 with file.open("a", encoding="utf-8") as lines:
                     lines.write(json.dumps(row) + "\n")
                 print(json.dumps({key: row[key] for key in ("recipe", "seed", *METRICS)}))
 
 
-def with_seed(recipe: Recipe, seed: int | None) -> Recipe:
-    """Return the recipe with calibration windows of another seed."""
-    if seed is None:
-        return recipe
-    calibration = {**recipe.algorithms.get("calibration", {}), "seed": seed}
-    return replace(recipe, algorithms={**recipe.algorithms, "calibration": calibration})
-
-
 def record(recipe: Recipe, seed: int | None, options: argparse.Namespace) -> dict[str, Any]:
     """Quantize, evaluate, and return the row."""
-    with tempfile.TemporaryDirectory() as temporary:
-        model, made, evaluated = options.model, {}, recipe
-        if recipe.algorithms:
-            folder = (options.folder or Path(temporary)) / f"{recipe.name}-{seed}"
-            if not folder.exists():
-                job = QuantizationJob(options.model, recipe, provenance.code_version(), data_dir=options.data_dir)
-                job.run(folder, resume=True)
-            model, made, evaluated = str(folder), read_json(folder / RECORD), load_any_recipe(folder / RECIPE)
-        request = TextRequest(
-            recipe=evaluated,
-            model=model,
-            dtype="float32",
-            batch_size=1,
-            data_dir=options.data_dir,
-            text=options.text,
-            window=options.window,
-            windows=options.windows,
-            reference=options.model,
-        )
-        outcome = request.evaluate(Path(temporary), _load)
-    [values] = outcome.results.values()
-    conversion = outcome.conversion
-    return {
-        "recipe": recipe.name,
-        "seed": seed,
-        "model": options.model,
-        "text": options.text,
-        "window": options.window,
-        "windows": options.windows,
-        "tokens": values["tokens"],
-        **{name: values[f"{name},none"] for name in METRICS},
-        "bits_per_parameter": conversion.bits_per_parameter,
-        "bits_per_weight": conversion.bits_per_weight,
-        **{key: made[key] for key in ("seconds", "peak_memory_bytes") if key in made},
-        "recipe_toml": recipe.to_toml(),
-        "environment": provenance.describe(),
-    }
-
-
-def _load(name: str, dtype: str, device: str) -> Any:
-    from mxlab.sources.models import load_model
-
-    return load_model(name, dtype, device)
+    measurement = Measurement(options.model, options.text, options.window, options.windows, options.data_dir)
+    folder = options.folder / f"{recipe.name}-{seed}" if options.folder and recipe.algorithms else None
+    row = measurement.of(recipe, provenance.code_version(), folder)
+    return {**row, "seed": seed, "environment": provenance.describe()}
 
 
 def _options() -> argparse.Namespace:
