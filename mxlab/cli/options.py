@@ -36,7 +36,7 @@ TasksOption = Annotated[
 ]
 TextOption = Annotated[
     str | None,
-    typer.Option("--text", help="Perplexity of a text instead: wikitext2, wikitext2_valid, pile, passages or a file."),
+    typer.Option("--text", help="Perplexity of a text instead: wikitext2, pile, passages, ... or a file."),
 ]
 WindowOption = Annotated[
     int | None, typer.Option("--window", help="Tokens of a window of the text; 512 where none is given.")

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from mxlab.hf.checkpoint import save
 from mxlab.model.apply import prepare
 from mxlab.model.conversion import Conversion
@@ -25,7 +23,7 @@ from mxlab.recipe import Recipe
 from mxlab.recipe.algorithms import Calibration
 from mxlab.recipe.recipe import MASE
 from mxlab.sources.models import load_model, skeleton
-from mxlab.sources.texts import encode, load_text
+from mxlab.sources.tokens import token_ids
 
 _FLOAT = 4  # bytes
 _COPIES = 4  # of a layer's input at a time: both models', transformed, quantized
@@ -121,12 +119,9 @@ class QuantizationJob:
             SourceError, SpecError: the text cannot be had, or is too short.
         """
         if MASE in self.recipe.algorithms or not self.recipe.algorithms:
-            return mase.windows(self.recipe, lambda name: self._tokens(tokenizer, name))
+            return mase.windows(self.recipe, lambda name: token_ids(name, tokenizer, self.data_dir))
         options = self.recipe.algorithm("calibration") or Calibration()
-        return sample(self._tokens(tokenizer, options.text), options)
-
-    def _tokens(self, tokenizer: Any, text: str) -> Tensor:
-        return encode(tokenizer, load_text(text, self.data_dir))
+        return sample(token_ids(options.text, tokenizer, self.data_dir), options)
 
     def _quantized(self, unfinished: Path, resume: bool) -> tuple[Conversion, Any]:
         loaded = load_model(self.model, self.dtype, self.device)

@@ -1,4 +1,7 @@
-"""Texts by name, for perplexity: WikiText-2, the Pile, the embedded passages, a file. None takes another's place."""
+"""Texts by name, for perplexity and for calibration: WikiText-2, PTB, C4, the Pile, the embedded passages, a file.
+
+None takes another's place.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +23,11 @@ from mxlab.errors import MetricError, SourceError
 FILES = {"wikitext2": "wikitext2_test.raw", "wikitext2_valid": "wikitext2_valid.txt"}
 PASSAGES = "passages"
 PILE = "pile"
+CALIBRATION = ("wikitext2_train", "ptb", "c4")  # of the hub's training splits
 PASSAGES_FILE = Path(__file__).parent / "passages.jsonl"  # lines of JSON, each with a "text"
-NAMES = (*FILES, PILE, PASSAGES)
+NAMES = (*FILES, *CALIBRATION, PILE, PASSAGES)
 PILE_DOCUMENTS = 256  # about 1.5 million characters
+C4_DOCUMENTS = 1024  # about 2 million characters
 _HUB = "hub"
 
 
@@ -43,8 +48,11 @@ def load_text(name: str, data_dir: Path | None = None) -> CorpusText:
         name: one of the following, or the path of a text file (UTF-8), which goes under its file name.
             ``wikitext2``: the raw test split: ``wikitext2_test.raw`` of the data folder, or without one that of the
             hub's Salesforce/wikitext, put together to the same file. ``wikitext2_valid``: ``wikitext2_valid.txt`` of
-            the data folder, for calibration. ``pile``: the first 256 documents of the hub's NeelNanda/pile-10k, with
-            an empty line between them. ``passages``: the embedded passages of ``mxlab_passages``, likewise.
+            the data folder, for calibration. ``wikitext2_train``: the hub's training split, put together likewise.
+            ``ptb``: that of the hub's ptb-text-only/ptb_text_only, a space between sentences. ``c4``: the first 1024
+            documents of the first file of the hub's allenai/c4, with an empty line between them. ``pile``: the first
+            256 documents of the hub's NeelNanda/pile-10k, likewise. ``passages``: the embedded passages of
+            ``mxlab_passages``, likewise.
         data_dir: a folder with the files above.
 
     Raises:
@@ -58,7 +66,7 @@ def load_text(name: str, data_dir: Path | None = None) -> CorpusText:
     else:
         text, origin = _from_hub(name)
     if not text.strip():
-        raise SourceError(f"the text {name} is empty ({origin}): there is nothing to score")
+        raise SourceError(f"the text {name} is empty ({origin}): there is nothing to score; give another")
     return CorpusText(label(name), hashlib.sha256(text.encode()).hexdigest(), text, origin)
 
 
@@ -132,12 +140,29 @@ def _passages() -> str:
     return "\n\n".join(json.loads(line)["text"] for line in lines)
 
 
-def _wikitext() -> Iterator[str]:
+def _wikitext(split: str = "test") -> Iterator[str]:
     """Return the raw file, line by line: the hub has the blank lines, `` \\n``, as empty rows."""
     from datasets import load_dataset
 
-    rows = load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split="test", streaming=True)
+    rows = load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split=split, streaming=True)
     return (row["text"] or " \n" for row in rows)
+
+
+def _ptb() -> Iterator[str]:
+    """Return the sentences, as the hub converted them: datasets does not run the script that the data set is."""
+    from datasets import load_dataset
+
+    name, converted = "ptb-text-only/ptb_text_only", "refs/convert/parquet"
+    rows = load_dataset(name, "penn_treebank", revision=converted, split="train", streaming=True)
+    return (row["sentence"] for row in rows)
+
+
+def _c4() -> Iterator[str]:
+    from datasets import load_dataset
+
+    first = {"train": "en/c4-train.00000-of-01024.json.gz"}
+    rows = load_dataset("allenai/c4", data_files=first, split="train", streaming=True)
+    return (row["text"] for row in itertools.islice(rows, C4_DOCUMENTS))
 
 
 def _pile() -> Iterator[str]:
@@ -150,6 +175,9 @@ def _pile() -> Iterator[str]:
 # Rows, what stands between them, and the origin in words.
 _HUB_TEXTS: dict[str, tuple[Callable[[], Iterator[str]], str, str]] = {
     "wikitext2": (_wikitext, "", "the hub's Salesforce/wikitext, wikitext-2-raw-v1, test"),
+    "wikitext2_train": (partial(_wikitext, "train"), "", "the hub's Salesforce/wikitext, wikitext-2-raw-v1, train"),
+    "ptb": (_ptb, " ", "the hub's ptb-text-only/ptb_text_only, train"),
+    "c4": (_c4, "\n\n", f"the hub's allenai/c4, the first {C4_DOCUMENTS} documents"),
     PILE: (_pile, "\n\n", f"the hub's NeelNanda/pile-10k, the first {PILE_DOCUMENTS} documents"),
 }
 

@@ -31,7 +31,7 @@ def hub(monkeypatch):
 
         def load_dataset(*args, **kwargs):
             asked.append((args, kwargs))
-            return iter({"text": row} for row in rows)
+            return iter({"text": row, "sentence": row} for row in rows)
 
         monkeypatch.setattr(datasets, "load_dataset", load_dataset)
         return asked
@@ -96,6 +96,29 @@ def test_the_pile(hub, tmp_path):
     assert asked[0][1]["streaming"]
     assert "256 documents" in text.origin
     assert texts.digest("pile") == "hub"
+
+
+def test_wikitext_for_training(hub, folder):
+    asked = hub([line + "\n" if line.strip() else "" for line in RAW.split("\n")[:-1]])
+    assert texts.load_text("wikitext2_train", folder).text == RAW
+    assert asked[0][1]["split"] == "train"
+
+
+def test_ptb(hub):
+    asked = hub(["a b", "c"])
+    text = texts.load_text("ptb")
+    assert text.text == "a b c"
+    assert asked[0][0] == ("ptb-text-only/ptb_text_only", "penn_treebank")
+    assert (asked[0][1]["split"], asked[0][1]["revision"]) == ("train", "refs/convert/parquet")
+
+
+def test_c4(hub):
+    asked = hub(map(str, range(2000)))
+    text = texts.load_text("c4")
+    assert text.text.split("\n\n") == [str(i) for i in range(texts.C4_DOCUMENTS)]
+    assert asked[0][0] == ("allenai/c4",)
+    assert asked[0][1]["data_files"] == {"train": "en/c4-train.00000-of-01024.json.gz"}
+    assert "1024 documents" in text.origin
 
 
 @pytest.mark.parametrize(
