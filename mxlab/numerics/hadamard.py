@@ -75,7 +75,7 @@ def _is_one_product(x: Tensor, size: int) -> bool:
     return size <= LARGEST_MATRIX and x.dtype in DTYPES
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.disable
 def check_size(size: int, length: int) -> None:
     """Raise FormatError unless an axis of that length can be transformed in blocks of ``size`` (0: as a whole)."""
     if (size and length % size) or _odd_order(size or length) is None:
@@ -92,7 +92,7 @@ def matrix(size: int) -> Tensor:
     return torch.kron(*_factors(size))
 
 
-@torch.compiler.assume_constant_result  # which sees no cached function
+@torch.compiler.disable  # it cannot have two constants of one function in a graph, and sees no cached function
 def _on_the_right(size: int, inverse: bool, device: torch.device) -> Tensor:
     return _matrix_on_the_right(size, inverse, device)
 

@@ -90,4 +90,4 @@ class _Transform(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad: Tensor) -> Any:
-        return transform(grad[0], ctx.matrices.mT.contiguous(), backend=ctx.backend), None, None
+        return operators.transform(grad[0], ctx.matrices.mT.contiguous(), ctx.backend), None, None

@@ -73,7 +73,7 @@ def test_a_saved_model_is_loaded_with_its_transforms(tmp_path):
 
 
 def test_layers_that_share_an_input_transform_it_once(monkeypatch):
-    model = quantized(linear="wush@16")
+    model = quantized(linear="wush@16", kv=None)
     calls = []
     real = mxlab.numerics.transforms.transform_quantize
     counted = lambda *a, **k: calls.append(1) or real(*a, **k)  # noqa: E731

@@ -170,7 +170,7 @@ def test_the_shipped_recipes():
         (*EXERCISES, *TIERS, *FOUR_BITS, "injected")
     )
     assert all(load_recipe(name).name == name for name in EXERCISES + TIERS + FOUR_BITS)
-    assert all(("gptq" in load_recipe(name).algorithms) == name.endswith("_gptq") for name in FOUR_BITS)
+    assert all(("gptq" in load_recipe(name).algorithms) == name.endswith(("_gptq", "_best")) for name in FOUR_BITS)
 
 
 @pytest.mark.parametrize(
