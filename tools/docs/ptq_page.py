@@ -98,19 +98,21 @@ def _lines() -> Iterator[Sequence[str]]:
 def draw() -> None:
     """Draw the perplexity of every format after each step."""
     unquantized, steps = read()
+    shown = [name for name in STEPS if any(step.step == name for step in steps)]
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(6.4, 3.8))
         for (fmt, name), (colour, marker) in zip(FORMATS.items(), SHAPES, strict=False):
             if not (of := [step for step in steps if step.fmt == fmt]):
                 continue
-            places = [list(STEPS).index(step.step) for step in of]
+            places = [shown.index(step.step) for step in of]
             axes.plot(places, [math.exp(s.mean("cross_entropy")) for s in of], marker=marker, color=colour, label=name)
         axes.axhline(math.exp(unquantized), color="#555555", linestyle="--", label="unquantized")
         axes.set_yscale("log")
-        ticks = [25, 30, 40, 50, 75, 100, 150, 200]
+        ticks = [20, 25, 30, 40, 50, 75, 100, 150, 200]
         axes.set_yticks(ticks, [str(tick) for tick in ticks], minor=False)
         axes.minorticks_off()
-        axes.set_xticks(range(len(STEPS)), [name.replace(", ", ",\n") for name in STEPS.values()])
+        axes.set_xticks(range(len(shown)), [STEPS[name].replace(", ", ",\n") for name in shown])
+        axes.margins(x=0.2)
         axes.set_ylabel("perplexity, WikiText-2")
         axes.legend()
         figure.tight_layout()
