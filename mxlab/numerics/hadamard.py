@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +20,13 @@ from mxlab.formats import NumberFormat, Numerics
 from mxlab.numerics import transforms
 from mxlab.numerics.kernels.native import LARGEST_MATRIX
 from mxlab.numerics.quantization import DTYPES, quantize
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def _outside_graphs(function: Function) -> Function:
+    """Have compiled code leave its graph for a function: a graph has no place for two of its constants."""
+    return torch.compiler.disable(function)  # pyright: ignore[reportReturnType]
 
 
 def transform(x: Tensor, size: int, axis: int = -1, *, inverse: bool = False) -> Tensor:
@@ -75,7 +84,7 @@ def _is_one_product(x: Tensor, size: int) -> bool:
     return size <= LARGEST_MATRIX and x.dtype in DTYPES
 
 
-@torch.compiler.disable
+@_outside_graphs
 def check_size(size: int, length: int) -> None:
     """Raise FormatError unless an axis of that length can be transformed in blocks of ``size`` (0: as a whole)."""
     if (size and length % size) or _odd_order(size or length) is None:
@@ -92,7 +101,7 @@ def matrix(size: int) -> Tensor:
     return torch.kron(*_factors(size))
 
 
-@torch.compiler.disable  # it cannot have two constants of one function in a graph, and sees no cached function
+@_outside_graphs
 def _on_the_right(size: int, inverse: bool, device: torch.device) -> Tensor:
     return _matrix_on_the_right(size, inverse, device)
 
