@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
-from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,13 +18,6 @@ from mxlab.formats import NumberFormat, Numerics
 from mxlab.numerics import transforms
 from mxlab.numerics.kernels.native import LARGEST_MATRIX
 from mxlab.numerics.quantization import DTYPES, quantize
-
-Function = TypeVar("Function", bound=Callable[..., Any])
-
-
-def _outside_graphs(function: Function) -> Function:
-    """Have compiled code leave its graph for a function: a graph has no place for two of its constants."""
-    return torch.compiler.disable(function)  # pyright: ignore[reportReturnType]
 
 
 def transform(x: Tensor, size: int, axis: int = -1, *, inverse: bool = False) -> Tensor:
@@ -48,7 +39,7 @@ def transform(x: Tensor, size: int, axis: int = -1, *, inverse: bool = False) ->
     length = x.shape[axis]
     check_size(size, length)
     if _is_one_product(x, size or length):
-        matrices = _on_the_right(size or length, inverse, x.device)
+        matrices = _on_the_right(x, size or length, inverse)
         if axis in (-1, x.ndim - 1):
             return transforms.transform(x, matrices)
         return transforms.transform(x.movedim(axis, -1), matrices).movedim(-1, axis).contiguous()
@@ -74,7 +65,7 @@ def transform_quantize(
     length = x.shape[axis]
     check_size(size, length)
     if axis in (-1, x.ndim - 1) and _is_one_product(x, size or length):
-        matrices = _on_the_right(size or length, False, x.device)
+        matrices = _on_the_right(x, size or length, False)
         return transforms.transform_quantize(x, matrices, fmt, numerics=numerics, out=out)
     return quantize(transform(x, size, axis), fmt, axis=axis, numerics=numerics, out=out)
 
@@ -84,7 +75,7 @@ def _is_one_product(x: Tensor, size: int) -> bool:
     return size <= LARGEST_MATRIX and x.dtype in DTYPES
 
 
-@_outside_graphs
+@torch.compiler.assume_constant_result
 def check_size(size: int, length: int) -> None:
     """Raise FormatError unless an axis of that length can be transformed in blocks of ``size`` (0: as a whole)."""
     if (size and length % size) or _odd_order(size or length) is None:
@@ -101,16 +92,29 @@ def matrix(size: int) -> Tensor:
     return torch.kron(*_factors(size))
 
 
-@_outside_graphs
-def _on_the_right(size: int, inverse: bool, device: torch.device) -> Tensor:
-    return _matrix_on_the_right(size, inverse, device)
+def _on_the_right(x: Tensor, size: int, inverse: bool) -> Tensor:
+    """Return what blocks of ``x`` are multiplied by as rows: the transposed matrix, or for the inverse the matrix."""
+    if torch.compiler.is_compiling():
+        return torch.ops.mxlab.hadamard(x.detach(), size, inverse)
+    return _matrix_on_the_right(size, inverse, x.device)
 
 
 @functools.cache
 def _matrix_on_the_right(size: int, inverse: bool, device: torch.device) -> Tensor:
-    """Return what a block is multiplied by as a row: the matrix transposed, or for the inverse the matrix itself."""
     with torch.inference_mode(False):
         return (matrix(size) if inverse else matrix(size).t().contiguous()).to(device)
+
+
+# Compiled code cannot call a cached function, nor take several tensors from one that is assumed constant. It may write
+# to what an operator returns, which is therefore a copy.
+_library = torch.library.Library("mxlab", "FRAGMENT")
+_library.define("hadamard(Tensor like, int size, bool inverse) -> Tensor")
+_library.impl(
+    "hadamard",
+    lambda like, size, inverse: _matrix_on_the_right(size, inverse, like.device).clone(),
+    "CompositeExplicitAutograd",
+)
+_library.impl("hadamard", lambda like, size, inverse: like.new_empty((size, size), dtype=torch.float32), "Meta")
 
 
 def sizes_below(limit: int) -> list[int]:

@@ -74,12 +74,13 @@ def check_matrices(x: Tensor, matrices: Tensor) -> None:
     Raises:
         FormatError: a dtype other than float32, or a shape that does not fit.
     """
-    shape, length = tuple(matrices.shape), x.shape[-1] if x.ndim else 0
-    is_square = len(shape) in (2, 3) and shape[-1] == shape[-2] > 0 and length % shape[-1] == 0
-    if not is_square or (len(shape) == 3 and shape[0] * shape[-1] != length) or matrices.dtype != torch.float32:
+    length, ndim = x.size(-1) if x.ndim else 0, matrices.ndim
+    rows, columns = (matrices.size(-2), matrices.size(-1)) if ndim in (2, 3) else (0, 0)
+    fits = rows == columns > 0 and length % columns == 0 and (ndim == 2 or matrices.size(0) * columns == length)
+    if not fits or matrices.dtype != torch.float32:
         raise FormatError(
-            f"matrices are {matrices.dtype} of shape {shape}: blocks of an axis of {length} take float32 of "
-            "[size, size], or [blocks, size, size]"
+            f"matrices are {matrices.dtype} of shape {tuple(matrices.shape)}: blocks of an axis of {length} take "
+            "float32 of [size, size], or [blocks, size, size]"
         )
 
 

@@ -90,4 +90,4 @@ class _Transform(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad: Tensor) -> Any:
-        return operators.transform(grad[0], ctx.matrices.mT.contiguous(), ctx.backend), None, None
+        return _Transform.apply(grad[0], ctx.matrices.mT.contiguous(), ctx.backend), None, None
