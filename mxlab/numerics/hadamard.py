@@ -14,6 +14,10 @@ import torch
 from torch import Tensor
 
 from mxlab.errors import FormatError
+from mxlab.formats import NumberFormat, Numerics
+from mxlab.numerics import transforms
+from mxlab.numerics.kernels.native import LARGEST_MATRIX
+from mxlab.numerics.quantization import DTYPES, quantize
 
 
 def transform(x: Tensor, size: int, axis: int = -1, *, inverse: bool = False) -> Tensor:
@@ -26,13 +30,19 @@ def transform(x: Tensor, size: int, axis: int = -1, *, inverse: bool = False) ->
         inverse: multiply by the transposed matrix, which undoes the transform.
 
     Returns:
-        A new tensor of the shape and dtype of ``x``, computed in float32 at least.
+        A new tensor of the shape and dtype of ``x``, computed in float32 at least: up to size 128 by
+        :func:`mxlab.numerics.transforms.transform`, beyond by torch with two factors of the matrix.
 
     Raises:
         FormatError: no such matrix, or a length that is not a multiple of its size.
     """
     length = x.shape[axis]
     check_size(size, length)
+    if _is_one_product(x, size or length):
+        matrices = _on_the_right(x, size or length, inverse)
+        if axis in (-1, x.ndim - 1):
+            return transforms.transform(x, matrices)
+        return transforms.transform(x.movedim(axis, -1), matrices).movedim(-1, axis).contiguous()
     left, right = (factor.to(x.device, _wide(x.dtype)) for factor in _factors(size or length))
     if inverse:
         left, right = left.t(), right.t()
@@ -44,6 +54,28 @@ def transform(x: Tensor, size: int, axis: int = -1, *, inverse: bool = False) ->
     return blocks.reshape(shape).to(x.dtype).movedim(-1, axis).contiguous()
 
 
+def transform_quantize(
+    x: Tensor, size: int, fmt: NumberFormat, axis: int = -1, *, numerics: Numerics = "exact", out: Tensor | None = None
+) -> Tensor:
+    """Quantize what :func:`transform` returns along the same axis; into ``out``, if that is given.
+
+    Raises:
+        FormatError: as :func:`transform` and :func:`mxlab.numerics.quantize`.
+    """
+    length = x.shape[axis]
+    check_size(size, length)
+    if axis in (-1, x.ndim - 1) and _is_one_product(x, size or length):
+        matrices = _on_the_right(x, size or length, False)
+        return transforms.transform_quantize(x, matrices, fmt, numerics=numerics, out=out)
+    return quantize(transform(x, size, axis), fmt, axis=axis, numerics=numerics, out=out)
+
+
+def _is_one_product(x: Tensor, size: int) -> bool:
+    """Return whether blocks are multiplied by the whole matrix, rather than by its two factors one after the other."""
+    return size <= LARGEST_MATRIX and x.dtype in DTYPES
+
+
+@torch.compiler.assume_constant_result
 def check_size(size: int, length: int) -> None:
     """Raise FormatError unless an axis of that length can be transformed in blocks of ``size`` (0: as a whole)."""
     if (size and length % size) or _odd_order(size or length) is None:
@@ -58,6 +90,31 @@ def matrix(size: int) -> Tensor:
     """Return the normalised matrix, float32 [size, size]. Raises FormatError where there is none."""
     check_size(size, size)
     return torch.kron(*_factors(size))
+
+
+def _on_the_right(x: Tensor, size: int, inverse: bool) -> Tensor:
+    """Return what blocks of ``x`` are multiplied by as rows: the transposed matrix, or for the inverse the matrix."""
+    if torch.compiler.is_compiling():
+        return torch.ops.mxlab.hadamard(x.detach(), size, inverse)
+    return _matrix_on_the_right(size, inverse, x.device)
+
+
+@functools.cache
+def _matrix_on_the_right(size: int, inverse: bool, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return (matrix(size) if inverse else matrix(size).t().contiguous()).to(device)
+
+
+# Compiled code cannot call a cached function, nor take several tensors from one that is assumed constant. It may write
+# to what an operator returns, which is therefore a copy.
+_library = torch.library.Library("mxlab", "FRAGMENT")
+_library.define("hadamard(Tensor like, int size, bool inverse) -> Tensor")
+_library.impl(
+    "hadamard",
+    lambda like, size, inverse: _matrix_on_the_right(size, inverse, like.device).clone(),
+    "CompositeExplicitAutograd",
+)
+_library.impl("hadamard", lambda like, size, inverse: like.new_empty((size, size), dtype=torch.float32), "Meta")
 
 
 def sizes_below(limit: int) -> list[int]:

@@ -45,6 +45,14 @@ _library.define(
     "round_elementwise(Tensor x, int bfloat, int fp, str rounding, bool subnormals, str numerics, str backend, "
     "int seed) -> Tensor"
 )
+_library.define("transform(Tensor x, Tensor matrices, str backend) -> Tensor")
+_library.define(
+    "transform_quantize(Tensor x, Tensor matrices, str format, str numerics, str backend, int seed) -> Tensor"
+)
+_library.define(
+    "transform_quantize_out(Tensor x, Tensor matrices, Tensor(a!) out, str format, str numerics, str backend, "
+    "int seed) -> ()"
+)
 
 
 def check(x: Tensor, numerics: str, backend: str) -> None:
@@ -58,6 +66,22 @@ def check(x: Tensor, numerics: str, backend: str) -> None:
     if numerics not in NUMERICS or backend not in BACKENDS:  # at once: a token's quantization takes microseconds
         check_choice("numerics", numerics, NUMERICS)
         check_choice("backend", backend, BACKENDS)
+
+
+def check_matrices(x: Tensor, matrices: Tensor) -> None:
+    """Refuse matrices that blocks of the last axis of ``x`` cannot be multiplied by.
+
+    Raises:
+        FormatError: a dtype other than float32, or a shape that does not fit.
+    """
+    length, ndim = x.size(-1) if x.ndim else 0, matrices.ndim
+    rows, columns = (matrices.size(-2), matrices.size(-1)) if ndim in (2, 3) else (0, 0)
+    fits = rows == columns > 0 and length % columns == 0 and (ndim == 2 or matrices.size(0) * columns == length)
+    if not fits or matrices.dtype != torch.float32:
+        raise FormatError(
+            f"matrices are {matrices.dtype} of shape {tuple(matrices.shape)}: blocks of an axis of {length} take "
+            "float32 of [size, size], or [blocks, size, size]"
+        )
 
 
 def parse(fmt: NumberFormat | str, numerics: str, backend: str) -> NumberFormat:
@@ -117,15 +141,19 @@ def _quantize_in_place(x: Tensor, fmt: str, axes: list[int], numerics: Numerics,
         x.copy_(_eager(numerics, parsed).quantize(x, parsed, places, seed))
 
 
-def _quantize_out(
-    x: Tensor, out: Tensor, fmt: str, axes: list[int], numerics: Numerics, backend: str, seed: int
-) -> None:
-    check(x, numerics, backend)
+def _check_out(x: Tensor, out: Tensor) -> None:
     if out.shape != x.shape or out.dtype != x.dtype or out.device != x.device:
         raise FormatError(
             f"out is {out.dtype} of shape {tuple(out.shape)} on {out.device}: it must be as x is, "
             f"{x.dtype} of shape {tuple(x.shape)} on {x.device}"
         )
+
+
+def _quantize_out(
+    x: Tensor, out: Tensor, fmt: str, axes: list[int], numerics: Numerics, backend: str, seed: int
+) -> None:
+    check(x, numerics, backend)
+    _check_out(x, out)
     parsed = parse(fmt, numerics, backend)
     compiled = _compiled(x, parsed, backend)
     if compiled and len(axes) == 1 and x.numel() and x.is_contiguous() and out.is_contiguous():
@@ -151,6 +179,47 @@ def _round_elementwise(
     return _laid_out(x, _eager(numerics).round_elementwise(x, element, rounding, subnormals, seed))
 
 
+def _transform(x: Tensor, matrices: Tensor, backend: str) -> Tensor:
+    check(x, "exact", backend)
+    check_matrices(x, matrices)
+    if _transforms(x, matrices, backend):
+        return native.transform(x, matrices)
+    blocks = x.to(torch.float32).unflatten(-1, (-1, matrices.shape[-1]))  # (..., n_blocks, size)
+    made = blocks @ matrices if matrices.ndim == 2 else torch.einsum("...bj,bjk->...bk", blocks, matrices)
+    return _laid_out(x, made.flatten(-2).to(x.dtype))
+
+
+def _transform_quantize(x: Tensor, matrices: Tensor, fmt: str, numerics: Numerics, backend: str, seed: int) -> Tensor:
+    check(x, numerics, backend)
+    check_matrices(x, matrices)
+    parsed = parse(fmt, numerics, backend)
+    if _transforms(x, matrices, backend) and isinstance(parsed, MXFormat) and parsed.has_kernels:
+        return native.transform_quantize(x, matrices, parsed, seed, numerics)
+    return _quantize(_transform(x, matrices, backend), fmt, [-1], numerics, backend, seed)
+
+
+def _transform_quantize_out(
+    x: Tensor, matrices: Tensor, out: Tensor, fmt: str, numerics: Numerics, backend: str, seed: int
+) -> None:
+    check(x, numerics, backend)
+    check_matrices(x, matrices)
+    _check_out(x, out)
+    parsed = parse(fmt, numerics, backend)
+    is_served = _transforms(x, matrices, backend) and x.is_contiguous() and out.is_contiguous()
+    if is_served and isinstance(parsed, MXFormat) and parsed.has_kernels:
+        native.transform_quantize_out(x, matrices, out, parsed, seed, numerics)
+        if not out.is_inference():
+            torch.autograd.graph.increment_version(out)
+    else:
+        out.copy_(_transform_quantize(x, matrices, fmt, numerics, backend, seed))
+
+
+def _transforms(x: Tensor, matrices: Tensor, backend: str) -> bool:
+    """Return whether the native backend transforms: the others leave that to torch, and it the large matrices."""
+    is_native = choose(x.device.type, backend) == "native"
+    return is_native and x.numel() > 0 and matrices.shape[-1] <= native.LARGEST_MATRIX
+
+
 def _like(x: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(x)
 
@@ -164,15 +233,24 @@ _library.impl("quantize", _quantize, "CompositeExplicitAutograd")
 _library.impl("quantize_out", _quantize_out, "CompositeExplicitAutograd")
 _library.impl("quantize_", _quantize_in_place, "CompositeExplicitAutograd")
 _library.impl("round_elementwise", _round_elementwise, "CompositeExplicitAutograd")
+_library.impl("transform", _transform, "CompositeExplicitAutograd")
+_library.impl("transform_quantize", _transform_quantize, "CompositeExplicitAutograd")
+_library.impl("transform_quantize_out", _transform_quantize_out, "CompositeExplicitAutograd")
 _library.impl("quantize", _like, "Meta")
 _library.impl("quantize_out", lambda *_: None, "Meta")
 _library.impl("quantize_", lambda *_: None, "Meta")
 _library.impl("round_elementwise", _like, "Meta")
+_library.impl("transform", _like, "Meta")
+_library.impl("transform_quantize", _like, "Meta")
+_library.impl("transform_quantize_out", lambda *_: None, "Meta")
 
 quantize = torch.ops.mxlab.quantize.default
 quantize_out = torch.ops.mxlab.quantize_out.default
 quantize_ = torch.ops.mxlab.quantize_.default
 round_elementwise = torch.ops.mxlab.round_elementwise.default
+transform = torch.ops.mxlab.transform.default
+transform_quantize = torch.ops.mxlab.transform_quantize.default
+transform_quantize_out = torch.ops.mxlab.transform_quantize_out.default
 
 _elementwise_format = functools.cache(elementwise_format)
 

@@ -59,17 +59,17 @@ def quantize(
 
     Source: OCP Microscaling Formats (MX) v1.0, section 6.3; :mod:`mxlab.formats.scales` for the other rules and scales.
     """
-    _check(x, numerics, backend)
+    check(x, numerics, backend)
     text, is_random = operators.spelled(fmt, numerics, backend)
     axes = _axes(x, axis)
     if out is not None:
         if x.requires_grad and torch.is_grad_enabled():
             raise FormatError("x requires a gradient, which cannot pass through out: leave out away, or use no_grad")
-        operators.quantize_out(x, out, text, axes, numerics, backend, _seed(is_random, seed))
+        operators.quantize_out(x, out, text, axes, numerics, backend, drawn_seed(is_random, seed))
         return out
     if x.numel() == 0:
         return x.clone()
-    seed = _seed(is_random, seed)
+    seed = drawn_seed(is_random, seed)
     return _straight_through(operators.quantize, x, text, axes, numerics, backend, seed)
 
 
@@ -87,13 +87,13 @@ def quantize_(
     Raises:
         FormatError: as :func:`quantize`; or ``x`` requires a gradient, which cannot pass through what is overwritten.
     """
-    _check(x, numerics, backend)
+    check(x, numerics, backend)
     text, is_random = operators.spelled(fmt, numerics, backend)
     axes = _axes(x, axis)
     if x.requires_grad and torch.is_grad_enabled():
         raise FormatError("x requires a gradient: quantize it in place under torch.no_grad(), or use quantize")
     if x.numel():
-        operators.quantize_(x, text, axes, numerics, backend, _seed(is_random, seed))
+        operators.quantize_(x, text, axes, numerics, backend, drawn_seed(is_random, seed))
     return x
 
 
@@ -131,12 +131,12 @@ def round_elementwise(
     check_choice("rounding", rounding, ROUNDINGS)
     if not isinstance(subnormals, bool):
         raise FormatError(f"subnormals is {subnormals!r}: it must be true or false")
-    _check(x, numerics, backend)
+    check(x, numerics, backend)
     if numerics == "microxcaling":
         microxcaling.check_rounding(rounding)
     if element is None or x.numel() == 0:
         return x.clone()
-    seed = _seed(rounding == "dither", seed)
+    seed = drawn_seed(rounding == "dither", seed)
     return _straight_through(operators.round_elementwise, x, bfloat, fp, rounding, subnormals, numerics, backend, seed)
 
 
@@ -197,7 +197,8 @@ def _axes(x: Tensor, axis: int | Sequence[int]) -> tuple[int, ...]:
     return axes
 
 
-def _check(x: Tensor, numerics: str, backend: str) -> None:
+def check(x: Tensor, numerics: str, backend: str) -> None:
+    """Raise FormatError for what is no dense tensor of a dtype that can be quantized, and as the operators do."""
     if not isinstance(x, Tensor):
         raise FormatError(f"x is a {type(x).__name__}: make it a tensor first, with torch.as_tensor")
     if x.layout != torch.strided:
@@ -205,7 +206,8 @@ def _check(x: Tensor, numerics: str, backend: str) -> None:
     operators.check(x, numerics, backend)
 
 
-def _seed(is_random: bool, seed: int | None) -> int:
+def drawn_seed(is_random: bool, seed: int | None) -> int:
+    """Return the seed as an operator takes it, drawn from torch's generator where it is needed and not given."""
     if not is_random:
         return 0
     if seed is None:

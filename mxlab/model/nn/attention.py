@@ -157,8 +157,7 @@ class QuantizedAttention(Observable):
             return x
         if self._transform is None or role not in TRANSFORMED_ATTENTION_ROLES:
             return quantize(x, fmt, axis=axis, numerics=self.numerics)
-        transformed = hadamard.transform(x, self._transform.size, axis)
-        quantized = quantize(transformed, fmt, axis=axis, numerics=self.numerics)
+        quantized = hadamard.transform_quantize(x, self._transform.size, fmt, axis, numerics=self.numerics)
         return hadamard.transform(quantized, self._transform.size, axis, inverse=True)
 
     def _with(self, args: tuple, kwargs: dict[str, Any], name: str, function: Callable[[Any], Any]) -> tuple:

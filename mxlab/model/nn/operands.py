@@ -88,6 +88,9 @@ class LinearOperands:
 
     def on_activation(self, x: Tensor, out: Tensor | None = None, axis: int = -1) -> Tensor:
         """Return the input [..., in] as the matmul sees it; in ``out``, if that is given and x is quantized."""
+        if self.transform is not None and self.activation is not None and x.dtype in self.untouched:
+            size, fmt = self.transform.size, self.activation
+            return hadamard.transform_quantize(x, size, fmt, axis, numerics=self.numerics, out=out)
         x = self.transformed(x, axis)
         return self._quantized(self._rounded(x, self.elementwise.output_rounding), self.activation, axis, out)
 

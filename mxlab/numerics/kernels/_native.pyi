@@ -54,11 +54,38 @@ class QuantizePlan:
         threads: int,
         /,
     ) -> None: ...
+    def run_transformed(
+        self,
+        source: int,
+        target: int,
+        noise: int,
+        matrices: int,
+        dtype: int,
+        size: int,
+        is_shared: bool,
+        rows: int,
+        axis: int,
+        block: int,
+        threads: int,
+        /,
+    ) -> None: ...
 
 class RoundPlan:
     def __init__(self, element: Element, rounding: Rounding, subnormals: bool, numerics: Numerics) -> None: ...
     def run(self, source: int, target: int, noise: int, dtype: int, count: int, threads: int, /) -> None: ...
 
+def transform(
+    source: int,
+    target: int,
+    matrices: int,
+    dtype: int,
+    size: int,
+    is_shared: bool,
+    rows: int,
+    axis: int,
+    threads: int,
+    /,
+) -> None: ...
 def settle(
     weight: int,
     scales: int,

@@ -109,6 +109,12 @@ class Compiled(ABC):
         self._run_elementwise(x, out, self._noise(x, rounding, seed), element, rounding, subnormals, numerics)
         return out
 
+    @staticmethod
+    def _checked_layout(x: Tensor, fmt: MXFormat, numerics: Numerics) -> Layout:
+        """Return the layout of the blocks along the last axis."""
+        _check(fmt, x, numerics)
+        return _layout(x, fmt, x.ndim - 1)
+
     @abstractmethod
     def uniform(self, shape: torch.Size | tuple[int, ...], seed: int, device: torch.device) -> Tensor:
         """Return the float32 numbers that :func:`mxlab.numerics.philox.uniform` draws."""
@@ -155,6 +161,11 @@ class Compiled(ABC):
 def address(x: Tensor | None) -> int:
     """Return the address of the tensor's data; 0 for None."""
     return 0 if x is None else x.data_ptr()
+
+
+def dense_rows(x: Tensor) -> Tensor:
+    """Return ``x``, or a copy: without gaps or overlaps, and the last axis is the innermost in memory."""
+    return x if x.is_contiguous() or (_is_dense(x) and _memory_order(x)[-1] == x.ndim - 1) else x.contiguous()
 
 
 def _check(fmt: MXFormat, x: Tensor, numerics: Numerics) -> None:

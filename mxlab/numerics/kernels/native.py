@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mxlab.formats import ElementFormat, MXFormat, Numerics, Rounding
-from mxlab.numerics.kernels.compiled import Compiled, Layout, address, carry, scaling
+from mxlab.numerics.kernels.compiled import Compiled, Layout, address, carry, dense_rows, scaling
 
 try:
     from mxlab.numerics.kernels import _native
@@ -23,6 +23,8 @@ else:
     MISSING = None
     for _runtime in sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*")):
         _native.adopt_openmp(str(_runtime))
+
+LARGEST_MATRIX = 128  # that :func:`transform` multiplies by
 
 # Passed as integers: converting an enum takes time in every call.
 _DTYPES = {} if MISSING else {getattr(torch, dtype.name): dtype.value for dtype in _native.Dtype}
@@ -54,10 +56,41 @@ class _Native(Compiled):
         plan = _round_plan(element, rounding, subnormals, numerics)
         plan.run(*addresses, _DTYPES[x.dtype], x.numel(), torch.get_num_threads())
 
+    def transform(self, x: Tensor, matrices: Tensor) -> Tensor:
+        """Return the blocks of rows times matrices, as :func:`mxlab.numerics.transforms.transform`; x is not empty."""
+        rows = dense_rows(x)
+        out, matrices = torch.empty_like(rows), matrices.contiguous()
+        size, length = matrices.shape[-1], x.shape[-1]
+        addresses = rows.data_ptr(), out.data_ptr(), matrices.data_ptr()
+        shape = rows.numel() // length, length
+        _native.transform(*addresses, _DTYPES[x.dtype], size, matrices.ndim == 2, *shape, torch.get_num_threads())
+        return out if rows is x else torch.empty_like(x).copy_(out)
+
+    def transform_quantize(self, x: Tensor, matrices: Tensor, fmt: MXFormat, seed: int, numerics: Numerics) -> Tensor:
+        """Return what :meth:`transform` does, quantized to ``fmt`` along the last axis."""
+        rows = dense_rows(x)
+        out = torch.empty_like(rows)
+        self.transform_quantize_out(rows, matrices, out, fmt, seed, numerics)
+        return out if rows is x else torch.empty_like(x).copy_(out)
+
+    def transform_quantize_out(
+        self, x: Tensor, matrices: Tensor, out: Tensor, fmt: MXFormat, seed: int, numerics: Numerics
+    ) -> None:
+        """Write that into ``out``, which is laid out as ``x``, whose rows are dense."""
+        layout, matrices = self._checked_layout(x, fmt, numerics), matrices.contiguous()
+        noise = self._noise(x, fmt.rounding, seed)
+        addresses = x.data_ptr(), out.data_ptr(), address(noise), matrices.data_ptr()
+        shape = layout.outer, layout.axis, layout.block
+        _quantize_plan(str(fmt), numerics).run_transformed(
+            *addresses, _DTYPES[x.dtype], matrices.shape[-1], matrices.ndim == 2, *shape, torch.get_num_threads()
+        )
+
 
 _backend = _Native()
 quantize, quantize_out, quantize_ = _backend.quantize, _backend.quantize_out, _backend.quantize_
 round_elementwise, uniform = _backend.round_elementwise, _backend.uniform
+transform, transform_quantize = _backend.transform, _backend.transform_quantize
+transform_quantize_out = _backend.transform_quantize_out
 
 
 def settle(weight: Tensor, scales: Tensor, factors: Tensor, fmt: MXFormat) -> Tensor:

@@ -6,6 +6,7 @@
 #include "elementwise.h"
 #include "gptq.h"
 #include "rows.h"
+#include "transform.h"
 
 namespace mx {
 namespace MX_ISA {
@@ -113,17 +114,9 @@ u32 largest_finite(const Buffers& b, int64_t first, int64_t last) {
 #define MX_TEXT(isa) MX_TEXT_(isa)
 
 const Kernels MX_NAME(MX_ISA) = {
-    MX_TEXT(MX_ISA),
-    MX_ISA::quantize_units,
-    MX_ISA::quantize_exact,
-    MX_ISA::quantize_microxcaling,
-    MX_ISA::largest_finite,
-    MX_ISA::round_alone,
-    MX_ISA::microxcaling_table,
-    MX_ISA::look_up,
-    MX_ISA::uniform_numbers,
-    MX_ISA::settle_units,
-    MX_ISA::settle,
+    MX_TEXT(MX_ISA),         MX_ISA::quantize_units, MX_ISA::quantize_exact,     MX_ISA::quantize_microxcaling,
+    MX_ISA::largest_finite,  MX_ISA::round_alone,    MX_ISA::microxcaling_table, MX_ISA::look_up,
+    MX_ISA::uniform_numbers, MX_ISA::transform,      MX_ISA::settle_units,       MX_ISA::settle,
 };
 
 }  // namespace mx

@@ -43,6 +43,16 @@ struct Settling {
     float lowest;  // elements lie above its negative, in multiples of the scale
 };
 
+// Matrices [size, size] that the blocks of a row of `axis` elements are multiplied by: each block by its own, or all by
+// one.
+constexpr int64_t MOST_TRANSFORMED = 128;
+
+struct Transform {
+    const float* matrices;
+    int64_t axis, size;
+    bool is_shared;
+};
+
 // The kernels of one instruction set.
 struct Kernels {
     const char* name;
@@ -61,6 +71,7 @@ struct Kernels {
     void (*microxcaling_table)(u32* table, Dtype, const Element&, Rounding);
     void (*look_up)(const Buffers&, const uint16_t* table, int64_t first, int64_t last);
     void (*uniform)(float* target, uint64_t seed, int64_t first, int64_t last);
+    void (*transform)(const Buffers&, const Transform&, int64_t first, int64_t last);  // units are rows
     int64_t (*settle_units)(const Settling&);
     void (*settle)(const Settling&, const Element&, Rounding, int64_t first, int64_t last);
 };

@@ -4,6 +4,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <climits>
@@ -62,6 +63,35 @@ Buffers buffers(uintptr_t source, uintptr_t target, uintptr_t noise, int dtype) 
 
 int useful(int threads, int64_t elements) { return elements < WORTH_A_THREAD ? 1 : threads; }
 
+// Return the buffers from an element on; source and target are the same.
+Buffers rows_from(const Buffers& b, int64_t first) {
+    char* const target = static_cast<char*>(b.target) + first * (b.dtype == Dtype::float32 ? 4 : 2);
+    return {target, target, b.noise ? b.noise + first : nullptr, b.dtype};
+}
+
+// Call work(first, last) on ranges of rows that fit the first-level cache: TRANSFORMED elements, roughly.
+constexpr int64_t TRANSFORMED = 4096;
+
+template <class Work>
+void for_rows(const Transform& t, int64_t rows, int threads, const Work& work) {
+    if (rows < 1 || t.size < 1 || t.size > MOST_TRANSFORMED || t.axis < 1 || t.axis % t.size != 0) return;
+    const int64_t together = std::max<int64_t>(TRANSFORMED / t.axis / 4 * 4, 4);
+    parallel_for(useful(threads, rows * t.axis), rows, together, work);
+}
+
+void transform(const Buffers& b, const Transform& t, int64_t rows, int threads) {
+    const Kernels& kernels = *active;
+    for_rows(t, rows, threads, [&](int64_t first, int64_t last) { kernels.transform(b, t, first, last); });
+}
+
+// Multiply blocks of rows by matrices, into another tensor of the same type.
+void run_transform(uintptr_t source, uintptr_t target, uintptr_t matrices, int dtype, int64_t size, bool is_shared,
+                   int64_t rows, int64_t axis, int threads) {
+    const nb::gil_scoped_release release;
+    const Transform t{reinterpret_cast<const float*>(matrices), axis, size, is_shared};
+    transform(buffers(source, target, 0, dtype), t, rows, threads);
+}
+
 // Quantize `inputs` inputs of a weight one after the other: see Settling.
 void settle(uintptr_t weight, uintptr_t scales, uintptr_t factors, uintptr_t errors, int64_t inputs, int64_t outputs,
             const Element& element, float lowest, Rounding rounding, int threads) {
@@ -111,23 +141,58 @@ class QuantizePlan {
              int64_t block, int threads) {
         const nb::gil_scoped_release release;
         if (outer < 1 || axis < 1 || inner < 1 || block < 1) return;
-        const Buffers b = buffers(source, target, noise, dtype);
-        const Layout layout{outer, axis, inner, block};
-        const int64_t count = outer * axis * inner;
-        const Kernels& kernels = *active;
-        const bool exact = numerics_ == Numerics::exact;
-        const u32* const table = !exact && has_table(b.dtype, rounding_) ? table_for(b.dtype) : nullptr;
-        Format format = format_;
-        if (format.tensor_scale != 0.0f) format.tensor_scale = tensor_scale(b, count, threads);
-        parallel_for(useful(threads, count), kernels.quantize_units(layout), 2, [&](int64_t first, int64_t last) {
-            if (exact)
-                kernels.quantize_exact(b, layout, format, scaling_, rounding_, first, last);
-            else
-                kernels.quantize_microxcaling(b, layout, format, rounding_, table, first, last);
+        quantize(buffers(source, target, noise, dtype), {outer, axis, inner, block}, threads);
+    }
+
+    // Multiply blocks of rows by matrices, and quantize the rows while they are in the cache.
+    void run_transformed(uintptr_t source, uintptr_t target, uintptr_t noise, uintptr_t matrices, int dtype,
+                         int64_t size, bool is_shared, int64_t rows, int64_t axis, int64_t block, int threads) {
+        const nb::gil_scoped_release release;
+        const Buffers b = buffers(source, target, noise, dtype), made = buffers(target, target, noise, dtype);
+        const Transform t{reinterpret_cast<const float*>(matrices), axis, size, is_shared};
+        if (format_.tensor_scale != 0.0f) {  // all rows decide on the scale of each
+            transform(b, t, rows, threads);
+            return quantize(made, {rows, axis, 1, block}, threads);
+        }
+        const Job job(*this, *active, b.dtype);
+        for_rows(t, rows, threads, [&](int64_t first, int64_t last) {
+            job.kernels.transform(b, t, first, last);
+            const Layout layout{last - first, axis, 1, block};
+            job.run(rows_from(made, first * axis), layout, format_, 0, job.kernels.quantize_units(layout));
         });
     }
 
    private:
+    // What the ranges of a job have in common.
+    struct Job {
+        const QuantizePlan& plan;
+        const Kernels& kernels;
+        const bool exact;
+        const u32* const table;
+
+        Job(QuantizePlan& p, const Kernels& k, Dtype dtype)
+            : plan(p),
+              kernels(k),
+              exact(p.numerics_ == Numerics::exact),
+              table(!exact && has_table(dtype, p.rounding_) ? p.table_for(dtype) : nullptr) {}
+
+        void run(const Buffers& b, const Layout& layout, const Format& format, int64_t first, int64_t last) const {
+            if (exact)
+                kernels.quantize_exact(b, layout, format, plan.scaling_, plan.rounding_, first, last);
+            else
+                kernels.quantize_microxcaling(b, layout, format, plan.rounding_, table, first, last);
+        }
+    };
+
+    void quantize(const Buffers& b, const Layout& layout, int threads) {
+        const int64_t count = layout.outer * layout.axis * layout.inner;
+        const Job job(*this, *active, b.dtype);
+        Format format = format_;
+        if (format.tensor_scale != 0.0f) format.tensor_scale = tensor_scale(b, count, threads);
+        parallel_for(useful(threads, count), job.kernels.quantize_units(layout), 2,
+                     [&](int64_t first, int64_t last) { job.run(b, layout, format, first, last); });
+    }
+
     const u32* table_for(Dtype dtype) {
         return tables_.get(dtype, [&](u32* t) { active->microxcaling_table(t, dtype, format_.element, rounding_); });
     }
@@ -233,12 +298,14 @@ NB_MODULE(_native, m) {
     nb::class_<QuantizePlan>(m, "QuantizePlan")
         .def(nb::init<const Format&, Scaling, Rounding, Numerics>(), nb::arg("format"), nb::arg("scaling"),
              nb::arg("rounding"), nb::arg("numerics"))
-        .def("run", &QuantizePlan::run);
+        .def("run", &QuantizePlan::run)
+        .def("run_transformed", &QuantizePlan::run_transformed);
     nb::class_<RoundPlan>(m, "RoundPlan")
         .def(nb::init<const Element&, Rounding, bool, Numerics>(), nb::arg("element"), nb::arg("rounding"),
              nb::arg("subnormals"), nb::arg("numerics"))
         .def("run", &RoundPlan::run);
     m.def("uniform", &uniform);
+    m.def("transform", &run_transform);
     m.def("settle", &settle);
     m.def(
         "adopt_openmp", [](const std::string& path) { return adopt_openmp(path.c_str()); }, nb::arg("path"),
