@@ -22,6 +22,7 @@ from mxlab.compat.recipes import load_any_recipe
 from mxlab.errors import MxlabError
 from mxlab.eval.tasks import TaskRequest, evaluate_tasks
 from mxlab.experiments.provenance import quiet_git
+from mxlab.sources.devices import peak_memory
 from mxlab.sources.tasks import PASSAGES
 
 BASELINE = "baseline"
@@ -147,16 +148,4 @@ def print_peak(recipe: str, given: str) -> None:
     request = TaskRequest(recipe=load_any_recipe(recipe), tasks=(task,), data_dir=data_dir, **told)
     with tempfile.TemporaryDirectory() as folder:
         evaluate_tasks(request, Path(folder))
-    print(_peak())
-
-
-def _peak() -> float:
-    """Return the peak resident memory of this process in MiB."""
-    status = Path("/proc/self/status")
-    if status.exists():  # getrusage would say what the parent had when it started this process
-        [line] = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")]
-        return int(line.split()[1]) / 1024
-    import resource
-
-    unit = 2**20 if sys.platform == "darwin" else 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    print(peak_memory() / 2**20)

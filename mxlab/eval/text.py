@@ -73,7 +73,7 @@ class TextRequest(EvaluationRequest):
     @property
     def sources(self) -> tuple[Hashable, ...]:
         """The model and the data it needs."""
-        return self.model, self.text, self.data_dir
+        return self.model, self.reference, self.text, self.data_dir
 
     def key(self) -> dict[str, Any]:
         """Return what tells it from others; raises SourceError where the text is missing."""

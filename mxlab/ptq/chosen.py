@@ -34,13 +34,11 @@ class ChosenWeight:
     @property
     def values(self) -> Tensor:
         """The weight as [out, in]."""
-        weight = self.layer.weight.detach()
-        return weight.t() if self.is_transposed else weight
+        return self.by_outputs(self.layer.weight.detach())
 
-    @property
-    def is_transposed(self) -> bool:
-        """Whether the layer keeps its weight as [in, out]."""
-        return self.layer.input_axis == 0
+    def by_outputs(self, weight: Tensor) -> Tensor:
+        """Return a tensor of the shape of the layer's weight as [out, in]."""
+        return weight.t() if self.layer.input_axis == 0 else weight
 
     @property
     def blocks(self) -> Blocks:
@@ -51,7 +49,3 @@ class ChosenWeight:
         """Return a weight [out, in] on the grid of the present scales."""
         cut = self.blocks
         return cut.join(rounded(cut.split(weight), self.scales, self.fmt))
-
-    def freeze_as(self, values: Tensor) -> None:
-        """Give the layer other values [out, in] on the grid."""
-        self.layer.freeze_as(values.t().contiguous() if self.is_transposed else values)

@@ -25,7 +25,7 @@ from mxlab.model.conversion import Conversion
 from mxlab.progress import track
 from mxlab.ptq.calibration import Windows
 from mxlab.ptq.chosen import ChosenWeight
-from mxlab.ptq.divergence import divergence, log_probabilities, mean_divergence
+from mxlab.ptq.divergence import divergence, logits_of, mean_divergence
 from mxlab.ptq.resume import Progress
 from mxlab.recipe.algorithms import Distillation
 
@@ -97,11 +97,11 @@ class _LearnedWeight:
         parameter = self.parameter
         if parameter.grad is None:  # no token went through the layer
             return
-        gradient = self._in_scales(parameter.grad.t() if self.chosen.is_transposed else parameter.grad)
+        gradient = self._in_scales(self.chosen.by_outputs(parameter.grad))
         parameter.grad = None
         direction = _direction(gradient.float(), self.mean, self.square, step)
         self.master.sub_(self._in_scales(direction), alpha=rate)
-        self.chosen.freeze_as(self.chosen.rounded(self.master))
+        self.chosen.layer.freeze_as(self.chosen.rounded(self.master))
 
     def _in_scales(self, x: Tensor) -> Tensor:
         return self._cut.join(self._cut.split(x) * self.chosen.scales)
@@ -199,7 +199,7 @@ class _State:
 
     def _give(self, values: Mapping[str, Tensor]) -> None:
         for weight in self._weights:
-            weight.chosen.freeze_as(values[weight.name].to(weight.parameter).contiguous())
+            weight.chosen.layer.freeze_as(values[weight.name].to(weight.parameter))
         for vector in self._vectors:
             vector.parameter.copy_(values[vector.name])
 
@@ -230,12 +230,11 @@ def _accumulate_gradients(model: Any, original: Any, windows: Tensor) -> float:
     total = 0.0
     for window in windows.split(1):
         ids = window.to(model.device)
-        logits = model(input_ids=ids, use_cache=False).logits
+        logits = logits_of(model, ids)
         with torch.no_grad():
-            wanted = log_probabilities(original, ids)
-            found = logits.detach().float().log_softmax(-1)
+            wanted, found = logits_of(original, ids), logits.detach()
             total += mean_divergence(wanted, found) / len(windows)
-            gradient = found.exp_().sub_(wanted.exp_()).div_(ids.numel() * len(windows))
+            gradient = found.float().softmax(-1).sub_(wanted.float().softmax(-1)).div_(ids.numel() * len(windows))
         logits.backward(gradient.to(logits.dtype))
     return total
 

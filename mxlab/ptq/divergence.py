@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from mxlab.errors import MetricError
+from mxlab.eval.metrics import kl_divergence
 
 
 @torch.no_grad()
@@ -17,18 +21,18 @@ def divergence(model: Any, original: Any, windows: Tensor) -> float:
         original: the unquantized one.
         windows: token ids [windows, tokens]; one window at a time, as logits are the largest tensors by far.
     """
-    total = 0.0
-    for window in windows.split(1):
-        ids = window.to(model.device)
-        total += mean_divergence(log_probabilities(original, ids), log_probabilities(model, ids))
-    return total / len(windows)
+    parts = windows.to(model.device).split(1)
+    return sum(mean_divergence(logits_of(original, ids), logits_of(model, ids)) for ids in parts) / len(parts)
 
 
-def log_probabilities(model: Any, ids: Tensor) -> Tensor:
-    """Return the log-probabilities [windows, tokens, vocabulary] of the tokens after each, float32."""
-    return model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
+def logits_of(model: Any, ids: Tensor) -> Tensor:
+    """Return the logits [windows, tokens, vocabulary] of the tokens after each."""
+    return model(input_ids=ids, use_cache=False).logits
 
 
-def mean_divergence(wanted: Tensor, found: Tensor) -> float:
-    """Return the mean over tokens of KL(wanted, found), of log-probabilities."""
-    return float((wanted.exp() * (wanted - found)).sum(-1).mean())
+def mean_divergence(reference: Tensor, logits: Tensor) -> float:
+    """Return the mean over tokens of KL(reference, model); infinite where logits are not numbers."""
+    try:
+        return kl_divergence(reference.flatten(0, -2), logits.flatten(0, -2)).double().mean().item()
+    except MetricError:
+        return math.inf

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import logging
-import resource
 import shutil
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +19,7 @@ from mxlab.ptq.resume import Progress, describe
 from mxlab.recipe import Recipe
 from mxlab.recipe.algorithms import Calibration
 from mxlab.recipe.recipe import MASE
+from mxlab.sources.devices import peak_memory
 from mxlab.sources.models import load_model, skeleton
 from mxlab.sources.tokens import token_ids
 
@@ -30,8 +28,6 @@ _COPIES = 4  # of a layer's input at a time: both models', transformed, quantize
 _LEARNED = 5  # times the weights: masters, two moments, gradients, the best so far
 
 RECORD = "quantization.json"  # in the saved folder: how long it took, and the memory
-
-logger = logging.getLogger("mxlab")
 
 
 @dataclass(frozen=True)
@@ -99,7 +95,7 @@ class QuantizationJob:
         unfinished = out.with_name(f"{out.name}.unfinished")
         began = time.monotonic()
         conversion = save(lambda: self._quantized(unfinished, resume), out)
-        record = {"seconds": round(time.monotonic() - began, 1), "peak_memory_bytes": _peak_memory(), "code": self.code}
+        record = {"seconds": round(time.monotonic() - began, 1), "peak_memory_bytes": peak_memory(), "code": self.code}
         (out / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         shutil.rmtree(unfinished, ignore_errors=True)
         return conversion
@@ -129,9 +125,3 @@ class QuantizationJob:
         progress = Progress(unfinished, describe(loaded.model, self.recipe, windows, self.code), resume)
         original = load_model(self.model, self.dtype, self.device)
         return quantize_model(loaded.model, original.model, self.recipe, windows, progress), loaded.tokenizer
-
-
-def _peak_memory() -> int:
-    """Return the largest memory that this process has had, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

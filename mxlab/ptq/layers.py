@@ -65,16 +65,15 @@ class LayerQuantizer:
     def _choose(self, site: QuantizedSite, x: Tensor, original: Tensor) -> ChosenWeight:
         if isinstance(site.transform, Wush) and site.name not in self._fitted:
             self._fit(site, site.transform, x)
-        layer, fmt = _layer(site), _format(site)
+        layer, fmt = _layer(site), weight_format(site)
         statistics = self._statistics(site, layer, x, original)
         matrices = None if layer.input_transform is None else inverse_transposed(layer.input_transform)
         weight = layer.operands["prefill"].transformed(by_outputs(site), -1, matrices)
         values, scales, target = self._best(site.name, weight, statistics, fmt)
-        chosen = ChosenWeight(site.name, layer, fmt, scales, target)
-        chosen.freeze_as(values)
+        layer.freeze_as(values)
         tensors = {"values": values, "scales": scales, "target": target, "transform": layer.input_transform}
         self._progress.keep(site.name, tensors)
-        return chosen
+        return ChosenWeight(site.name, layer, fmt, scales, target)
 
     def _fit(self, site: QuantizedSite, transform: Wush, x: Tensor) -> None:
         """Fit the transform of all layers that share the input of ``site`` and are to be transformed so."""
@@ -97,9 +96,8 @@ class LayerQuantizer:
         values, scales, target = (kept[name].to(site.weight.device) for name in ("values", "scales", "target"))
         if "transform" in kept:
             self._set_transform(site, kept["transform"])
-        chosen = ChosenWeight(site.name, _layer(site), _format(site), scales, target)
-        chosen.freeze_as(values)
-        return chosen
+        _layer(site).freeze_as(values)
+        return ChosenWeight(site.name, _layer(site), weight_format(site), scales, target)
 
     def _statistics(self, site: QuantizedSite, layer: QuantizedLayer, x: Tensor, original: Tensor) -> InputStatistics:
         """Return the statistics of the input; layers that share it, transformed and quantized, share them."""
@@ -152,7 +150,8 @@ def _layer(site: QuantizedSite) -> QuantizedLayer:
     return site.module
 
 
-def _format(site: QuantizedSite) -> MXFormat:
+def weight_format(site: QuantizedSite) -> MXFormat:
+    """Return the format of a site's weight, which is a microscaling one."""
     fmt = site.formats["weight"]
     assert isinstance(fmt, MXFormat)
     return fmt

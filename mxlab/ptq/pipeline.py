@@ -23,8 +23,6 @@ from mxlab.recipe import Recipe
 from mxlab.recipe.algorithms import Gptq
 from mxlab.recipe.recipe import MASE
 
-_PROBE = 8  # tokens that tell which layers share an input
-
 
 def quantize_model(
     model: Any, original: Any, recipe: Recipe, windows: Windows, progress: Progress | None = None
@@ -51,7 +49,7 @@ def quantize_model(
     _check(recipe)
     recipe = _searched(original, recipe, windows, progress)
     conversion, observed = prepare(model, recipe), prepare_to_observe(original, recipe)
-    groups = layers_by_input(observed, windows.ids[:1, :_PROBE])
+    groups = layers_by_input(observed, windows.ids)
     layers = LayerQuantizer(recipe.algorithm("gptq") or Gptq(), windows.held_out, conversion, groups, progress)
     with torch.no_grad(), Steps("quantizing", layers.count) as steps:
         run_in_lockstep(conversion, observed, windows.ids, lambda *seen: steps.advance(layers.visit(*seen)))
@@ -66,12 +64,10 @@ def _searched(original: Any, recipe: Recipe, windows: Windows, progress: Progres
     options = recipe.algorithm("search")
     if options is None:
         return recipe
-    if (kept := progress.load_text("search")) is not None:
-        return Recipe.from_toml(kept)
     others = {name: table for name, table in recipe.algorithms.items() if name != "search"}
-    found = replace(searched(original, recipe, options, windows.ids), algorithms=others)
-    progress.keep_text("search", found.to_toml())
-    return found
+    return progress.recipe(
+        "search", lambda: replace(searched(original, recipe, options, windows.ids), algorithms=others)
+    )
 
 
 def _check(recipe: Recipe) -> None:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -115,14 +115,17 @@ class Progress:
             partial.unlink(missing_ok=True)
             raise RunError(f"cannot write {path}: {e}; what is done is kept, go on with --resume") from e
 
-    def load_text(self, step: str) -> str | None:
-        """Return a text that was kept; None where there is none."""
-        kept = self.load(step)
-        return None if kept is None else bytes(kept["text"].tolist()).decode()
+    def recipe(self, step: str, find: Callable[[], Recipe]) -> Recipe:
+        """Return the recipe that was kept of a step, or else what ``find`` returns, and keep that.
 
-    def keep_text(self, step: str, text: str) -> None:
-        """Keep a text. Raises RunError as :meth:`keep`."""
-        self.keep(step, {"text": torch.tensor(list(text.encode()), dtype=torch.uint8)})
+        Raises:
+            RunError: as :meth:`keep`.
+        """
+        if (kept := self.load(step)) is not None:
+            return Recipe.from_toml(bytes(kept["toml"].tolist()).decode())
+        found = find()
+        self.keep(step, {"toml": torch.tensor(list(found.to_toml().encode()), dtype=torch.uint8)})
+        return found
 
     @staticmethod
     def _path(folder: Path, step: str) -> Path:

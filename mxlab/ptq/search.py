@@ -29,14 +29,13 @@ from mxlab.model.transforms import check_fit
 from mxlab.numerics.transforms import inverse_transposed
 from mxlab.progress import Steps
 from mxlab.ptq import wush
-from mxlab.ptq.divergence import log_probabilities, mean_divergence
+from mxlab.ptq.divergence import logits_of, mean_divergence
 from mxlab.ptq.layers import by_outputs
 from mxlab.ptq.streams import forward, layers_by_input
 from mxlab.recipe import Recipe
 from mxlab.recipe.algorithms import Search
 from mxlab.recipe.transform import Transform, Wush
 
-_PROBE = 8  # tokens that tell which layers share an input
 _ROWS = 512  # of an input, by which candidates are tried on a layer
 _FINALISTS = 2  # candidates for all layers of a kind that are compared in the model, beside the best of each layer
 
@@ -139,7 +138,7 @@ class _Trial:
         self._matrices = {name: group.matrices for group in groups for name in group.names}
         self._windows = ids.to(original.device).split(1)
         with torch.no_grad():
-            self._wanted = [log_probabilities(original, window) for window in self._windows]
+            self._wanted = [logits_of(original, window) for window in self._windows]
 
     def winners(self, start: Assignment, contests: Sequence[_Contest]) -> Assignment:
         """Try each candidate in place of what is assigned, one kind of layers after the other; keep what is nearer."""
@@ -165,7 +164,7 @@ class _Trial:
             if isinstance(site.transform, Wush):
                 _round(site, self._matrices[site.name][site.transform])
         freeze(conversion.sites)
-        found = (log_probabilities(model, window) for window in self._windows)
+        found = (logits_of(model, window) for window in self._windows)
         return sum(map(mean_divergence, self._wanted, found)) / len(self._windows)
 
 
@@ -177,14 +176,13 @@ def _round(site: QuantizedSite, matrices: Tensor) -> None:
     layer.input_transform.copy_(matrices)
     operands = layer.operands["prefill"]
     weight = operands.transformed(by_outputs(site), -1, inverse_transposed(matrices))
-    values = operands.on_transformed_weight(weight)
-    layer.freeze_as(values.t().contiguous() if site.input_axis == 0 else values)
+    layer.freeze_as(operands.on_transformed_weight(weight))
 
 
 def _groups(original: Any, recipe: Recipe, options: Search, ids: Tensor) -> list[_Group]:
     """Try every candidate on the layers of the unquantized model, one group of layers after the other."""
     observed = prepare_to_observe(copy.deepcopy(original), replace(recipe, algorithms={}))
-    firsts = {group[0].name: group for group in layers_by_input(observed, ids[:1, :_PROBE])}
+    firsts = {group[0].name: group for group in layers_by_input(observed, ids)}
     counts: defaultdict[int | None, int] = defaultdict(int)  # of the groups met in each decoder layer
     groups: list[_Group] = []
 

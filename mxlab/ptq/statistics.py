@@ -51,12 +51,17 @@ def input_statistics(quantized: Tensor, original: Tensor, held_out: int, name: s
         ConversionError: an input that is NaN or infinite.
     """
     for kind, x in (("quantized", quantized), ("unquantized", original)):
-        if not torch.isfinite(x.sum()):
-            raise ConversionError(
-                f"the calibration text gives {name} of the {kind} model inputs that are NaN or infinite: calibrate in "
-                "float32 (dtype), or leave the layer out of the recipe"
-            )
+        check_finite(x, f"{name} of the {kind} model", "leave the layer out of the recipe")
     kept = len(quantized) - held_out
     x, y = (t[:kept].reshape(-1, t.shape[-1]).float() for t in (quantized, original))
     rows, others = (t[kept:].reshape(-1, t.shape[-1]).float() for t in (quantized, original))
     return InputStatistics(x.t() @ x, y.t() @ x, rows, others)
+
+
+def check_finite(x: Tensor, reader: str, remedy: str) -> None:
+    """Raise ConversionError at an input of ``reader`` that is NaN or infinite; ``remedy`` is what else can be done."""
+    if not torch.isfinite(x.sum()):
+        raise ConversionError(
+            f"the calibration text gives {reader} inputs that are NaN or infinite: calibrate in float32 (dtype), or "
+            f"{remedy}"
+        )

@@ -22,6 +22,7 @@ from mxlab.model.plan import QuantizedSite
 
 # Told of a site, its input in the quantized model, and the same in the unquantized one.
 Visit = Callable[[QuantizedSite, Tensor, Tensor], None]
+_PROBE = 8  # tokens that tell which layers share an input
 _PATIENCE = 0.2  # seconds between looking whether the other stream has failed
 
 
@@ -50,7 +51,10 @@ def run_in_lockstep(quantized: Conversion, original: Conversion, ids: Tensor, vi
 
 
 def layers_by_input(conversion: Conversion, ids: Tensor) -> list[list[QuantizedSite]]:
-    """Return the linear layers of a model, those together that multiply the same tensor: query, key and value."""
+    """Return the linear layers of a model, those together that multiply the same tensor: query, key and value.
+
+    A few of the token ids [windows, tokens] tell.
+    """
     groups: list[list[QuantizedSite]] = []
     last: list[Tensor] = []
 
@@ -62,7 +66,7 @@ def layers_by_input(conversion: Conversion, ids: Tensor) -> list[list[QuantizedS
         last[:] = [x]
 
     with observe_inputs(conversion, meet):
-        forward(conversion.model, ids)
+        forward(conversion.model, ids[:1, :_PROBE])
     return groups
 
 

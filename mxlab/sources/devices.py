@@ -6,6 +6,7 @@ import functools
 import gc
 import logging
 import platform
+import sys
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -132,6 +133,17 @@ def release_memory() -> None:
 def free_memory(device: torch.device) -> int:
     """Return the free bytes of a GPU, or of main memory."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+
+
+def peak_memory() -> int:
+    """Return the peak resident memory of this process in bytes."""
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage would say what the parent had when it started this process
+        [line] = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")]
+        return int(line.split()[1]) * 1024
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def has_room_for_copy(model: nn.Module, share: float) -> bool:

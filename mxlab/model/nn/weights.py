@@ -243,9 +243,10 @@ class QuantizedWeight(nn.Module):
         self.frozen.freeze(self.weight, self.training, self._is_offloaded)
 
     def freeze_as(self, values: Tensor) -> None:
-        """Take ``values``, of the shape of the weight, for what it is quantized to in the basis of its transform."""
+        """Take ``values`` [out, in] for what the weight is quantized to in the basis of its transform."""
         with torch.no_grad():
-            self.weight.data = values.to(self.weight.dtype)
+            values = values.t() if self.input_axis == 0 else values
+            self.weight.data = values.contiguous().to(self.weight.dtype)
         self.frozen.mark(self.weight)
 
     def versions(self) -> list[tuple[TensorVersion, Tensor]]:

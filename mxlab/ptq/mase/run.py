@@ -58,13 +58,9 @@ def _rotated(
     model: Any, recipe: Recipe, tables: MaseTables, weights: Weights, windows: Windows, progress: Progress
 ) -> Recipe:
     """Return the recipe with the rotations that were found in its rules, and without the table that asks for them."""
-    if tables.rotation is None:
+    if (table := tables.rotation) is None:
         return recipe
-    if (kept := progress.load_text(_SEARCH)) is not None:
-        return Recipe.from_toml(kept)
-    found = _without_search(searched(model, recipe, tables.rotation, weights, windows.rest))
-    progress.keep_text(_SEARCH, found.to_toml())
-    return found
+    return progress.recipe(_SEARCH, lambda: _without_search(searched(model, recipe, table, weights, windows.rest)))
 
 
 def _without_search(recipe: Recipe) -> Recipe:

@@ -23,10 +23,11 @@ from mxlab.model.observe import observe_inputs
 from mxlab.model.plan import QuantizedSite
 from mxlab.numerics import reference
 from mxlab.progress import Steps
-from mxlab.ptq.layers import by_outputs
+from mxlab.ptq.layers import by_outputs, weight_format
 from mxlab.ptq.mase import gptq
 from mxlab.ptq.mase.tables import GptqTable, MaseTables
 from mxlab.ptq.resume import Progress
+from mxlab.ptq.statistics import check_finite
 from mxlab.ptq.streams import forward
 from mxlab.recipe import Recipe, Rule
 
@@ -81,7 +82,7 @@ class _GptqPass:
         self._steps.advance()
 
     def _quantized(self, site: QuantizedSite, x: Tensor) -> Tensor:
-        weight, fmt, table = by_outputs(site), _format(site), self._table
+        weight, fmt, table = by_outputs(site), weight_format(site), self._table
         judge = gptq.output_judge(x, table.cali_batch_size) if table.clip_search_y else None
         round_block = partial(_rounded_block, fmt, table.quantile_search, judge)
         return gptq.block_gptq(weight, self._gram(site, x), _block_size(weight, fmt), table.percdamp, round_block)
@@ -89,11 +90,7 @@ class _GptqPass:
     def _gram(self, site: QuantizedSite, x: Tensor) -> Tensor:
         if self._last is None or self._last[0] is not x:
             rows = x.flatten(0, -2).float()
-            if not torch.isfinite(rows.sum()):
-                raise ConversionError(
-                    f"the calibration text gives {site.name} inputs that are NaN or infinite: calibrate in float32 "
-                    "(dtype), or take gptq = true out of its selector"
-                )
+            check_finite(rows, site.name, "take gptq = true out of its selector")
             self._last = x, rows.t() @ rows
         return self._last[1]
 
@@ -101,12 +98,12 @@ class _GptqPass:
 def freeze_as(site: QuantizedSite, values: Tensor) -> None:
     """Give the layer of a site the weight [out, in] that was chosen for it."""
     assert isinstance(site.module, QuantizedLayer)
-    site.module.freeze_as(values.t().contiguous() if site.input_axis == 0 else values)
+    site.module.freeze_as(values)
 
 
 def _clipped(site: QuantizedSite) -> Tensor:
     """Return the weight of a site on the grid, each block with the scale that loses least of the weight itself."""
-    weight, fmt = by_outputs(site), _format(site)
+    weight, fmt = by_outputs(site), weight_format(site)
     parts = weight.split(_block_size(weight, fmt), 1)
     return torch.cat([_rounded_block(fmt, True, None, part, 0) for part in parts], 1)
 
@@ -154,9 +151,3 @@ def _check(site: QuantizedSite, table: str) -> None:
         raise ConversionError(
             f"{site.name}: {table} = true has no format {fmt}: use mxint or mxfp, or take {table} = true out"
         )
-
-
-def _format(site: QuantizedSite) -> MXFormat:
-    fmt = site.formats["weight"]
-    assert isinstance(fmt, MXFormat)  # _check looked
-    return fmt
