@@ -1,6 +1,8 @@
 """Fixtures shared by the tests."""
 
+import logging
 import os
+import sys
 
 from support.paths import ROOT
 
@@ -56,3 +58,31 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def restored(monkeypatch):
+    """What the command changes in its process: the logger, and the environment."""
+    logger = logging.getLogger("mxlab")
+    kept = logger.level, list(logger.handlers), logger.propagate
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.delenv("MX_SPECS_JSON", raising=False)
+    yield
+    level, logger.handlers, logger.propagate = kept
+    logger.setLevel(level)
+
+
+@pytest.fixture
+def mxlab(restored, monkeypatch, capfd):
+    """Runs the command in this process; returns its exit code and what it printed and complained."""
+    from mxlab.cli import main as cli
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["mxlab", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        printed = capfd.readouterr()
+        return caught.value.code or 0, printed.out, printed.err
+
+    return call

@@ -628,20 +628,6 @@ def test_only_standard_settings_are_drawn_where_there_are_any():
 # ---- the command
 
 
-@pytest.fixture
-def mxlab(monkeypatch, capsys):
-    """Runs the command in this process; returns its exit code and what it printed and complained."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["mxlab", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        printed = capsys.readouterr()
-        return caught.value.code or 0, printed.out, printed.err
-
-    return call
-
-
 @pytest.mark.usefixtures("no_mx")
 def test_command(mxlab, tmp_path, monkeypatch):
     monkeypatch.setattr(results, "busy_cores", lambda: 1.5)

@@ -25,6 +25,8 @@ from mxlab.recipe import load_recipe
 
 from support.paths import ROOT
 
+pytestmark = pytest.mark.usefixtures("restored")
+
 QUICK = ["--dtype", "float32", "--batch-size", "2", "--device", "cpu", "--limit", "2"]
 
 

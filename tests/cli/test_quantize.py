@@ -6,6 +6,8 @@ import pytest
 
 from mxlab.recipe import load_recipe
 
+pytestmark = pytest.mark.usefixtures("restored")
+
 RECIPE = """
 name = "mine"
 [[rules]]

@@ -2,10 +2,8 @@
 
 import csv
 import json
-import logging
 import math
 import re
-import sys
 from dataclasses import replace
 
 import pytest
@@ -13,7 +11,6 @@ import torch
 from torch import nn
 
 from mxlab import apply
-from mxlab.cli import main as cli
 from mxlab.errors import ConversionError, MetricError, SpecError
 from mxlab.eval.metrics import next_token_loss, sqnr_db
 from mxlab.formats import MXFormat, parse_format
@@ -468,25 +465,6 @@ def test_the_heat_maps(inspection):
 
 
 # ---- the command
-
-
-@pytest.fixture
-def mxlab(monkeypatch, capfd):
-    """Runs the command in this process; returns its exit code and what it printed and complained."""
-    logger = logging.getLogger("mxlab")
-    kept = logger.level, list(logger.handlers), logger.propagate
-    monkeypatch.delenv("MX_SPECS_JSON", raising=False)
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["mxlab", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        printed = capfd.readouterr()
-        return caught.value.code or 0, printed.out, printed.err
-
-    yield call
-    level, logger.handlers, logger.propagate = kept
-    logger.setLevel(level)
 
 
 QUICK = ("--windows", 2, "--window", 16, "--dtype", "float32", "--device", "cpu")

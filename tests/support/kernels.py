@@ -1,22 +1,9 @@
 """Ways to run the native kernels: every instruction set of this processor, and numbers of threads."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 
-import torch
-
+from mxlab.bench.timing import threads
 from mxlab.numerics.kernels import native
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    """Let torch, and the kernels, use that many threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def every_way() -> Iterator[str]:
