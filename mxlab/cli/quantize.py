@@ -38,7 +38,7 @@ def quantize(
     if dry_run == (out is not None):
         raise SpecError("give --out FOLDER for the quantized model, or --dry-run to see what a recipe does")
     chosen = chosen_recipe(recipe, set_ or [], model)
-    if not chosen.algorithms and not is_of_mase(recipe):
+    if not chosen.takes_calibration and not is_of_mase(recipe):
         raise SpecError(
             f"recipe {chosen.name} asks for no algorithm: mxlab convert rounds to nearest; or add [algorithms.gptq]"
         )

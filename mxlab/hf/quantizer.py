@@ -12,7 +12,6 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mxlab.recipe.carried import METHOD, carried_recipe
-from mxlab.recipe.transform import Wush
 
 
 class MxlabConfig(QuantizationConfigMixin):
@@ -29,14 +28,10 @@ class MxlabQuantizer(HfQuantizer):
     requires_calibration = False
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        """Give the layers room for transforms that are part of the checkpoint."""
-        from mxlab.model.nn.weights import make_room
-        from mxlab.model.plan import make_plan
+        """Give the modules room for what was fitted, which is part of the checkpoint."""
+        from mxlab.model.apply import make_room
 
-        recipe = carried_recipe(self.quantization_config.to_dict())
-        if any(isinstance(rule.transform, Wush) for rule in recipe.rules):
-            for site in make_plan(model, recipe).sites:
-                make_room(site.module, site.transform, site.input_axis)
+        make_room(model, carried_recipe(self.quantization_config.to_dict()))
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:

@@ -22,7 +22,7 @@ from mxlab.formats import NumberFormat
 from mxlab.model import saved, sites
 from mxlab.model.conversion import Conversion
 from mxlab.model.nn import linear
-from mxlab.model.nn.attention import EAGER_ROLES, INNER_ROLES, QuantizedAttention
+from mxlab.model.nn.attention import EAGER_ROLES, INNER_ROLES, QuantizedAttention, make_room_for_offset
 from mxlab.model.nn.experts import QuantizedExperts
 from mxlab.model.nn.forward import override_of
 from mxlab.model.nn.guard import WeightGuard
@@ -31,7 +31,7 @@ from mxlab.model.nn.linear import QuantizedLayer
 from mxlab.model.nn.operands import LinearOperands
 from mxlab.model.nn.phase import PassPhase
 from mxlab.model.nn.shared_input import SharedInput
-from mxlab.model.nn.weights import TensorVersion
+from mxlab.model.nn.weights import TensorVersion, make_room_for_transform
 from mxlab.model.observe import count_weight_clamps
 from mxlab.model.plan import Plan, QuantizedSite, make_plan
 from mxlab.model.structure import cache_argument
@@ -70,8 +70,8 @@ def apply(model: nn.Module, recipe: Recipe | str | Path) -> Conversion:
     if (present := saved.conversion_of(model)) is not None:
         saved.check_same(present.recipe, chosen)
         return present
-    if chosen.algorithms and saved.carried_config(model) is None:
-        _refuse_algorithms(chosen)
+    if saved.carried_config(model) is None:
+        _refuse_what_calibrates(chosen)
     plan = _checked_plan(model, chosen)
     plan.check_finite()
     versions = saved.frozen_versions(saved.carried_config(model))
@@ -109,6 +109,21 @@ def prepare_to_observe(model: nn.Module, recipe: Recipe) -> Conversion:
     return _install(_checked_plan(model, recipe), is_passive=True)
 
 
+def make_room(model: nn.Module, recipe: Recipe) -> None:
+    """Give the modules of a model the buffers for what is fitted to them under ``recipe``, before these are loaded.
+
+    Raises:
+        ConversionError: the recipe does not fit the model.
+    """
+    if not any(rule.is_fitted for rule in recipe.rules):
+        return
+    for site in make_plan(model, recipe).sites:
+        if site.kind == "linear":
+            make_room_for_transform(site.module, site.transform, site.input_axis)
+        elif site.k_offset:
+            make_room_for_offset(site.name, site.module, site.shape)
+
+
 def _is_frozen(site: QuantizedSite, versions: Mapping[str, TensorVersion]) -> bool:
     """Return whether a weight was on the grid when the model was saved, and has not changed since."""
     version = versions.get(f"{site.module_name}.{site.parameter}")
@@ -130,6 +145,18 @@ def _checked_plan(model: nn.Module, recipe: Recipe) -> Plan:
             "format; load the unquantized model"
         )
     return make_plan(model, recipe)
+
+
+def _refuse_what_calibrates(recipe: Recipe) -> None:
+    if recipe.algorithms:
+        _refuse_algorithms(recipe)
+    for rule in recipe.rules:
+        if rule.is_fitted:
+            what = "k_offset" if rule.k_offset else str(rule.transform)
+            raise ConversionError(
+                f"recipe {recipe.name}: {rule} asks for {what}, which is fitted by calibration, and this model was not "
+                "quantized with it: use mxlab quantize, and load what it saves"
+            )
 
 
 def _refuse_algorithms(recipe: Recipe) -> None:
@@ -181,6 +208,8 @@ class _Installer:
     def install(self, site: QuantizedSite) -> None:
         """Convert the module of a site."""
         if site.kind == "attention":
+            if site.k_offset and not self.is_passive:
+                make_room_for_offset(site.name, site.module, site.shape)
             argument = cache_argument(site.module)
             assert argument is not None  # or it would not be an attention
             QuantizedAttention(

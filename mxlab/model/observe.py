@@ -35,13 +35,8 @@ def observe(conversion: Conversion, observer: SiteObserver) -> Iterator[None]:
     Weights and biases do not depend on the input: :meth:`QuantizedSite.quantized_parameters` has them. A tensor may be
     written to after the call: copy what is to be kept.
     """
-    for site in conversion.sites:
-        computer_of(site).set_observer(site.parameter, partial(_call, observer, site))
-    try:
+    with _observing(conversion.sites, partial(_call, observer)):
         yield
-    finally:
-        for site in conversion.sites:
-            computer_of(site).set_observer(site.parameter, None)
 
 
 @contextmanager
@@ -55,13 +50,31 @@ def observe_inputs(conversion: Conversion, observer: Callable[[QuantizedSite, Te
         if role == "activation":
             observer(site, x)
 
-    layers = [site for site in conversion.sites if site.kind == "linear"]
-    for site in layers:
-        computer_of(site).set_observer(site.parameter, partial(only_inputs, site))
+    with _observing([site for site in conversion.sites if site.kind == "linear"], only_inputs):
+        yield
+
+
+@contextmanager
+def observe_keys(conversion: Conversion, observer: Callable[[QuantizedSite, Tensor], None]) -> Iterator[None]:
+    """Show ``observer`` K (batch, heads, tokens, head_dim) of every attention that quantizes it, before it does."""
+
+    def only_keys(site: QuantizedSite, role: str, x: Tensor, axis: int) -> None:
+        if role == "k":
+            observer(site, x.movedim(axis, -1))
+
+    with _observing([site for site in conversion.sites if "k" in site.roles], only_keys):
+        yield
+
+
+@contextmanager
+def _observing(sites: Iterable[QuantizedSite], observer: SiteObserver) -> Iterator[None]:
+    """Have each of ``sites`` show its operands to ``observer``, as long as the context is open."""
+    for site in sites:
+        computer_of(site).set_observer(site.parameter, partial(observer, site))
     try:
         yield
     finally:
-        for site in layers:
+        for site in sites:
             computer_of(site).set_observer(site.parameter, None)
 
 

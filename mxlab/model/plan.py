@@ -37,12 +37,14 @@ class QuantizedSite(Site):
         by_phase: the formats by role, for each phase of generation.
         rules: the number of the rule that gave them, for each phase that has one.
         transform: of the operands before they are quantized; None where there is none.
+        k_offset: whether K is quantized without its mean, which a calibration text gives.
         tied_to: name of a module that shares the weight; None where there is none.
     """
 
     by_phase: Mapping[Phase, Mapping[str, NumberFormat]] = field(default_factory=dict)
     rules: Mapping[Phase, int] = field(default_factory=dict)
     transform: Transform | None = None
+    k_offset: bool = False
     tied_to: str | None = None
 
     @property
@@ -123,7 +125,13 @@ class Plan:
         steps in (:mod:`mxlab.recipe.subset`).
         """
         rules = tuple(
-            Rule(name=site.name, phase=phase, transform=site.transform, **formats)  # pyright: ignore[reportArgumentType]
+            Rule(
+                name=site.name,
+                phase=phase,
+                transform=site.transform,
+                k_offset=site.k_offset and "k" in formats,
+                **formats,  # pyright: ignore[reportArgumentType]
+            )
             for site in self.sites
             for phase, formats in _distinct_phases(site)
         )
@@ -312,7 +320,11 @@ def _quantized_site(
     }
     by_number: dict[Phase, int] = {phase: numbers[id(rule)] for phase, rule in rules.items() if rule}
     found = QuantizedSite(
-        **vars(site), by_phase=by_phase, rules=by_number, transform=transform_of(site, rules.values())
+        **vars(site),
+        by_phase=by_phase,
+        rules=by_number,
+        transform=transform_of(site, rules.values()),
+        k_offset=any(rule.k_offset for rule in rules.values() if rule),
     )
     if site.kind == "attention":
         return found

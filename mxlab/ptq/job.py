@@ -114,7 +114,7 @@ class QuantizationJob:
         Raises:
             SourceError, SpecError: the text cannot be had, or is too short.
         """
-        if MASE in self.recipe.algorithms or not self.recipe.algorithms:
+        if MASE in self.recipe.algorithms or not self.recipe.takes_calibration:
             return mase.windows(self.recipe, lambda name: token_ids(name, tokenizer, self.data_dir))
         options = self.recipe.algorithm("calibration") or Calibration()
         return sample(token_ids(options.text, tokenizer, self.data_dir), options)

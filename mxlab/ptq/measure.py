@@ -48,7 +48,7 @@ class Measurement:
         """
         with tempfile.TemporaryDirectory() as temporary:
             model, made, evaluated = self.model, {}, recipe
-            if recipe.algorithms:
+            if recipe.takes_calibration:
                 saved = folder or Path(temporary) / "model"
                 if not saved.exists():
                     QuantizationJob(self.model, recipe, code, data_dir=self.data_dir).run(saved, resume=True)

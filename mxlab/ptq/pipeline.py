@@ -16,6 +16,7 @@ from mxlab.ptq import mase
 from mxlab.ptq.calibration import Windows
 from mxlab.ptq.distillation import distill
 from mxlab.ptq.layers import LayerQuantizer
+from mxlab.ptq.offsets import fitting_offsets
 from mxlab.ptq.resume import Progress
 from mxlab.ptq.search import searched
 from mxlab.ptq.streams import layers_by_input, run_in_lockstep
@@ -42,7 +43,7 @@ def quantize_model(
         RunError: a step cannot be kept.
     """
     progress = progress or Progress()
-    if not recipe.algorithms:
+    if not recipe.takes_calibration:
         return apply(model, recipe)
     if MASE in recipe.algorithms:
         return mase.quantize_model(model, original, recipe, windows, progress)
@@ -51,7 +52,8 @@ def quantize_model(
     conversion, observed = prepare(model, recipe), prepare_to_observe(original, recipe)
     groups = layers_by_input(observed, windows.ids)
     layers = LayerQuantizer(recipe.algorithm("gptq") or Gptq(), windows.held_out, conversion, groups, progress)
-    with torch.no_grad(), Steps("quantizing", layers.count) as steps:
+    offsets = fitting_offsets(conversion, windows.held_out)
+    with torch.no_grad(), offsets, Steps("quantizing", layers.count) as steps:
         run_in_lockstep(conversion, observed, windows.ids, lambda *seen: steps.advance(layers.visit(*seen)))
     conversion = finish(conversion)
     if (distillation := recipe.algorithm("distillation")) is not None:

@@ -145,6 +145,11 @@ class Recipe:
         return bool(self.rules or self.inject)
 
     @property
+    def takes_calibration(self) -> bool:
+        """Whether quantizing a model under it takes a calibration text: for an algorithm, or for what a rule fits."""
+        return bool(self.algorithms) or any(rule.is_fitted for rule in self.rules)
+
+    @property
     def formats(self) -> tuple[NumberFormat, ...]:
         """Every format the rules give, in order."""
         return tuple(fmt for rule in self.rules for fmt in rule.formats.values())

@@ -23,9 +23,10 @@ ATTENTION_ROLES = (*KV_ROLES, "q", "p", "softmax", "rope")
 ROLES = LINEAR_ROLES + ATTENTION_ROLES
 TRANSFORMED_LINEAR_ROLES = ("weight", "activation")
 TRANSFORMED_ATTENTION_ROLES = (*KV_ROLES, "q")
+TRANSFORMED_ROLES = (*TRANSFORMED_LINEAR_ROLES, *TRANSFORMED_ATTENTION_ROLES)
 DEROTATED_ROLES = ("activation", *KV_ROLES)
 SELECTORS = ("modules", "type", "name", "part")
-_FLAGS = ("skip", "bias_optional")
+_FLAGS = ("skip", "bias_optional", "k_offset")
 
 _LAYERS = re.compile(r"(?P<first>[0-9]+)(-(?P<last>[0-9]+))?|(?P<from_end>-[0-9]+)")
 
@@ -50,6 +51,9 @@ class Rule:
     A ``transform`` is applied to both operands of the product, before they are quantized: to the weight and the
     activation of a linear layer along the dimension it sums over, to ``k``, ``q`` and ``v`` along head_dim. The
     transform ``derotated_hadamard`` is applied to ``activation``, ``k`` and ``v`` alone, and undone after quantizing.
+
+    With ``k_offset`` the mean of ``k`` over a calibration text, one number for each element of each head, is taken off
+    before it is quantized and added again afterwards (:mod:`mxlab.ptq.offsets`).
 
     Attributes:
         layers: decoder layers, such as ``0-3, 8, -1``; ranges include both ends, -1 is the last layer.
@@ -80,6 +84,7 @@ class Rule:
     rope: NumberFormat | None = None
     transform: Transform | None = None
     bias_optional: bool = False
+    k_offset: bool = False
 
     def __post_init__(self) -> None:
         self._check_selector()
@@ -90,6 +95,8 @@ class Rule:
                 raise SpecError(f"{self}: {flag} is {getattr(self, flag)!r}: it must be true or false")
         if self.bias_optional and not self.bias:
             raise SpecError(f"{self} says bias_optional but gives no format for bias: take it out, or give one")
+        if self.k_offset and not self.k:
+            raise SpecError(f"{self} says k_offset but gives no format for k: take it out, or give one")
         if self.skip and self.formats:
             raise SpecError(f"{self} skips its modules and gives formats for {', '.join(self.formats)}: one or other")
         if self.transform is not None:
@@ -100,7 +107,7 @@ class Rule:
     def _read_transform(self, given: object) -> None:
         transform = parse_transform(given)
         object.__setattr__(self, "transform", transform)
-        if not any(role in self.formats for role in (*TRANSFORMED_LINEAR_ROLES, *TRANSFORMED_ATTENTION_ROLES)):
+        if not any(role in self.formats for role in TRANSFORMED_ROLES):
             raise SpecError(f"{self} gives a transform, and no format for what it transforms: give one")
         if isinstance(transform, Wush) and self.is_attention:
             raise SpecError(f"{self}: {transform} is fitted to a linear layer; for k, v and q take 'hadamard'")
@@ -137,6 +144,11 @@ class Rule:
     def formats(self) -> dict[str, NumberFormat]:
         """The roles that are quantized, and their formats."""
         return {role: fmt for role in ROLES if (fmt := getattr(self, role)) is not None}
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether it takes a calibration text to fit what the rule asks for, whatever chooses the weights."""
+        return self.k_offset or isinstance(self.transform, Wush)
 
     def matches(self, name: str, type: str = "", part: str = "") -> bool:
         """Return whether the selector chooses a module of that qualified name, class name and part; layers aside."""

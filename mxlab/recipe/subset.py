@@ -12,7 +12,7 @@ from typing import Any
 
 from mxlab.errors import SpecError
 from mxlab.recipe import Elementwise, Recipe
-from mxlab.recipe.rule import ROLES, Rule
+from mxlab.recipe.rule import ROLES, TRANSFORMED_ROLES, Rule
 
 ELEMENTWISE = "elementwise"  # the rounding around the matmuls, as a role
 ALL_ROLES = (*ROLES, ELEMENTWISE)
@@ -46,7 +46,9 @@ def without_modules(recipe: Recipe, names: Collection[str]) -> Recipe:
 
 def _with_roles(rule: Rule, roles: Collection[str]) -> Rule:
     dropped: dict[str, Any] = {role: None for role in rule.formats if role not in roles}
-    return replace(rule, **dropped)
+    if not set(rule.formats).intersection(roles).intersection(TRANSFORMED_ROLES):
+        dropped["transform"] = None
+    return replace(rule, **dropped, k_offset=rule.k_offset and "k" in roles)
 
 
 def _spelled_out(recipe: Recipe) -> tuple[Rule, ...]:

@@ -33,6 +33,7 @@ from mxlab.recipe.transform import Derotated, Hadamard, Transform
 INNER_ROLES = ("q", "softmax", "p")
 EAGER_ROLES = ("softmax", "p")
 ROPE_ARGUMENT = "position_embeddings"
+K_OFFSET = "k_offset"  # the buffer with the mean of K
 SHARED_ARGUMENT = "shared_kv_states"  # by which transformers 5 hands K and V from layer to layer
 
 # Scores below this are masked ones, whatever their dtype: exp of them is zero beside any other. Masks are made of the
@@ -54,6 +55,11 @@ class QuantizedAttention(Observable):
         transform: of K, V and the query along head_dim, before they are quantized. The attention sees them transformed
             back. As it is orthogonal, the products are those of the transformed operands, which lie on the grid. One
             that is derotated leaves the query alone.
+
+    The attention's buffer ``k_offset`` (:func:`make_room_for_offset`), where it has one, is taken off K before it is
+    quantized and added again afterwards. That moves all scores of a query alike, by what the query makes of it: on the
+    grid lies the rest. So a format that is symmetric around zero need not spend its range on the mean (SageAttention,
+    arXiv 2410.02367, section 4.2).
     """
 
     def __init__(
@@ -68,6 +74,7 @@ class QuantizedAttention(Observable):
         transform: Transform | None = None,
     ) -> None:
         self._name, self._cache_argument = name, cache_argument
+        self._attention = attention
         self._config = getattr(attention, "config", None)
         # Gemma's last layers use the K and V of an earlier one, which are quantized there.
         self._reuses_keys = bool(getattr(attention, "is_kv_shared_layer", False))
@@ -115,8 +122,10 @@ class QuantizedAttention(Observable):
         return output
 
     def replicated(self, module: nn.Module) -> QuantizedAttention:
-        """Return itself: nothing here is of one device."""
-        return self
+        """Return what computes ``module``, which has buffers of its own."""
+        replica = copy.copy(self)
+        replica._attention = module
+        return replica
 
     def _computes_keys_anew(self, args: tuple, kwargs: dict[str, Any]) -> bool:
         """Return whether K and V that would be read from the cache of an earlier layer are computed: there is none."""
@@ -156,6 +165,24 @@ class QuantizedAttention(Observable):
         self._show("", role, x, axis)
         if self._is_passive:
             return x
+        offset = getattr(self._attention, K_OFFSET, None)
+        if role != "k" or offset is None:
+            return self._on_grid(role, x, fmt, axis)
+        offset = self._of_shape(offset, x, axis)
+        return self._on_grid(role, x - offset, fmt, axis) + offset
+
+    def _of_shape(self, offset: Tensor, x: Tensor, axis: int) -> Tensor:
+        """Return the offset [heads, 1, head_dim] as it is taken off ``x``, whose heads may come several times over."""
+        heads = x.shape[-3]
+        if x.shape[axis] != offset.shape[-1] or heads % len(offset):
+            raise ConversionError(
+                f"the keys of {self._name} are {tuple(x.shape)}, and their offset is for {len(offset)} heads of "
+                f"{offset.shape[-1]}: leave k_offset out for it"
+            )
+        repeated = offset.to(x.dtype).repeat_interleave(heads // len(offset), dim=0)
+        return repeated if axis in (-1, x.ndim - 1) else repeated.mT
+
+    def _on_grid(self, role: str, x: Tensor, fmt: NumberFormat, axis: int) -> Tensor:
         transform = self._transform
         if not isinstance(transform, Hadamard | Derotated) or role not in _transformed_roles(transform):
             return quantize(x, fmt, axis=axis, numerics=self.numerics)
@@ -187,6 +214,20 @@ class QuantizedAttention(Observable):
         raise ConversionError(
             f"{self._name} computes its attention where mxlab cannot see {', '.join(missed)}: {remedy}"
         )
+
+
+def make_room_for_offset(name: str, attention: nn.Module, shape: tuple[int, ...]) -> None:
+    """Give an attention of (K/V heads, head_dim) the buffer of the offset of its keys, [heads, 1, head_dim].
+
+    Raises:
+        ConversionError: the shape is not known.
+    """
+    if not shape:
+        raise ConversionError(f"mxlab cannot tell the heads of {name}, a {type(attention).__name__}: take k_offset out")
+    if not hasattr(attention, K_OFFSET):
+        heads, head_dim = shape
+        device = next((p.device for p in attention.parameters()), None)
+        attention.register_buffer(K_OFFSET, torch.zeros(heads, 1, head_dim, device=device))
 
 
 def _transformed_roles(transform: Transform) -> tuple[str, ...]:

@@ -193,7 +193,7 @@ class FrozenWeight:
         return {**self.__dict__, "_watched": None}
 
 
-def make_room(layer: Any, transform: Transform | None, axis: int) -> None:
+def make_room_for_transform(layer: Any, transform: Transform | None, axis: int) -> None:
     """Give a linear layer the buffer ``input_transform`` for a transform that is fitted, unless it has it.
 
     Args:
@@ -229,7 +229,7 @@ class QuantizedWeight(nn.Module):
         self.operands = operands
         self.frozen, self._copies = FrozenWeight(operands, self.input_axis, is_tied), {}
         self._numbered = None
-        make_room(self, operands["prefill"].transform, self.input_axis)
+        make_room_for_transform(self, operands["prefill"].transform, self.input_axis)
 
     def _number_of_transform(self, matrices: Tensor) -> int:
         """Return a number that tells the values of the transform from others; it is kept until they change."""
