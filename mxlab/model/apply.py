@@ -70,9 +70,12 @@ def apply(model: nn.Module, recipe: Recipe | str | Path) -> Conversion:
     if (present := saved.conversion_of(model)) is not None:
         saved.check_same(present.recipe, chosen)
         return present
-    if saved.carried_config(model) is None:
-        _refuse_what_calibrates(chosen)
+    is_new = saved.carried_config(model) is None
+    if is_new and chosen.algorithms:
+        _refuse_algorithms(chosen)
     plan = _checked_plan(model, chosen)
+    if is_new:
+        _refuse_fitted(chosen)
     plan.check_finite()
     versions = saved.frozen_versions(saved.carried_config(model))
     # Counted first: once quantized, a block whose scale was clamped may be all zeros.
@@ -147,9 +150,7 @@ def _checked_plan(model: nn.Module, recipe: Recipe) -> Plan:
     return make_plan(model, recipe)
 
 
-def _refuse_what_calibrates(recipe: Recipe) -> None:
-    if recipe.algorithms:
-        _refuse_algorithms(recipe)
+def _refuse_fitted(recipe: Recipe) -> None:
     for rule in recipe.rules:
         if rule.is_fitted:
             what = "k_offset" if rule.k_offset else str(rule.transform)

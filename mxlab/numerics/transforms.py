@@ -21,7 +21,7 @@ def transform(x: Tensor, matrices: Tensor, *, backend: str = "auto") -> Tensor:
 
     Args:
         x: float32, bfloat16 or float16 [..., n].
-        matrices: float32 [size, size], or [n / size, size, size]; no gradient is computed for them.
+        matrices: float32 [size, size], or [n / size, size, size].
         backend: as in :func:`mxlab.numerics.quantize`.
 
     Returns:
@@ -32,7 +32,7 @@ def transform(x: Tensor, matrices: Tensor, *, backend: str = "auto") -> Tensor:
     """
     check(x, "exact", backend)
     operators.check_matrices(x, matrices)
-    if x.requires_grad and torch.is_grad_enabled():
+    if torch.is_grad_enabled() and (x.requires_grad or matrices.requires_grad):
         return _Transform.apply(x, matrices, backend)  # pyright: ignore[reportReturnType]
     return operators.transform(x, matrices, backend)
 
@@ -63,7 +63,7 @@ def transform_quantize(
     """
     check(x, numerics, backend)
     operators.check_matrices(x, matrices)
-    if x.requires_grad and torch.is_grad_enabled():
+    if torch.is_grad_enabled() and (x.requires_grad or matrices.requires_grad):
         made = transform(x, matrices, backend=backend)
         return quantize(made, fmt, numerics=numerics, backend=backend, seed=seed, out=out)
     text, is_random = operators.spelled(fmt, numerics, backend)
@@ -85,9 +85,20 @@ def inverse_transposed(matrices: Tensor) -> Tensor:
 class _Transform(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, matrices: Tensor, backend: str) -> Tensor:
-        ctx.matrices, ctx.backend = matrices, backend
+        ctx.save_for_backward(x if matrices.requires_grad else None, matrices)
+        ctx.backend = backend
         return operators.transform(x, matrices, backend)
 
     @staticmethod
-    def backward(ctx: Any, *grad: Tensor) -> Any:
-        return _Transform.apply(grad[0], ctx.matrices.mT.contiguous(), ctx.backend), None, None
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        [grad], (x, matrices) = grads, ctx.saved_tensors
+        of_x = _Transform.apply(grad, matrices.mT.contiguous(), ctx.backend) if ctx.needs_input_grad[0] else None
+        return of_x, None if x is None else _gradient_of_matrices(x, grad, matrices), None
+
+
+def _gradient_of_matrices(x: Tensor, grad: Tensor, matrices: Tensor) -> Tensor:
+    """Return the sum over all rows of x, transposed, times the gradient of the product, like ``matrices``."""
+    size = matrices.shape[-1]
+    rows, of_rows = (t.reshape(-1, t.shape[-1] // size, size).transpose(0, 1).float() for t in (x, grad))
+    found = rows.mT @ of_rows
+    return found if matrices.ndim == 3 else found.sum(0)

@@ -19,6 +19,7 @@ class ChosenWeight:
 
     Attributes:
         name: of the layer.
+        shares_with: name of the first of the layers that read the same input under the same transform.
         layer: whose weight holds the values on the grid, in the basis of its transform.
         fmt: their format.
         scales: of the blocks, [out, blocks, 1].
@@ -26,6 +27,7 @@ class ChosenWeight:
     """
 
     name: str
+    shares_with: str
     layer: QuantizedLayer
     fmt: MXFormat
     scales: Tensor

@@ -73,7 +73,7 @@ class LayerQuantizer:
         layer.freeze_as(values)
         tensors = {"values": values, "scales": scales, "target": target, "transform": layer.input_transform}
         self._progress.keep(site.name, tensors)
-        return ChosenWeight(site.name, layer, fmt, scales, target)
+        return ChosenWeight(site.name, self._alike(site)[0].name, layer, fmt, scales, target)
 
     def _fit(self, site: QuantizedSite, transform: Wush, x: Tensor) -> None:
         """Fit the transform of all layers that share the input of ``site`` and are to be transformed so."""
@@ -97,7 +97,7 @@ class LayerQuantizer:
         if "transform" in kept:
             self._set_transform(site, kept["transform"])
         _layer(site).freeze_as(values)
-        return ChosenWeight(site.name, _layer(site), weight_format(site), scales, target)
+        return ChosenWeight(site.name, self._alike(site)[0].name, _layer(site), weight_format(site), scales, target)
 
     def _statistics(self, site: QuantizedSite, layer: QuantizedLayer, x: Tensor, original: Tensor) -> InputStatistics:
         """Return the statistics of the input; layers that share it, transformed and quantized, share them."""

@@ -84,6 +84,7 @@ class Distillation:
         batch: windows that a step is taken from.
         rate: of the weights at its highest, in parts of their block's scale a step.
         vector_rate: of the gains of the norms and the biases.
+        transform_rate: of the transforms that were fitted, in parts of the size of their elements.
         check: steps from one look at the windows held out to the next.
 
     Source: :mod:`mxlab.ptq.distillation`.
@@ -93,12 +94,13 @@ class Distillation:
     batch: int = 2
     rate: float = 1e-3
     vector_rate: float = 1e-3
+    transform_rate: float = 1e-3
     check: int = 20
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "check"):
             check_int(name, getattr(self, name), 1, 2**31, "a whole number from 1")
-        for name in ("rate", "vector_rate"):
+        for name in ("rate", "vector_rate", "transform_rate"):
             value = getattr(self, name)
             if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1:
                 raise FormatError(f"{name} is {value!r}: it must be a number from 0 to below 1")

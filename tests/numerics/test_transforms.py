@@ -119,6 +119,19 @@ def test_the_gradient_is_that_of_the_product(fmt):
     assert torch.allclose(x.grad, y.grad, atol=1e-6)
 
 
+@pytest.mark.parametrize("is_shared", [True, False])
+@pytest.mark.parametrize("is_learned_alone", [True, False])
+def test_the_matrices_have_a_gradient_too(is_shared, is_learned_alone):
+    x, given = numbers(2, 5, 96), matrices(32, 0 if is_shared else 3).requires_grad_()
+    x.requires_grad_(not is_learned_alone)
+    weights = numbers(2, 5, 96, seed=2)
+    (transform(x, given) * weights).sum().backward()
+    alike = given.detach().clone().requires_grad_()
+    blocks = x.detach().unflatten(-1, (3, 32)).unsqueeze(-2)
+    ((blocks @ alike).flatten(-3) * weights).sum().backward()
+    assert torch.allclose(given.grad, alike.grad, atol=1e-5)
+
+
 @pytest.mark.filterwarnings("ignore:.*autograd.function.Function:DeprecationWarning")  # torch's own tracing
 @pytest.mark.parametrize("is_training", [False, True])
 def test_compiled_code_has_the_operators_in_one_graph(is_training):

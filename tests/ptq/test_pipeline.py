@@ -170,3 +170,13 @@ def test_learned_weights_lie_on_the_grid_of_the_scales_that_were_chosen():
         assert (was != now).any()
         ratio = now / torch.exp2(torch.floor(torch.log2(step)) - 3)
         assert torch.equal(ratio, ratio.round())
+
+
+def test_distillation_learns_fitted_transforms_which_layers_go_on_sharing(tmp_path):
+    options = {"steps": 4, "check": 2, "transform_rate": 0.02}
+    plain, model = quantized(linear="wush@16"), quantized({"gptq": {}, "distillation": options}, linear="wush@16")
+    was, now = (m.model.layers[0] for m in (plain, model))
+    assert not torch.equal(now.mlp.up_proj.input_transform, was.mlp.up_proj.input_transform)
+    assert torch.equal(now.mlp.up_proj.input_transform, now.mlp.gate_proj.input_transform)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model))
