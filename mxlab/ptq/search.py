@@ -1,9 +1,12 @@
-"""Choose the transform of every layer: by what it leaves of the layer's output, then by what the model predicts.
+"""Choose the transform of every layer, and the scale rules of what it multiplies by its weight.
+
+By what they leave of the layer's output first, then by what the model predicts.
 
 First every candidate is tried on each group of layers that share an input, by itself: which leaves the smallest error
 in what they compute. Then kinds of layers are taken one after the other (those with the same name in every decoder
 layer): each candidate for all of a kind, and the best of each layer, are compared by the KL divergence of the model's
-next tokens, everything being rounded to nearest. The size that suits one model does not suit another, and a rotation
+next tokens, everything being rounded to nearest. In the end the scale rules of activations, of K and of V are compared
+in the same way, kind by kind: which is best depends on the transform. The size that suits one model does not suit another, and a rotation
 can be worse than none (PTQ with MXFP4: Egiazarian et al., "Bridging the Gap Between Promise and Performance for
 Microscaling FP4 Quantization", 2025).
 """
@@ -14,13 +17,15 @@ import copy
 import logging
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mxlab.errors import ConversionError
+from mxlab.errors import ConversionError, FormatError
+from mxlab.formats import MXFormat
 from mxlab.model.apply import freeze, linear_operands, prepare, prepare_to_observe
 from mxlab.model.nn.linear import QuantizedLayer
 from mxlab.model.observe import observe_inputs
@@ -34,18 +39,19 @@ from mxlab.ptq.layers import by_outputs
 from mxlab.ptq.streams import forward, layers_by_input
 from mxlab.recipe import Recipe
 from mxlab.recipe.algorithms import Search
+from mxlab.recipe.rule import KV_ROLES
 from mxlab.recipe.transform import Transform, Wush
 
 _ROWS = 512  # of an input, by which candidates are tried on a layer
 _FINALISTS = 2  # candidates for all layers of a kind that are compared in the model, beside the best of each layer
 
-Assignment = dict[str, Transform | None]  # by the layer's name
+Assignment = dict[str, dict[str, Any]]  # by the site's name: what its rule has in place of what the recipe gives
 
 logger = logging.getLogger("mxlab")
 
 
 def searched(original: Any, recipe: Recipe, options: Search, ids: Tensor) -> Recipe:
-    """Return the recipe with a rule for each layer, and in it the transform that serves it best.
+    """Return the recipe with a rule for each layer, and in it the transform and the scale rules that serve it best.
 
     Args:
         original: the unquantized model, which is left alone.
@@ -59,15 +65,20 @@ def searched(original: Any, recipe: Recipe, options: Search, ids: Tensor) -> Rec
     plan = make_plan(original, recipe)
     spelled = plan.spelled_out()
     groups = _groups(original, spelled, options, ids)
-    contests = [*_linear_contests(groups), *_attention_contests(plan.sites, options)]
-    start: Assignment = {name: group.best for group in groups for name in group.names}
+    kinds = _kinds(groups)
+    contests = [
+        *_linear_contests(kinds),
+        *_attention_contests(plan.sites, options),
+        *_rule_contests(plan.sites, kinds, options),
+    ]
+    start: Assignment = {name: {"transform": group.best} for group in groups for name in group.names}
     trial = _Trial(original, spelled, ids[: max(1, options.tokens // ids.shape[1])], groups)
-    return with_transforms(spelled, trial.winners(start, contests))
+    return with_changes(spelled, trial.winners(start, contests))
 
 
-def with_transforms(recipe: Recipe, assignment: Assignment) -> Recipe:
-    """Return a recipe whose rules name one layer each, with the transforms that are assigned to these."""
-    rules = (replace(r, transform=assignment[r.name]) if r.name in assignment else r for r in recipe.rules)
+def with_changes(recipe: Recipe, assignment: Assignment) -> Recipe:
+    """Return a recipe whose rules name one site each, with what is assigned to these."""
+    rules = (replace(r, **assignment[r.name]) if r.name in assignment else r for r in recipe.rules)
     return replace(recipe, rules=tuple(rules))
 
 
@@ -95,30 +106,68 @@ class _Group:
 
 @dataclass(frozen=True)
 class _Contest:
-    """Candidates for all layers of a kind."""
+    """What sites of a kind may have in common: by the name of each candidate, what it changes."""
 
-    names: tuple[str, ...]
-    candidates: tuple[Transform | None, ...]
+    candidates: dict[str, Assignment]
 
 
-def _linear_contests(groups: Sequence[_Group]) -> list[_Contest]:
-    """Return for each kind of layers the candidates that lose least over all of them."""
+def _kinds(groups: Sequence[_Group]) -> list[list[_Group]]:
+    """Return the groups that have the same place in their decoder layers together."""
     kinds: defaultdict[tuple[int, ...], list[_Group]] = defaultdict(list)
     for group in groups:
         kinds[group.place].append(group)
+    return list(kinds.values())
+
+
+def _linear_contests(kinds: Sequence[Sequence[_Group]]) -> list[_Contest]:
+    """Return for each kind of layers the transforms that lose least over all of them."""
     contests = []
-    for alike in kinds.values():
+    for alike in kinds:
         totals = {c: sum(g.losses[c] for g in alike) for c in alike[0].losses if all(c in g.losses for g in alike)}
         finalists = sorted(totals, key=lambda c: totals[c])[:_FINALISTS]
-        contests.append(_Contest(tuple(name for group in alike for name in group.names), tuple(finalists)))
+        contests.append(_transforms([name for group in alike for name in group.names], finalists))
     return contests
 
 
 def _attention_contests(sites: Sequence[QuantizedSite], options: Search) -> list[_Contest]:
     """Return what all attentions can have in common, which is told apart by the model alone."""
     attentions = [site for site in sites if site.kind == "attention"]
-    fitting = [c for c in options.candidates if all(_fits(site, c) for site in attentions)]
-    return [_Contest(tuple(site.name for site in attentions), tuple(fitting))] if attentions else []
+    fitting = {_sizes(attentions, c): c for c in reversed(options.candidates) if all(_fits(s, c) for s in attentions)}
+    return [_transforms([site.name for site in attentions], [*reversed(fitting.values())])] if attentions else []
+
+
+def _sizes(sites: Sequence[QuantizedSite], candidate: Transform | None) -> tuple[object, ...]:
+    """Return what tells a transform from others at these sites: the whole width may be a size as well."""
+    sizes = {candidate.size or site.shape[-1] if candidate is not None and site.shape else 0 for site in sites}
+    return type(candidate), *sorted(sizes)
+
+
+def _transforms(names: Sequence[str], candidates: Sequence[Transform | None]) -> _Contest:
+    return _Contest({f"{c or 'none'} for {names[0]}": dict.fromkeys(names, {"transform": c}) for c in candidates})
+
+
+def _rule_contests(
+    sites: Sequence[QuantizedSite], kinds: Sequence[Sequence[_Group]], options: Search
+) -> list[_Contest]:
+    """Return for the activations of each kind of layers, and for K and V of all attentions, the scale rules."""
+    by_name = {site.name: site for site in sites}
+    alike = [("activation", [by_name[name] for group in kind for name in group.names]) for kind in kinds]
+    alike += [(role, [site for site in sites if role in site.formats]) for role in KV_ROLES]
+    return [
+        _Contest({f"{rule} for {role} of {of[0].name}": _with_rule(of, role, rule) for rule in options.rules})
+        for role, of in alike
+        if of
+    ]
+
+
+def _with_rule(sites: Sequence[QuantizedSite], role: str, rule: str) -> Assignment:
+    """Return the formats of a role under another scale rule, for the sites that have a format which knows the rule."""
+    changed: Assignment = {}
+    for site in sites:
+        if isinstance(fmt := site.formats.get(role), MXFormat):
+            with suppress(FormatError):
+                changed[site.name] = {role: replace(fmt, scale_rule=rule)}
+    return changed
 
 
 def _fits(site: QuantizedSite, candidate: Transform | None) -> bool:
@@ -147,19 +196,20 @@ class _Trial:
             logger.info("transforms that serve each layer best: KL divergence %.4f", least)
             steps.advance()
             for contest in contests:
-                for candidate in contest.candidates:
-                    tried = {**present, **dict.fromkeys(contest.names, candidate)}
-                    found = self._divergence(tried)
-                    logger.info("%s for all like %s: KL divergence %.4f", candidate, contest.names[0], found)
+                for name, changes in contest.candidates.items():
+                    tried = present | {of: {**present.get(of, {}), **change} for of, change in changes.items()}
+                    if with_changes(self._recipe, tried) != with_changes(self._recipe, present):
+                        found = self._divergence(tried)
+                        logger.info("%s and all like it: KL divergence %.4f", name, found)
+                        if found < least:
+                            present, least = tried, found
                     steps.advance()
-                    if found < least:
-                        present, least = tried, found
         return present
 
     @torch.no_grad()
     def _divergence(self, assignment: Assignment) -> float:
         model = copy.deepcopy(self._original)
-        conversion = prepare(model, with_transforms(self._recipe, assignment))
+        conversion = prepare(model, with_changes(self._recipe, assignment))
         for site in conversion.sites:
             if isinstance(site.transform, Wush):
                 _round(site, self._matrices[site.name][site.transform])

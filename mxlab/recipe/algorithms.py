@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 
 from mxlab.checks import check_choice, check_int, check_keys
 from mxlab.errors import FormatError, SpecError
+from mxlab.formats import SCALE_RULES
 from mxlab.recipe.transform import Transform, parse_transform
 
 Order = Literal["activation", "index"]
@@ -58,7 +59,7 @@ class Gptq:
 
     order: Order = "activation"
     damping: tuple[float, ...] = (0.01,)
-    correction: tuple[float, ...] = (0.0, 0.5, 1.0)
+    correction: tuple[float, ...] = (0.0,)
     search: tuple[int, ...] = (-1, 0, 1)
 
     def __post_init__(self) -> None:
@@ -108,20 +109,28 @@ class Distillation:
 
 @dataclass(frozen=True)
 class Search:
-    """Choose the transform of every layer, in place of those that the rules give.
+    """Choose the transform of every layer, in place of those that the rules give, and scale rules.
 
     Attributes:
         transforms: the candidates: ``none``, or as a rule spells them. Those that do not fit a layer are left out.
+        rules: scale rules that are tried for activations, K and V beside those of their formats; a format that does
+            not know one is left alone.
         tokens: of the calibration text, by which assignments are compared.
 
     Source: :mod:`mxlab.ptq.search`.
     """
 
     transforms: tuple[str, ...] = ("none", "hadamard@32", "hadamard@64", "hadamard", "wush@32")
+    rules: tuple[str, ...] = ()
     tokens: int = 4096
 
     def __post_init__(self) -> None:
         check_int("tokens", self.tokens, 2, 2**31, "a whole number from 2")
+        if not isinstance(self.rules, list | tuple):
+            raise FormatError(f"rules is {self.rules!r}: it must be a list of scale rules")
+        for rule in self.rules:
+            check_choice("rules", rule, SCALE_RULES)
+        object.__setattr__(self, "rules", tuple(self.rules))
         values = self.transforms
         if not isinstance(values, list | tuple) or not values or not all(isinstance(v, str) for v in values):
             raise FormatError(f"transforms is {values!r}: it must be a list of their names")

@@ -17,9 +17,9 @@ from support.llama import tiny
 CANDIDATES = ("none", "hadamard@16", "hadamard@4", "hadamard", "wush@16")
 
 
-def found(model=None, candidates=CANDIDATES):
+def found(model=None, candidates=CANDIDATES, **more):
     model = model or tiny().eval()
-    return searched(model, recipe(linear=None, kv=None), Search(candidates, 96), IDS)
+    return searched(model, recipe(linear=None, kv=None), Search(candidates, tokens=96, **more), IDS)
 
 
 def outlying():
@@ -48,6 +48,22 @@ def test_every_layer_gets_a_rule_and_layers_that_share_an_input_one_transform():
 def test_inputs_of_different_sizes_are_balanced_by_a_fitted_transform():
     by_name = {rule.name: rule.transform for rule in found(outlying(), ("none", "hadamard@16", "wush@16")).rules}
     assert by_name["model.layers.0.mlp.gate_proj"] == by_name["model.layers.1.mlp.up_proj"] == Wush(16)
+
+
+def test_scale_rules_are_tried_for_what_has_a_format_that_knows_them(caplog):
+    caplog.set_level("INFO", logger="mxlab")
+    rules = found(candidates=("none",), rules=("floor", "mase_int")).rules
+    assert {rule.activation.scale_rule for rule in rules if rule.activation} <= {"even", "floor"}
+    assert {rule.weight.scale_rule for rule in rules if rule.weight} == {"even"}
+    tried = [line for line in caplog.messages if line.startswith("floor for")]
+    assert len(tried) == 4 + 2  # inputs of q, o, gate and down; k and v
+    assert not any(line.startswith("mase_int for") for line in caplog.messages)
+
+
+def test_what_is_there_already_is_not_tried_again(caplog):
+    caplog.set_level("INFO", logger="mxlab")
+    found(candidates=("none",))
+    assert len(caplog.messages) == 1
 
 
 def test_a_model_of_a_search_is_saved_with_what_was_found(tmp_path):
@@ -80,5 +96,7 @@ def test_no_candidate_that_fits_names_the_layer():
 def test_candidates_that_cannot_be_read_are_named():
     with pytest.raises(SpecError, match="transform is 'rotate'"):
         recipe(algorithms={"search": {"transforms": ["rotate"]}})
+    with pytest.raises(SpecError, match="rules is 'best'"):
+        recipe(algorithms={"search": {"rules": ["best"]}})
     with pytest.raises(SpecError, match="must be a list of their names"):
         recipe(algorithms={"search": {"transforms": []}})
