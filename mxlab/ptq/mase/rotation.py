@@ -24,7 +24,7 @@ from mxlab.model.transforms import check_fit
 from mxlab.progress import Steps
 from mxlab.ptq.mase.tables import KV_CACHE, MATMUL_TYPES, RotationTable
 from mxlab.ptq.mase.weights import Weights, freeze_as
-from mxlab.ptq.search import with_transforms
+from mxlab.ptq.search import with_changes
 from mxlab.recipe import Recipe
 from mxlab.recipe.rule import KV_ROLES
 from mxlab.recipe.transform import Derotated
@@ -52,7 +52,7 @@ def searched(model: Any, recipe: Recipe, table: RotationTable, weights: Weights,
     plain = plan.spelled_out()
 
     def rotated(chosen: Sequence[str]) -> Recipe:
-        return with_transforms(plain, {name: Derotated() for kind in chosen for name in kinds[kind]})
+        return with_changes(plain, {name: {"transform": Derotated()} for kind in chosen for name in kinds[kind]})
 
     def perplexity(chosen: Sequence[str]) -> float:
         trial = copy.deepcopy(model)
