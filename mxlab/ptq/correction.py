@@ -17,4 +17,5 @@ def correct(weight: Tensor, statistics: InputStatistics, factor: Factor) -> Tens
 
     ``factor`` is that of the statistics, which says how they are damped.
     """
+    assert statistics.cross is not None
     return weight + factor.divided(weight @ (statistics.cross - statistics.gram))

@@ -5,22 +5,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor
 
-from mxlab.formats import MXFormat
 from mxlab.model.conversion import Conversion
 from mxlab.model.nn.linear import QuantizedLayer
 from mxlab.model.plan import QuantizedSite
-from mxlab.numerics.reference import block_layout
 from mxlab.numerics.transforms import inverse_transposed
 from mxlab.ptq import wush
 from mxlab.ptq.chosen import ChosenWeight
-from mxlab.ptq.correction import correct
-from mxlab.ptq.gptq import gptq
 from mxlab.ptq.resume import Progress
-from mxlab.ptq.scales import block_scales
-from mxlab.ptq.statistics import InputStatistics, input_statistics
+from mxlab.ptq.rounding import best_rounding
+from mxlab.ptq.sites import by_outputs, weight_format
+from mxlab.ptq.statistics import InputStatistics, apart, input_statistics
 from mxlab.recipe.algorithms import Gptq
 from mxlab.recipe.transform import Wush
 
@@ -32,7 +28,7 @@ class LayerQuantizer:
 
     Args:
         options: of the rounding.
-        held_out: how many of the last windows decide among options.
+        held_out: the share of the text, its end, that decides among options.
         conversion: of the model.
         groups: the layers that share an input.
         progress: what is kept of each layer.
@@ -41,13 +37,13 @@ class LayerQuantizer:
     def __init__(
         self,
         options: Gptq,
-        held_out: int,
+        held_out: float,
         conversion: Conversion,
         groups: Sequence[Sequence[QuantizedSite]],
         progress: Progress,
     ) -> None:
         self._options, self._held_out, self._progress = options, held_out, progress
-        layers = {site.name: site for site in conversion.sites if site.kind == "linear"}
+        self._layers = layers = {site.name: site for site in conversion.sites if site.kind == "linear"}
         self._sharing = {site.name: [layers[other.name] for other in group] for group in groups for site in group}
         self._last: tuple[Tensor, str, InputStatistics] | None = None
         self._fitted: set[str] = set()  # names of the layers whose transforms are
@@ -62,6 +58,15 @@ class LayerQuantizer:
         self.chosen.append(self._choose(site, x, original) if kept is None else self._restore(site, kept))
         return 1
 
+    def warn_of_unseen(self) -> None:
+        """Say which layers no token of the text reached: they are left to be rounded to nearest."""
+        unseen = [name for name, site in self._layers.items() if _is_to_be_chosen(site)]
+        if unseen:
+            logger.warning(
+                "the calibration text reaches none of %s: rounded to nearest; calibrate with more tokens",
+                ", ".join(unseen[:3]) + (f" and {len(unseen) - 3} more" if len(unseen) > 3 else ""),
+            )
+
     def _choose(self, site: QuantizedSite, x: Tensor, original: Tensor) -> ChosenWeight:
         if isinstance(site.transform, Wush) and site.name not in self._fitted:
             self._fit(site, site.transform, x)
@@ -69,7 +74,7 @@ class LayerQuantizer:
         statistics = self._statistics(site, layer, x, original)
         matrices = None if layer.input_transform is None else inverse_transposed(layer.input_transform)
         weight = layer.operands["prefill"].transformed(by_outputs(site), -1, matrices)
-        values, scales, target = self._best(site.name, weight, statistics, fmt)
+        values, scales, target = best_rounding(site.name, weight, statistics, fmt, self._options)
         layer.freeze_as(values)
         tensors = {"values": values, "scales": scales, "target": target, "transform": layer.input_transform}
         self._progress.keep(site.name, tensors)
@@ -78,11 +83,12 @@ class LayerQuantizer:
     def _fit(self, site: QuantizedSite, transform: Wush, x: Tensor) -> None:
         """Fit the transform of all layers that share the input of ``site`` and are to be transformed so."""
         weights = [by_outputs(other) for other in self._alike(site)]
-        self._set_transform(site, wush.fit(weights, x[: len(x) - self._held_out], transform.size))
+        self._set_transform(site, wush.fit(weights, apart(x, self._held_out)[0], transform.size))
 
     def _alike(self, site: QuantizedSite) -> list[QuantizedSite]:
         """Return the layers that share the input of ``site``, and its transform."""
-        return [other for other in self._sharing[site.name] if other.transform == site.transform]
+        sharing = self._sharing.get(site.name, [site])  # an expert may have got none of the tokens that told
+        return [other for other in sharing if other.transform == site.transform]
 
     def _set_transform(self, site: QuantizedSite, matrices: Tensor) -> None:
         for other in self._alike(site):
@@ -105,39 +111,17 @@ class LayerQuantizer:
         last = self._last
         if last is not None and last[0] is x and last[1] == operands.input_kind:
             return last[2]
+        if not self._options.corrects:
+            _, original = apart(original, self._held_out)
         made = input_statistics(
             operands.on_activation(x, matrices=layer.input_transform),
             operands.transformed(original, -1, layer.input_transform),
             self._held_out,
             site.name,
+            self._options.corrects,
         )
         self._last = x, operands.input_kind, made
         return made
-
-    def _best(
-        self, name: str, weight: Tensor, statistics: InputStatistics, fmt: MXFormat
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the quantized weight [out, in] that leaves the smallest error on the rows held out.
-
-        With it come the scales of its blocks [out, blocks, 1], and what was rounded [out, in].
-        """
-        options = self._options
-        wanted = statistics.held_out_original @ weight.t()
-        cut = block_layout(weight, fmt, (1,))
-        least, best, chosen = torch.inf, (weight, weight, weight), (0.0, 0.0)
-        for damping in options.damping:
-            factor = statistics.factor(damping, options.order)
-            corrected = correct(weight, statistics, factor) if max(options.correction) > 0 else weight
-            for share in options.correction:
-                target = torch.lerp(weight, corrected, share)
-                scales = block_scales(target, fmt, statistics.gram.diagonal(), options.search)
-                found = gptq(target, factor, scales, fmt)
-                error = float((statistics.held_out @ found.t() - wanted).square().sum())
-                if error < least:
-                    least, best, chosen = error, (found, cut.split(scales)[..., :1].clone(), target), (damping, share)
-        loss = least / float(wanted.square().sum().clamp(min=1e-30))
-        logger.debug("%s: %.4f of the output held out is lost, damping %g, correction %g", name, loss, *chosen)
-        return best
 
 
 def _is_to_be_chosen(site: QuantizedSite) -> bool:
@@ -148,16 +132,3 @@ def _is_to_be_chosen(site: QuantizedSite) -> bool:
 def _layer(site: QuantizedSite) -> QuantizedLayer:
     assert isinstance(site.module, QuantizedLayer)
     return site.module
-
-
-def weight_format(site: QuantizedSite) -> MXFormat:
-    """Return the format of a site's weight, which is a microscaling one."""
-    fmt = site.formats["weight"]
-    assert isinstance(fmt, MXFormat)
-    return fmt
-
-
-def by_outputs(site: QuantizedSite) -> Tensor:
-    """Return the weight of a linear layer as float32 [out, in]."""
-    weight = site.weight.detach().float()
-    return weight.t() if site.input_axis == 0 else weight

@@ -93,13 +93,13 @@ class LearnedWeight(Learned):
         super().__init__(chosen.name, _inside_cells(chosen), [chosen.layer.weight])
         self._chosen, self._cut = chosen, chosen.blocks
 
-    def show_master(self) -> None:
+    def show_master(self) -> None:  # noqa: D102
         self._chosen.layer.freeze_as(self._chosen.rounded(self.master))
 
-    def state(self) -> Tensor:
+    def state(self) -> Tensor:  # noqa: D102
         return self._cut.join(self._cut.split(self._chosen.values.float()) / self._chosen.scales).bfloat16()
 
-    def restore(self, state: Tensor) -> None:
+    def restore(self, state: Tensor) -> None:  # noqa: D102
         values = self._cut.join(self._cut.split(state.float()) * self._chosen.scales)
         self._chosen.layer.freeze_as(self._chosen.rounded(values))  # rounded, as bfloat16 may have moved the last bits
 
@@ -122,13 +122,13 @@ class LearnedVector(Learned):
     def __init__(self, name: str, parameter: nn.Parameter) -> None:
         super().__init__(name, parameter.detach().float().clone(), [parameter])
 
-    def show_master(self) -> None:
+    def show_master(self) -> None:  # noqa: D102
         self.restore(self.master)
 
-    def state(self) -> Tensor:
+    def state(self) -> Tensor:  # noqa: D102
         return self.tensors[0].detach().clone()
 
-    def restore(self, state: Tensor) -> None:
+    def restore(self, state: Tensor) -> None:  # noqa: D102
         self.tensors[0].copy_(state)
 
     def _rate(self, options: Distillation) -> float:
@@ -146,13 +146,13 @@ class LearnedTransform(Learned):
         super().__init__(name, matrices[0].detach().float().clone(), matrices)
         self._size = self.master.square().mean((-2, -1), keepdim=True).sqrt()
 
-    def show_master(self) -> None:
+    def show_master(self) -> None:  # noqa: D102
         self.restore(self.master.bfloat16())
 
-    def state(self) -> Tensor:
+    def state(self) -> Tensor:  # noqa: D102
         return self.tensors[0].detach().clone()
 
-    def restore(self, state: Tensor) -> None:
+    def restore(self, state: Tensor) -> None:  # noqa: D102
         for matrices in self.tensors:
             matrices.copy_(state)
 

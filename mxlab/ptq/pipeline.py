@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,11 +16,12 @@ from mxlab.progress import Steps
 from mxlab.ptq import mase
 from mxlab.ptq.calibration import Windows
 from mxlab.ptq.distillation import distill
+from mxlab.ptq.experts import ExpertQuantizer
 from mxlab.ptq.layers import LayerQuantizer
 from mxlab.ptq.offsets import fitting_offsets
 from mxlab.ptq.resume import Progress
 from mxlab.ptq.search import searched
-from mxlab.ptq.streams import layers_by_input, run_in_lockstep
+from mxlab.ptq.streams import layers_by_input, run_alone, run_in_lockstep
 from mxlab.recipe import Recipe
 from mxlab.recipe.algorithms import Gptq
 from mxlab.recipe.recipe import MASE
@@ -51,10 +53,18 @@ def quantize_model(
     recipe = _searched(original, recipe, windows, progress)
     conversion, observed = prepare(model, recipe), prepare_to_observe(original, recipe)
     groups = layers_by_input(observed, windows.ids)
-    layers = LayerQuantizer(recipe.algorithm("gptq") or Gptq(), windows.held_out, conversion, groups, progress)
-    offsets = fitting_offsets(conversion, windows.held_out)
-    with torch.no_grad(), offsets, Steps("quantizing", layers.count) as steps:
-        run_in_lockstep(conversion, observed, windows.ids, lambda *seen: steps.advance(layers.visit(*seen)))
+    options = recipe.algorithm("gptq") or Gptq()
+    layers = LayerQuantizer(options, windows.held_out / len(windows.ids), conversion, groups, progress)
+    experts = ExpertQuantizer(options, conversion, progress)
+    run = partial(run_in_lockstep, conversion, observed) if options.corrects else partial(run_alone, conversion)
+    with (
+        torch.no_grad(),
+        fitting_offsets(conversion, windows.held_out),
+        Steps("quantizing", layers.count + experts.count) as steps,
+        experts.choosing(steps.advance),
+    ):
+        run(windows.ids, lambda *seen: steps.advance(layers.visit(*seen)))
+    layers.warn_of_unseen()
     conversion = finish(conversion)
     if (distillation := recipe.algorithm("distillation")) is not None:
         distill(conversion, original, layers.chosen, windows, distillation, progress)

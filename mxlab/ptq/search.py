@@ -6,9 +6,9 @@ First every candidate is tried on each group of layers that share an input, by i
 in what they compute. Then kinds of layers are taken one after the other (those with the same name in every decoder
 layer): each candidate for all of a kind, and the best of each layer, are compared by the KL divergence of the model's
 next tokens, everything being rounded to nearest. In the end the scale rules of activations, of K and of V are compared
-in the same way, kind by kind: which is best depends on the transform. The size that suits one model does not suit another, and a rotation
-can be worse than none (PTQ with MXFP4: Egiazarian et al., "Bridging the Gap Between Promise and Performance for
-Microscaling FP4 Quantization", 2025).
+in the same way, kind by kind, as which is best depends on the transform. The size that suits one model does not suit
+another, and a rotation can be worse than none (PTQ with MXFP4: Egiazarian et al., "Bridging the Gap Between Promise and
+Performance for Microscaling FP4 Quantization", 2025).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from mxlab.numerics.transforms import inverse_transposed
 from mxlab.progress import Steps
 from mxlab.ptq import wush
 from mxlab.ptq.divergence import logits_of, mean_divergence
-from mxlab.ptq.layers import by_outputs
+from mxlab.ptq.sites import by_outputs
 from mxlab.ptq.streams import forward, layers_by_input
 from mxlab.recipe import Recipe
 from mxlab.recipe.algorithms import Search
@@ -143,7 +143,7 @@ def _sizes(sites: Sequence[QuantizedSite], candidate: Transform | None) -> tuple
 
 
 def _transforms(names: Sequence[str], candidates: Sequence[Transform | None]) -> _Contest:
-    return _Contest({f"{c or 'none'} for {names[0]}": dict.fromkeys(names, {"transform": c}) for c in candidates})
+    return _Contest({f"{c or 'none'} for {names[0]}": {n: {"transform": c} for n in names} for c in candidates})
 
 
 def _rule_contests(
@@ -212,14 +212,14 @@ class _Trial:
         conversion = prepare(model, with_changes(self._recipe, assignment))
         for site in conversion.sites:
             if isinstance(site.transform, Wush):
-                _round(site, self._matrices[site.name][site.transform])
+                with_matrices(site, self._matrices[site.name][site.transform])
         freeze(conversion.sites)
         found = (logits_of(model, window) for window in self._windows)
         return sum(map(mean_divergence, self._wanted, found)) / len(self._windows)
 
 
-def _round(site: QuantizedSite, matrices: Tensor) -> None:
-    """Round a weight to nearest in the basis of a transform that was fitted."""
+def with_matrices(site: QuantizedSite, matrices: Tensor) -> None:
+    """Give a linear layer the matrices of its transform, and round its weight to nearest in that basis."""
     layer = site.module
     assert isinstance(layer, QuantizedLayer)
     assert layer.input_transform is not None

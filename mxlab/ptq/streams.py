@@ -1,6 +1,6 @@
-"""Run the quantized model beside the unquantized one, and stop at each layer that is to be quantized.
+"""Run the quantized model, beside the unquantized one or alone, and stop at each layer that is to be quantized.
 
-Both see the whole calibration text in one forward pass: at a layer that is to be quantized the pass waits, the weight
+It sees the whole calibration text in one forward pass: at a layer that is to be quantized the pass waits, the weight
 is chosen, and the pass goes on with it. So no layer runs twice, the layers behind see what the quantized ones compute,
 and nothing needs to be known of an architecture. What memory it takes is that of one layer's activations.
 """
@@ -19,9 +19,12 @@ from mxlab.errors import ConversionError
 from mxlab.model.conversion import Conversion
 from mxlab.model.observe import observe_inputs
 from mxlab.model.plan import QuantizedSite
+from mxlab.model.structure import takes_argument
 
-# Told of a site, its input in the quantized model, and the same in the unquantized one.
+# Told of a site, its input in the quantized model, and the same in the unquantized one: where that does not run beside
+# it, in the quantized model before it is rounded.
 Visit = Callable[[QuantizedSite, Tensor, Tensor], None]
+_SPARING = {"use_cache": False, "logits_to_keep": 1}  # arguments that not every model has
 _PROBE = 8  # tokens that tell which layers share an input
 _PATIENCE = 0.2  # seconds between looking whether the other stream has failed
 
@@ -39,7 +42,10 @@ def run_in_lockstep(quantized: Conversion, original: Conversion, ids: Tensor, vi
     def meet(site: QuantizedSite, x: Tensor) -> None:
         name, other = handed.take()
         if name != site.name:
-            raise ConversionError(f"the quantized model computes {site.name} where the unquantized one does {name}")
+            raise ConversionError(
+                f"the quantized model computes {site.name} where the unquantized one does {name}: the two cannot be "
+                "compared layer by layer; take correction = 0 in [algorithms.gptq]"
+            )
         visit(site, x, other)
 
     try:
@@ -48,6 +54,12 @@ def run_in_lockstep(quantized: Conversion, original: Conversion, ids: Tensor, vi
     finally:
         handed.close()
         thread.join()
+
+
+def run_alone(quantized: Conversion, ids: Tensor, visit: Visit) -> None:
+    """Pass ``ids`` [windows, tokens] through the quantized model, and call ``visit`` at each linear layer."""
+    with observe_inputs(quantized, lambda site, x: visit(site, x, x)):
+        forward(quantized.model, ids)
 
 
 def layers_by_input(conversion: Conversion, ids: Tensor) -> list[list[QuantizedSite]]:
@@ -73,7 +85,8 @@ def layers_by_input(conversion: Conversion, ids: Tensor) -> list[list[QuantizedS
 @torch.no_grad()
 def forward(model: Any, ids: Tensor) -> None:
     """Pass token ids through a model whose logits nobody reads."""
-    model(input_ids=ids.to(model.device), use_cache=False, logits_to_keep=1)
+    known = {name: value for name, value in _SPARING.items() if takes_argument(model, name)}
+    model(input_ids=ids.to(model.device), **known)
 
 
 class _Handover:

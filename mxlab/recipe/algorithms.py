@@ -75,6 +75,11 @@ class Gptq:
         if not all(0 <= value <= 1 for value in self.correction):
             raise FormatError(f"correction is {self.correction}: it lies between 0 and 1")
 
+    @property
+    def corrects(self) -> bool:
+        """Whether a layer's target may depend on what the unquantized model computes."""
+        return max(self.correction) > 0
+
 
 @dataclass(frozen=True)
 class Distillation:

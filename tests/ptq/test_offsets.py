@@ -85,7 +85,7 @@ def test_a_saved_model_is_loaded_with_it(tmp_path):
 
 def test_it_is_refused_where_nothing_was_fitted_or_there_is_no_key():
     model = shifted()
-    with pytest.raises(ConversionError, match="asks for k_offset, which is fitted by calibration.*use mxlab quantize"):
+    with pytest.raises(ConversionError, match=r"asks for k_offset, which is fitted by calibration.*use mxlab quantize"):
         mxlab.apply(model, recipe())
     mxlab.apply(model, "ex2")  # it is unchanged
     with pytest.raises(SpecError, match="says k_offset but gives no format for k"):

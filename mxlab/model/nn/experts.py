@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,8 @@ from mxlab.model.nn.weights import FrozenWeight, TensorVersion
 from mxlab.recipe.rule import Phase
 
 Operands = Mapping[Phase, LinearOperands]
+# Told of the input of a product with the weight of one expert, before it is quantized, and of that weight.
+Chooser = Callable[[Tensor, Tensor], None]
 
 
 class QuantizedExperts(Observable):
@@ -46,6 +49,8 @@ class QuantizedExperts(Observable):
         self._axis = -2 if is_transposed else -1
         self._operands: dict[str, Operands] = {}
         self._frozen: dict[str, FrozenWeight] = {}
+        self._choosers: dict[str, Chooser] = {}
+        self._last_input: Tensor | None = None
         self._override = ForwardOverride(module, self)
         module.register_load_state_dict_post_hook(self._loaded)
 
@@ -57,6 +62,22 @@ class QuantizedExperts(Observable):
         """Quantize the operands of the product with the parameter called ``weight``."""
         self._operands[weight] = operands
         self._frozen[weight] = FrozenWeight(operands, self._axis)
+
+    def operands(self, weight: str) -> LinearOperands:
+        """Return how the operands of the product with that parameter are treated in the present phase."""
+        return self._operands[weight][self._phase.current]
+
+    @contextmanager
+    def choosing(self, weight: str, chooser: Chooser) -> Iterator[None]:
+        """Leave the values of that parameter to ``chooser``, as long as the context is open.
+
+        It is called before every product with the matrix of an expert, may write to that, and nobody else quantizes it.
+        """
+        self._choosers[weight] = chooser
+        try:
+            yield
+        finally:
+            del self._choosers[weight]
 
     def frozen_weight(self, parameter: str) -> FrozenWeight:
         """Return what knows of the parameter whether it is frozen."""
@@ -79,7 +100,8 @@ class QuantizedExperts(Observable):
         """
         # Before the forward, which may take its slices of a weight long before it multiplies by them.
         is_training = self._module.training
-        frozen = [name for name, of in self._frozen.items() if of.settle(getattr(self._module, name), is_training)]
+        settled = ((name, of) for name, of in self._frozen.items() if name not in self._choosers)
+        frozen = [name for name, of in settled if of.settle(getattr(self._module, name), is_training)]
         chosen = next((x for x in (*args, *kwargs.values()) if _is_choice(x)), None)
         products = ParameterProducts(partial(self._round, frozen, chosen), len(self._weights))
         with products:
@@ -99,9 +121,15 @@ class QuantizedExperts(Observable):
         phase = self._phase.current
         self._note(name, phase)
         mx = self._operands[name][phase]
+        chooser = self._choosers.get(name)
+        if operand.is_weight and chooser is not None:
+            assert self._last_input is not None
+            chooser(self._last_input, x)
+            return x
         if operand.is_weight:
             return x if name in frozen else mx.on_weight(x, axis)
         self._show(name, "activation", x, axis)
+        self._last_input = x if chooser is not None else None
         rows = _experts_of_rows(x, chosen, operand.ends)
         if rows is None or mx.activation is None or not mx.activation.tensor_bits:
             return mx.on_activation(x, axis=axis)

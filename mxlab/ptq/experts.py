@@ -1,0 +1,144 @@
+"""Quantize the weights of experts and routers, each expert by the tokens that the router sends to it.
+
+Experts whose weights are stacked in one parameter are computed one by one while the text passes. An expert that none of
+its tokens reaches is rounded to nearest.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mxlab.errors import ConversionError
+from mxlab.model.conversion import Conversion, computer_of
+from mxlab.model.plan import QuantizedSite
+from mxlab.ptq.resume import Progress
+from mxlab.ptq.rounding import best_rounding
+from mxlab.ptq.sites import weight_format
+from mxlab.ptq.statistics import input_statistics
+from mxlab.recipe.algorithms import Gptq
+
+_HELD_OUT = 0.125  # the share of an expert's tokens that judge, where there is something to choose
+
+logger = logging.getLogger("mxlab")
+
+
+class ExpertQuantizer:
+    """Chooses the weights of experts.
+
+    Args:
+        options: of the rounding. There is no correction for what was lost before: the unquantized model's router sends
+            other tokens to an expert.
+        conversion: of the model.
+        progress: what is kept of each expert.
+
+    Raises:
+        ConversionError: there are experts, and the options ask for a correction.
+    """
+
+    def __init__(self, options: Gptq, conversion: Conversion, progress: Progress) -> None:
+        self._options, self._progress, self._model = options, progress, conversion.model
+        self._sites = [site for site in conversion.sites if site.kind == "experts" and _is_to_be_chosen(site)]
+        if self._sites and options.corrects:
+            raise ConversionError(
+                f"{self._sites[0].name}: experts have no correction for what the layers before have lost, as other "
+                "tokens reach them in the unquantized model: take correction = 0 in [algorithms.gptq]"
+            )
+        self._done: defaultdict[str, set[int]] = defaultdict(set)
+        self.count = sum(_experts(site) for site in self._sites)
+
+    @contextmanager
+    def choosing(self, advance: Callable[[int], Any]) -> Iterator[None]:
+        """Choose the weights of every expert as the text passes, as long as the context is open.
+
+        Args:
+            advance: told of each expert that is done.
+
+        Raises:
+            ConversionError: an input that is NaN or infinite.
+        """
+        with ExitStack() as stack:
+            if self._sites:
+                stack.enter_context(_one_by_one(self._model))
+            for site in self._sites:
+                choose = partial(self._choose, site, advance)
+                stack.enter_context(computer_of(site).choosing(site.parameter, choose))
+            yield
+        for site in self._sites:
+            self._finish(site)
+
+    def _choose(self, site: QuantizedSite, advance: Callable[[int], Any], x: Tensor, weight: Tensor) -> None:
+        """Quantize the weight of one expert in place, by its inputs [tokens, in]."""
+        expert = (weight.storage_offset() - site.weight.storage_offset()) // site.weight[0].numel()
+        expert = expert if site.weight.ndim == 3 else 0
+        if expert in self._done[site.name] or not x.numel():
+            return
+        name = f"{site.name}.{expert}"
+        if (kept := self._progress.load(name)) is None:
+            kept = {"values": self._rounded(site, name, x, weight.detach())}
+            self._progress.keep(name, kept)
+        own = site.weight.detach()
+        (own[expert] if own.ndim == 3 else own).copy_(kept["values"])
+        self._done[site.name].add(expert)
+        advance(1)
+
+    def _rounded(self, site: QuantizedSite, name: str, x: Tensor, weight: Tensor) -> Tensor:
+        """Return the quantized weight of an expert, like the parameter has it."""
+        operands, is_transposed = computer_of(site).operands(site.parameter), site.input_axis == -2
+        own = site.weight.detach()[0] if site.weight.ndim == 3 else site.weight.detach()
+        by_outputs = (weight if weight.shape == own.shape else weight.mT).float()
+        by_outputs = operands.transformed(by_outputs.mT if is_transposed else by_outputs, -1)
+        rows = x.reshape(-1, 1, x.shape[-1])
+        held_out = _HELD_OUT if len(self._options.damping) > 1 else 0
+        statistics = input_statistics(
+            operands.on_activation(rows), operands.transformed(rows, -1), held_out, name, with_cross=False
+        )
+        found, _, _ = best_rounding(name, by_outputs, statistics, weight_format(site), self._options)
+        return (found.mT if is_transposed else found).to(own.dtype)
+
+    def _finish(self, site: QuantizedSite) -> None:
+        """Round to nearest what no token reached, and have the whole weight count as quantized."""
+        computer, own = computer_of(site), site.weight.detach()
+        unseen = [n for n in range(_experts(site)) if n not in self._done[site.name]]
+        with torch.no_grad():
+            for expert in unseen:
+                matrix = own[expert] if own.ndim == 3 else own
+                matrix.copy_(computer.operands(site.parameter).on_weight(matrix, site.input_axis))
+        computer.frozen_weight(site.parameter).mark(site.weight)
+        if unseen:
+            logger.warning(
+                "the calibration text sends no token to %s %s of %s: rounded to nearest; calibrate with more tokens",
+                "expert" if len(unseen) == 1 else "experts",
+                ", ".join(map(str, unseen)),
+                site.name,
+            )
+
+
+def _is_to_be_chosen(site: QuantizedSite) -> bool:
+    frozen = computer_of(site).frozen_weight(site.parameter)
+    return site.formats.get("weight") is not None and frozen.is_possible and not frozen.is_frozen(site.weight)
+
+
+def _experts(site: QuantizedSite) -> int:
+    return len(site.weight) if site.weight.ndim == 3 else 1
+
+
+@contextmanager
+def _one_by_one(model: Any) -> Iterator[None]:
+    """Have the model compute its experts one by one, as long as the context is open."""
+    before = getattr(model.config, "_experts_implementation", None)
+    if before is None:
+        yield
+        return
+    model.set_experts_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_experts_implementation(before)

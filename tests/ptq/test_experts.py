@@ -1,0 +1,90 @@
+"""GPTQ of experts: each by its own tokens, what none reaches, and going on after an interruption."""
+
+import pytest
+import torch
+
+import mxlab
+from mxlab.errors import ConversionError
+from mxlab.ptq.calibration import Windows
+from mxlab.ptq.experts import ExpertQuantizer
+from mxlab.ptq.pipeline import quantize_model
+from mxlab.ptq.resume import Progress
+from mxlab.recipe import Recipe
+
+from support.architectures import IS_OLD, build, run, tokens
+
+pytestmark = pytest.mark.skipif(IS_OLD, reason="before transformers 5 experts are linear layers")
+IDS = tokens(24, 6)
+INT4 = "int4@8"
+
+
+def recipe(algorithms=None, **options) -> Recipe:
+    rule = {"part": "mlp", "weight": INT4, "activation": INT4, "transform": "hadamard@8"}
+    return Recipe.from_dict({"name": "a", "rules": [rule], "algorithms": algorithms or {"gptq": options}})
+
+
+def quantized(ids=IDS, progress=None, **options):
+    model = build("mixtral")
+    quantize_model(model, build("mixtral"), recipe(**options), Windows(ids, 1, ids), progress)
+    return model
+
+
+def nearest():
+    model = build("mixtral")
+    mxlab.apply(model, Recipe.from_dict({**recipe().to_dict(), "algorithms": {}}))
+    return model
+
+
+def experts(model):
+    return [p for name, p in model.named_parameters() if p.ndim == 3]
+
+
+def test_experts_are_nearer_than_rounded_to_nearest():
+    before = run(build("mixtral"), IDS)
+    lost = [(run(model, IDS) - before).square().mean() for model in (quantized(), nearest())]
+    assert lost[0] < lost[1]
+    assert all((a != b).any() for a, b in zip(experts(quantized()), experts(nearest()), strict=True))
+
+
+def test_their_values_stay_what_they_are():
+    model = quantized()
+    chosen = [p.clone() for p in experts(model)]
+    run(model)
+    assert all(torch.equal(a, b) for a, b in zip(chosen, experts(model), strict=True))
+    assert model.config._experts_implementation == build("mixtral").config._experts_implementation
+
+
+def test_a_saved_model_is_loaded_with_them(tmp_path):
+    model = quantized()
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(experts(again), experts(model), strict=True))
+
+
+def test_an_expert_that_no_token_reaches_is_rounded_to_nearest_and_named(caplog):
+    model, plain = quantized(ids=IDS[:2, :2]), nearest()
+    [line] = [m for m in caplog.messages if "sends no token to" in m and "layers.0" in m and "down_proj" in m]
+    unseen = [int(word) for word in line.split(" of ")[0].replace(",", "").split() if word.isdigit()]
+    assert unseen
+    for expert in unseen:
+        assert torch.equal(
+            model.model.layers[0].mlp.experts.down_proj[expert], plain.model.layers[0].mlp.experts.down_proj[expert]
+        )
+
+
+def test_what_was_kept_is_not_computed_again(tmp_path, monkeypatch):
+    def resumed():
+        return quantized(progress=Progress(tmp_path / "kept", {}, resume=True))
+
+    first = resumed()
+    monkeypatch.setattr(ExpertQuantizer, "_rounded", None)
+    assert all(torch.equal(a, b) for a, b in zip(experts(resumed()), experts(first), strict=True))
+
+
+def test_several_dampings_are_judged_by_tokens_held_out():
+    assert torch.isfinite(run(quantized(damping=[0.01, 1.0]))).all()
+
+
+def test_a_correction_is_refused():
+    with pytest.raises(ConversionError, match=r"experts have no correction.*take correction = 0"):
+        quantized(correction=0.5)
