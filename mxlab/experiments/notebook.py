@@ -19,7 +19,7 @@ from mxlab.progress import Steps, line_of, shown_by
 from mxlab.report import dot_plots
 from mxlab.report.read import read_tree
 from mxlab.report.style import STYLE
-from mxlab.sources import models
+from mxlab.sources import models, texts
 from mxlab.sources.tasks import PASSAGES
 
 LLAMA = "meta-llama/Llama-3.2-1B"
@@ -55,6 +55,13 @@ class Settings:
         results = Path(given.get(environment.RESULTS) or "results")
         limit = _number(given.get(environment.LIMIT))
         return cls(model, tuple(tasks.split(",")), limit, Path(folder) if folder else None, results)
+
+    @property
+    def texts(self) -> tuple[str, str]:
+        """A text to evaluate on, and one to calibrate by: WikiText-2's, or where neither is at hand the passages."""
+        if self.data_dir is not None:
+            return "wikitext2", "wikitext2_valid"
+        return (texts.PASSAGES,) * 2 if self.model == models.EMBEDDED else ("wikitext2", "wikitext2_train")
 
     @property
     def of_sweep(self) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Keep what has been computed so far, so that a quantization that was killed goes on where it was.
 
-A folder beside the result holds one safetensors file for each step, and what they belong to: a fingerprint of the
-model, the tokens, the recipe and the code. Each file is written under another name and renamed when it is whole.
+A folder beside the result holds one file of tensors for each step, and what they belong to: a fingerprint of the model,
+the tokens, the recipe and the code. Each file is written under another name and renamed when it is whole. Torch writes
+tensors as they lie in memory, where safetensors would hold all of them a second time.
 """
 
 from __future__ import annotations
@@ -9,14 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import pickle
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mxlab.errors import RunError
@@ -25,6 +25,7 @@ from mxlab.ptq.calibration import Windows
 from mxlab.recipe import Recipe
 
 _RECORD = "fingerprint.json"
+_SUFFIX = ".pt"
 
 logger = logging.getLogger("mxlab")
 
@@ -82,7 +83,7 @@ class Progress:
             raise RunError(f"{folder} is in the way, and holds no unfinished quantization: move it elsewhere")
         changed = [name for name in wanted if found.get(name) != wanted[name]]
         if resume and not changed:
-            logger.info("going on with the %d steps in %s", len(list(folder.glob("*.safetensors"))), folder)
+            logger.info("going on with the %d steps in %s", len(list(folder.glob(f"*{_SUFFIX}"))), folder)
             return
         reason = f"was made with another {', '.join(changed)}" if changed else "is not to be resumed (--resume)"
         logger.warning("what is in %s %s: starting over", folder, reason)
@@ -93,8 +94,8 @@ class Progress:
         if self._folder is None or not (path := self._path(self._folder, step)).exists():
             return None
         try:
-            return load_file(path)
-        except (SafetensorError, OSError) as e:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as e:
             logger.warning("cannot read %s (%s): computing it again", path, e)
             return None
 
@@ -109,9 +110,10 @@ class Progress:
         path = self._path(self._folder, step)
         partial = path.with_suffix(".partial")
         try:
-            save_file({name: t.contiguous().cpu() for name, t in tensors.items() if t is not None}, partial)
+            with partial.open("wb") as file:  # ours, so that a full disk is an OSError
+                torch.save({name: _alone(t) for name, t in tensors.items() if t is not None}, file)
             partial.replace(path)
-        except (OSError, SafetensorError) as e:
+        except OSError as e:
             partial.unlink(missing_ok=True)
             raise RunError(f"cannot write {path}: {e}; what is done is kept, go on with --resume") from e
 
@@ -129,7 +131,13 @@ class Progress:
 
     @staticmethod
     def _path(folder: Path, step: str) -> Path:
-        return folder / f"{step}.safetensors"
+        return folder / f"{step}{_SUFFIX}"
+
+
+def _alone(x: Tensor) -> Tensor:
+    """Return a tensor on the CPU without what else its memory holds, which torch would write as well."""
+    x = x.detach().cpu().contiguous()
+    return x if x.untyped_storage().nbytes() == x.nbytes else x.clone()
 
 
 def _read(path: Path) -> dict[str, Any] | None:

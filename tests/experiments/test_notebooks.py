@@ -7,6 +7,8 @@ import types
 from pathlib import Path
 
 import nbformat
+import numpy as np
+import pandas as pd
 import pytest
 from nbclient import NotebookClient
 
@@ -21,13 +23,13 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 @pytest.fixture(scope="module")
 def session(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The environment of the four notebooks, which share their results."""
+    """The environment of the notebooks, which share their results."""
     results = tmp_path_factory.mktemp("notebooks") / "results"
     return {"MXLAB_MODEL": "smollm2", "MXLAB_LIMIT": "2", "MXLAB_RESULTS": str(results), "HF_HUB_OFFLINE": "1"}
 
 
-def test_there_are_four_of_them() -> None:
-    assert [path.stem[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04"]
+def test_there_are_five_of_them() -> None:
+    assert [path.stem[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04", "05"]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -49,8 +51,12 @@ def test_runs_in_order(path: Path, session: dict[str, str], monkeypatch: pytest.
     kinds = {kind for output in outputs for kind in output.get("data", {})}
     assert {"image/png", "text/html"} <= kinds  # a figure and a table
     results = Path(os.environ["MXLAB_RESULTS"])
-    expected = {"01": 1, "02": 13, "03": 25, "04": 25}[path.stem[:2]]
+    expected = {"01": 1, "02": 13, "03": 25, "04": 25, "05": 25}[path.stem[:2]]
     assert len(list(results.glob("*/*/run.json"))) == expected
+    if path.stem.startswith("05"):
+        steps = pd.read_csv(results / "ptq_steps.csv", index_col=0)
+        assert len(steps) == 4
+        assert np.isfinite(steps["perplexity"]).all()
     if path.stem == "04_report":
         assert len(list((results.parent / "report").rglob("*_vs_blocksize.png"))) == 4
 

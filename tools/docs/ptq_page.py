@@ -26,8 +26,15 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "ptq.md"
 FIGURE = ROOT / "figs" / "ptq_steps.png"
 ROWS = ROOT / "results" / "smollm2-135m" / "ptq" / "rows.jsonl"
-FORMATS = {"mxfp4": "MXFP4", "mxint4": "MXINT4", "nvfp4": "NVFP4"}
-STEPS = {"": "rounded to nearest", "_gptq": "GPTQ", "_best": "transforms, GPTQ, distillation"}
+# By the plain recipe of each. What comes behind its name, and what was changed, tell the steps.
+FORMATS = {"mxfp4_w4a4kv4": "MXFP4", "mxint4_w4a4kv4": "MXINT4", "nvfp4_w4a4kv4": "NVFP4", "ex2": "Exercise 2"}
+STEPS = {
+    ("", ""): "rounded to nearest",
+    ("_gptq", ""): "GPTQ",
+    ("_best", "without distillation"): "transforms, GPTQ",
+    ("_best", ""): "transforms, GPTQ, distillation",
+}
+PLAIN = ("", "")
 TEXT = "wikitext2"
 
 
@@ -36,7 +43,7 @@ class Step:
     """The rows of one recipe, one for each seed, on one text."""
 
     fmt: str
-    step: str
+    step: tuple[str, str]
     rows: tuple[dict[str, Any], ...]
 
     def mean(self, name: str) -> float:
@@ -58,7 +65,7 @@ def read(text: str = TEXT) -> tuple[float, list[Step]]:
         Step(fmt, step, found)
         for fmt in FORMATS
         for step in STEPS
-        if (found := tuple(row for row in rows if row["recipe"] == f"{fmt}_w4a4kv4{step}"))
+        if (found := tuple(r for r in rows if (r["recipe"], r["changes"]) == (fmt + step[0], step[1])))
     ]
     return unquantized, steps
 
@@ -76,7 +83,7 @@ def fill(page: str) -> str:
 
 def _lines() -> Iterator[Sequence[str]]:
     unquantized, steps = read()
-    plain = {step.fmt: step.mean("cross_entropy") - unquantized for step in steps if not step.step}
+    plain = {step.fmt: step.mean("cross_entropy") - unquantized for step in steps if step.step == PLAIN}
     for step in steps:
         lost = step.mean("cross_entropy") - unquantized
         spread = f" ± {step.spread:.3f}" if step.spread is not None else ""
@@ -85,13 +92,13 @@ def _lines() -> Iterator[Sequence[str]]:
             STEPS[step.step],
             f"{math.exp(step.mean('cross_entropy')):.2f}",
             f"{lost:.3f}{spread}",
-            f"{1 - lost / plain[step.fmt]:.0%}" if step.step and step.fmt in plain else "-",
+            f"{1 - lost / plain[step.fmt]:.0%}" if step.step != PLAIN and step.fmt in plain else "-",
             f"{step.mean('kl_divergence'):.3f}",
             f"{step.mean('top1_agreement'):.1%}",
             f"{step.mean('bits_per_weight'):.2f}",
             f"{step.mean('seconds') / 60:.0f}" if "seconds" in step.rows[0] else "-",
             f"{step.mean('peak_memory_bytes') / 2**30:.1f}" if "peak_memory_bytes" in step.rows[0] else "-",
-            ", ".join(str(row["seed"]) for row in step.rows) if step.step else "-",
+            ", ".join(str(row["seed"]) for row in step.rows) if step.step != PLAIN else "-",
         )
 
 
