@@ -25,7 +25,7 @@ from mxlab.sources.tokens import token_ids
 
 _FLOAT = 4  # bytes
 _COPIES = 4  # of a layer's input at a time: both models', transformed, quantized
-_LEARNED = 5  # times the weights: masters, two moments, gradients, the best so far
+_LEARNED = 3.5  # times the weights: masters, gradients, and in half of their bits two moments and the best so far
 
 RECORD = "quantization.json"  # in the saved folder: how long it took, and the memory
 
@@ -47,7 +47,7 @@ class JobPlan:
         widest = max((max(weight.shape) for weight in chosen), default=0)
         inputs = (calibration.samples + calibration.held_out) * calibration.length * widest * _FLOAT * _COPIES
         targets = sum(weight.numel() for weight in chosen) * _FLOAT
-        learned = _LEARNED * targets if self.recipe.algorithm("distillation") else 0
+        learned = int(_LEARNED * targets) if self.recipe.algorithm("distillation") else 0
         return models + inputs + targets + learned
 
     @property

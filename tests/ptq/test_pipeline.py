@@ -125,7 +125,7 @@ def test_loading_full_precision_weights_quantizes_them_anew():
 def test_inputs_that_are_not_finite_are_named(which):
     models = {"model": tiny().eval(), "original": tiny().eval()}
     models[which].model.layers[1].input_layernorm.weight.data[0] = torch.nan
-    asked = recipe(algorithms={"gptq": {}})
+    asked = recipe(algorithms={"gptq": {"correction": 0.5}})
     with pytest.raises(ConversionError, match=r"gives model\.layers\.1\.self_attn\.q_proj .* NaN or infinite"):
         quantize_model(models["model"], models["original"], asked, Windows(IDS, 2, IDS[:4]))
 

@@ -16,7 +16,8 @@ from mxlab.recipe.mx_specs import injected_options, override
 from mxlab.recipe.rule import Rule
 
 EXERCISES = ("activations_only", "baseline", "ex1", "ex2", "kv_only", "weights_only")
-FOUR_BITS = (*(f"{fmt}_w4a4kv4{more}" for fmt in ("mxfp4", "mxint4", "nvfp4") for more in ("", "_gptq", "_best")),)
+FOUR_BITS = tuple(f"{fmt}_w4a4kv4" for fmt in ("mxfp4", "mxint4", "nvfp4"))
+CALIBRATED = tuple(f"{plain}{more}" for plain in (*FOUR_BITS, "ex2") for more in ("_gptq", "_best"))
 TIERS = ("all_linears", "mlp_only", "tier_a", "tier_b", "tier_c", "tier_d")
 
 formats = st.builds(
@@ -167,10 +168,11 @@ def test_injected_operators_stand_alone():
 
 def test_the_shipped_recipes():
     assert sorted(path.stem for path in shipped.files("recipe").values()) == sorted(
-        (*EXERCISES, *TIERS, *FOUR_BITS, "injected")
+        (*EXERCISES, *TIERS, *FOUR_BITS, *CALIBRATED, "injected")
     )
-    assert all(load_recipe(name).name == name for name in EXERCISES + TIERS + FOUR_BITS)
-    assert all(("gptq" in load_recipe(name).algorithms) == name.endswith(("_gptq", "_best")) for name in FOUR_BITS)
+    assert all(load_recipe(name).name == name for name in EXERCISES + TIERS + FOUR_BITS + CALIBRATED)
+    assert not any(load_recipe(name).takes_calibration for name in EXERCISES + TIERS + FOUR_BITS)
+    assert all("gptq" in load_recipe(name).algorithms for name in CALIBRATED)
 
 
 @pytest.mark.parametrize(
