@@ -61,7 +61,7 @@ class Settings:
         """A text to evaluate on, and one to calibrate by: WikiText-2's, or where neither is at hand the passages."""
         if self.data_dir is not None:
             return "wikitext2", "wikitext2_valid"
-        return (texts.PASSAGES,) * 2 if self.model == models.EMBEDDED else ("wikitext2", "wikitext2_train")
+        return (texts.PASSAGES, texts.PASSAGES) if self.model == models.EMBEDDED else ("wikitext2", "wikitext2_train")
 
     @property
     def of_sweep(self) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mxlab.errors import ConversionError
 from mxlab.model.conversion import Conversion, computer_of
+from mxlab.model.nn.experts import QuantizedExperts
 from mxlab.model.plan import QuantizedSite
 from mxlab.ptq.resume import Progress
 from mxlab.ptq.rounding import best_rounding
@@ -52,7 +53,7 @@ class ExpertQuantizer:
                 "tokens reach them in the unquantized model: take correction = 0 in [algorithms.gptq]"
             )
         self._done: defaultdict[str, set[int]] = defaultdict(set)
-        self.count = sum(_experts(site) for site in self._sites)
+        self.count = sum(_count(site) for site in self._sites)
 
     @contextmanager
     def choosing(self, advance: Callable[[int], Any]) -> Iterator[None]:
@@ -69,7 +70,7 @@ class ExpertQuantizer:
                 stack.enter_context(_one_by_one(self._model))
             for site in self._sites:
                 choose = partial(self._choose, site, advance)
-                stack.enter_context(computer_of(site).choosing(site.parameter, choose))
+                stack.enter_context(_experts_at(site).choosing(site.parameter, choose))
             yield
         for site in self._sites:
             self._finish(site)
@@ -91,7 +92,7 @@ class ExpertQuantizer:
 
     def _rounded(self, site: QuantizedSite, name: str, x: Tensor, weight: Tensor) -> Tensor:
         """Return the quantized weight of an expert, like the parameter has it."""
-        operands, is_transposed = computer_of(site).operands(site.parameter), site.input_axis == -2
+        operands, is_transposed = _experts_at(site).operands(site.parameter), site.input_axis == -2
         own = site.weight.detach()[0] if site.weight.ndim == 3 else site.weight.detach()
         by_outputs = (weight if weight.shape == own.shape else weight.mT).float()
         by_outputs = operands.transformed(by_outputs.mT if is_transposed else by_outputs, -1)
@@ -105,8 +106,8 @@ class ExpertQuantizer:
 
     def _finish(self, site: QuantizedSite) -> None:
         """Round to nearest what no token reached, and have the whole weight count as quantized."""
-        computer, own = computer_of(site), site.weight.detach()
-        unseen = [n for n in range(_experts(site)) if n not in self._done[site.name]]
+        computer, own = _experts_at(site), site.weight.detach()
+        unseen = [n for n in range(_count(site)) if n not in self._done[site.name]]
         with torch.no_grad():
             for expert in unseen:
                 matrix = own[expert] if own.ndim == 3 else own
@@ -121,12 +122,18 @@ class ExpertQuantizer:
             )
 
 
+def _experts_at(site: QuantizedSite) -> QuantizedExperts:
+    computer = computer_of(site)
+    assert isinstance(computer, QuantizedExperts)
+    return computer
+
+
 def _is_to_be_chosen(site: QuantizedSite) -> bool:
-    frozen = computer_of(site).frozen_weight(site.parameter)
+    frozen = _experts_at(site).frozen_weight(site.parameter)
     return site.formats.get("weight") is not None and frozen.is_possible and not frozen.is_frozen(site.weight)
 
 
-def _experts(site: QuantizedSite) -> int:
+def _count(site: QuantizedSite) -> int:
     return len(site.weight) if site.weight.ndim == 3 else 1
 
 

@@ -4,8 +4,8 @@ python tools/docs/record_ptq.py --data-dir DATA --out results/smollm2-135m/ptq R
     [--set gptq.correction=0.5] [--without distillation] [--model smollm2] [--text wikitext2] [--window 2048]
     [--windows 29] [--folder FOLDER]
 
-A recipe without algorithms is rounded to nearest while it is evaluated. One with algorithms is quantized into a folder
-(FOLDER/<recipe>-<seed>, by default a temporary one), from which the evaluation loads it; a folder that is there
+A recipe that takes no calibration is rounded to nearest while it is evaluated. Another is quantized into a folder
+(FOLDER/<recipe>-<changes>-<seed>, by default a temporary one), from which the evaluation loads it; a folder that is there
 already is only evaluated. A row that is there already is left alone. ``--set`` changes an option of an algorithm, as a
 TOML value, ``--without`` leaves an algorithm out, or what rules ask for (transform, k_offset): the row says so.
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import tomllib
 from dataclasses import replace
 from pathlib import Path
@@ -44,7 +45,8 @@ def main() -> None:
                 if (recipe.name, changes, seed, options.text, options.window, options.windows) in done:
                     continue
                 calibrated = recipe if seed is None else with_options(recipe, {"calibration": {"seed": seed}})
-                row = {**record(calibrated, seed, options), "changes": changes}
+                place = None if options.folder is None else options.folder / _folder_name(recipe.name, changes, seed)
+                row = {**record(calibrated, seed, place, options), "changes": changes}
                 with file.open("a", encoding="utf-8") as lines:
                     lines.write(json.dumps(row) + "\n")
                 print(json.dumps({key: row[key] for key in ("recipe", "changes", "seed", *METRICS)}))
@@ -64,10 +66,13 @@ def changed(recipe: Recipe, options: argparse.Namespace) -> Recipe:
     return recipe
 
 
-def record(recipe: Recipe, seed: int | None, options: argparse.Namespace) -> dict[str, Any]:
+def _folder_name(recipe: str, changes: str, seed: int | None) -> str:
+    return "-".join([recipe, *re.findall(r"[\w.]+", changes), str(seed)])
+
+
+def record(recipe: Recipe, seed: int | None, folder: Path | None, options: argparse.Namespace) -> dict[str, Any]:
     """Quantize, evaluate, and return the row."""
     measurement = Measurement(options.model, options.text, options.window, options.windows, options.data_dir)
-    folder = options.folder / f"{recipe.name}-{seed}" if options.folder and recipe.takes_calibration else None
     row = measurement.of(recipe, provenance.code_version(), folder)
     return {**row, "seed": seed, "environment": provenance.describe()}
 
