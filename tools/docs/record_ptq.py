@@ -5,9 +5,9 @@ python tools/docs/record_ptq.py --data-dir DATA --out results/smollm2-135m/ptq R
     [--windows 29] [--folder FOLDER]
 
 A recipe that takes no calibration is rounded to nearest while it is evaluated. Another is quantized into a folder
-(FOLDER/<recipe>-<changes>-<seed>, by default a temporary one), from which the evaluation loads it; a folder that is there
-already is only evaluated. A row that is there already is left alone. ``--set`` changes an option of an algorithm, as a
-TOML value, ``--without`` leaves an algorithm out, or what rules ask for (transform, k_offset): the row says so.
+(FOLDER/<recipe>-<changes>-<seed>, by default a temporary one), from which the evaluation loads it; a folder that is
+there already is only evaluated. A row that is there already is left alone. ``--set`` changes an option of an algorithm,
+as a TOML value, ``--without`` leaves an algorithm out, or what rules ask for (transform, k_offset): the row says so.
 """
 
 from __future__ import annotations
