@@ -28,7 +28,14 @@ def test_the_page_is_up_to_date(tool):
 
 
 def test_a_share_is_of_what_rounding_to_nearest_loses(tool, tmp_path, monkeypatch):
-    common = {"text": "wikitext2", "changes": "", "kl_divergence": 0.1, "top1_agreement": 0.5, "bits_per_weight": 4.25}
+    common = {
+        "text": "wikitext2",
+        "window": 2048,
+        "changes": "",
+        "kl_divergence": 0.1,
+        "top1_agreement": 0.5,
+        "bits_per_weight": 4.25,
+    }
     found = [("baseline", None, 3.0), ("mxfp4_w4a4kv4", None, 5.0)]
     found += [("mxfp4_w4a4kv4_gptq", seed, loss) for seed, loss in enumerate((3.9, 4.0, 4.1))]
     rows = [{"recipe": recipe, "seed": seed, "cross_entropy": loss, **common} for recipe, seed, loss in found]

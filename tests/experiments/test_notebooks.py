@@ -51,9 +51,9 @@ def test_runs_in_order(path: Path, session: dict[str, str], monkeypatch: pytest.
     kinds = {kind for output in outputs for kind in output.get("data", {})}
     assert {"image/png", "text/html"} <= kinds  # a figure and a table
     results = Path(os.environ["MXLAB_RESULTS"])
-    expected = {"01": 1, "02": 13, "03": 25, "04": 25, "05": 25}[path.stem[:2]]
-    assert len(list(results.glob("*/*/run.json"))) == expected
-    if path.stem.startswith("05"):
+    if (expected := {"01": 1, "02": 13, "03": 25, "04": 25}.get(path.stem[:2])) is not None:
+        assert len(list(results.glob("*/*/run.json"))) == expected
+    else:
         steps = pd.read_csv(results / "ptq_steps.csv", index_col=0)
         assert len(steps) == 4
         assert np.isfinite(steps["perplexity"]).all()

@@ -2,14 +2,15 @@
 
 python tools/docs/ptq_page.py [--check]
 
-The table stands between ``<!-- steps -->`` and ``<!-- end -->``. With --check nothing is written, and a page that is
-out of date is an error.
+The tables stand behind ``<!-- steps -->`` and ``<!-- changes -->``, up to ``<!-- end -->``. With --check nothing is
+written, and a page that is out of date is an error.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ STEPS = {
 }
 PLAIN = ("", "")
 TEXT = "wikitext2"
+WINDOW, SHORT_WINDOW = 2048, 512  # of the steps, and of the changes
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Step:
 def read(text: str = TEXT) -> tuple[float, list[Step]]:
     """Return the unquantized model's cross entropy on a text, and the steps of every format."""
     rows = [json.loads(line) for line in ROWS.read_text(encoding="utf-8").splitlines()]
-    rows = [row for row in rows if row["text"] == text]
+    rows = [row for row in rows if (row["text"], row["window"]) == (text, WINDOW)]
     [unquantized] = [row["cross_entropy"] for row in rows if row["recipe"] == "baseline"]
     steps = [
         Step(fmt, step, found)
@@ -75,10 +77,29 @@ HEADS = (
     "#minutes", "#peak memory, GiB", "seeds",
 )  # fmt: skip
 
+CHANGE_HEADS = (
+    "recipe", "changed", "#perplexity", "#KL divergence", "#top-1 agreement", "#bits a weight",
+)  # fmt: skip
+
 
 def fill(page: str) -> str:
-    """``page`` with the table as the rows have it."""
-    return SECTION.sub(lambda found: found[1] + table(HEADS, _lines()) + found[3], page)
+    """``page`` with its tables as the rows have them."""
+
+    def filled(found: re.Match[str]) -> str:
+        heads, lines = (HEADS, _lines()) if found["name"] == "steps" else (CHANGE_HEADS, _changes())
+        return found[1] + table(heads, lines) + found[3]
+
+    return SECTION.sub(filled, page)
+
+
+def _changes() -> Iterator[Sequence[str]]:
+    """Yield what recipes give with something changed, and without."""
+    rows = [json.loads(line) for line in ROWS.read_text(encoding="utf-8").splitlines()]
+    for row in rows:
+        if (row["text"], row["window"]) == (TEXT, SHORT_WINDOW):
+            bits = "-" if row["bits_per_weight"] is None else f"{row['bits_per_weight']:.2f}"
+            values = (f"{row['perplexity']:.2f}", f"{row['kl_divergence']:.3f}", f"{row['top1_agreement']:.1%}", bits)
+            yield f"`{row['recipe']}`", row["changes"] or "-", *values
 
 
 def _lines() -> Iterator[Sequence[str]]:
