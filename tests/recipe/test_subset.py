@@ -53,3 +53,17 @@ def test_recipes_that_choose_by_pattern_are_refused(rule):
     for restrict in (only_roles, without_roles, only_modules, without_modules):
         with pytest.raises(SpecError, match=r"recipe loose: the rule for .* does not quantize one named module"):
             restrict(recipe, ("weight",))
+
+
+def test_what_transforms_and_offsets_are_for_goes_with_its_roles():
+    values = [
+        {"name": "a", "weight": "fp4@32", "activation": "fp4@32", "bias": "fp8_e4m3@32", "transform": "hadamard@32"},
+        {"name": "b", "k": "int4@32", "v": "int4@32", "transform": "hadamard", "k_offset": True},
+    ]
+    recipe = Recipe.from_dict({"name": "r", "rules": values})
+    assert only_roles(recipe, ALL_ROLES) == recipe
+    [bias] = only_roles(recipe, ["bias"]).rules
+    assert bias.transform is None
+    [v] = only_roles(recipe, ["v"]).rules
+    assert v.transform is not None
+    assert not v.k_offset
