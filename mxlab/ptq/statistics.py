@@ -11,18 +11,20 @@ from mxlab.errors import ConversionError
 from mxlab.ptq.factor import Factor, factorized
 from mxlab.recipe.algorithms import Order
 
+_MOST = 100.0  # by which a row is multiplied, so that noise is not
+
 
 @dataclass(frozen=True)
 class InputStatistics:
     """Second moments of an input, and some of its rows.
 
     Attributes:
-        gram: X̂ᵀX̂ [in, in], float32, X̂ being what the quantized model multiplies by its weight: transformed and
-            quantized.
+        gram: X̂ᵀX̂ [in, in], float32, X̂ being what the quantized model multiplies by its weight, transformed and
+            quantized; each row is divided by its size.
         cross: XᵀX̂ [in, in], X being what the unquantized model multiplies, transformed as well; None where it is not
             asked for.
         held_out: rows of X̂ [rows, in] that are not in the moments.
-        held_out_original: the same rows of X.
+        held_out_original: the same rows of X, divided by the same.
     """
 
     gram: Tensor
@@ -44,6 +46,10 @@ def input_statistics(
 ) -> InputStatistics:
     """Take the statistics of the input [..., in] of the layer called ``name``, windows of text one after the other.
 
+    Every token counts alike, whatever the size of its input. The inputs of some, such as the first of a text, are a
+    hundred times larger than those of others (Sun et al., "Massive Activations in Large Language Models", 2024): what
+    fits these few would be fitted to nothing else.
+
     Args:
         quantized: what the quantized model multiplies.
         original: what the unquantized one does; without ``with_cross`` the rows held out are enough.
@@ -56,9 +62,19 @@ def input_statistics(
     """
     for kind, x in (("quantized", quantized), ("unquantized", original)):
         check_finite(x, f"{name} of the {kind} model", "leave the layer out of the recipe")
-    (x, rows), y = apart(quantized.float(), held_out), original.flatten(0, -2).float()
+    x, y = (t.flatten(0, -2).float() for t in (quantized, original))
+    weights = _weights(x)
+    (x, rows), y = apart(x * weights, held_out), y * weights[len(weights) - len(y) :]
     cross = y[: len(x)].t() @ x if with_cross else None
     return InputStatistics(x.t() @ x, cross, rows, y[len(y) - len(rows) :])
+
+
+def _weights(rows: Tensor) -> Tensor:
+    """Return what makes the rows [rows, in] as large as the middle one, [rows, 1]; very small ones stay smaller."""
+    size = rows.square().mean(-1, keepdim=True).sqrt()
+    positive = size[size > 0]
+    middle = positive.median() if len(positive) else torch.ones((), device=size.device)
+    return middle / size.clamp(min=float(middle) / _MOST)
 
 
 def apart(x: Tensor, held_out: float) -> tuple[Tensor, Tensor]:

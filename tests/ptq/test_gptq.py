@@ -14,7 +14,7 @@ from mxlab.ptq.correction import correct
 from mxlab.ptq.factor import factorized, inverse_factor
 from mxlab.ptq.gptq import gptq, settle_in_torch
 from mxlab.ptq.scales import block_scales, rounded
-from mxlab.ptq.statistics import InputStatistics
+from mxlab.ptq.statistics import InputStatistics, input_statistics
 from mxlab.recipe.algorithms import Calibration
 
 from support.bits import same
@@ -183,3 +183,21 @@ def test_windows_are_drawn_by_the_seed_without_overlap():
 def test_a_text_that_is_too_short():
     with pytest.raises(SpecError, match="has 999 tokens, 9 windows of 100: for 8 windows and 2 held out it takes 10"):
         sample(torch.arange(999), Calibration(samples=8, length=100))
+
+
+def test_tokens_count_alike_whatever_their_size():
+    x, y = (torch.randn(4, 25, 16, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    sizes = torch.logspace(-1, 3, 100)[torch.randperm(100, generator=torch.Generator().manual_seed(2))].view(4, 25, 1)
+    plain, scaled = (input_statistics(a, b, 0.25, "layer") for a, b in ((x, y), (x * sizes, y * sizes)))
+    for name in ("gram", "cross", "held_out", "held_out_original"):
+        was, now = (getattr(found, name) for found in (plain, scaled))
+        assert torch.allclose(was / was.norm(), now / now.norm(), atol=1e-5)
+    assert len(plain.held_out) == len(plain.held_out_original) == 25
+
+
+def test_rows_of_zeros_and_rows_that_are_nearly_zero_stay_finite():
+    x = torch.randn(2, 8, 16, generator=torch.Generator().manual_seed(0))
+    x[0, :5], x[1, 0] = 0, 1e-38
+    found = input_statistics(x, torch.ones(2, 8, 16), 0.5, "layer")
+    assert torch.isfinite(found.cross).all()
+    assert torch.isfinite(input_statistics(torch.zeros(2, 8, 16), x, 0.5, "layer").gram).all()
