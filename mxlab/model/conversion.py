@@ -23,7 +23,7 @@ from mxlab.numerics.fingerprints import fingerprint
 from mxlab.recipe import Phase, Recipe, Rule
 from mxlab.recipe.rule import KV_ROLES, PHASES
 
-_TRANSFORM_BITS = 16  # of an element of a fitted transform
+_FITTED_BITS = 16  # of an element of a fitted transform, or of an offset of keys
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 _PLURALS = {"linear": "linears", "experts": "experts", "attention": "attentions"}
 
@@ -60,23 +60,23 @@ class Conversion:
 
         A parameter that is used in several places (tied embeddings) counts once, and where a quantized copy of it is
         kept, that copy as well. Biases are rounded as they are used, and stored unchanged. Transforms that were fitted
-        are stored in 16 bits an element, one for the layers that share an input.
+        are stored in 16 bits an element, one for the layers that share an input, and so are the offsets of keys.
         """
         in_place = {id(p) for site in self.linears for p in site.stored_parameters()}
         parameters = list(self.model.parameters())
         bits = sum(p.numel() * p.element_size() * 8 for p in parameters if id(p) not in in_place)
-        bits += sum(site.storage_bits() for site in self.linears) + self._transform_bits()
+        bits += sum(site.storage_bits() for site in self.linears) + self._fitted_bits()
         return bits / max(sum(p.numel() for p in parameters), 1)
 
     @property
     def bits_per_weight(self) -> float | None:
-        """Average bits of the elements of quantized weights, scales and fitted transforms counted; None without any."""
+        """Average bits of the elements of quantized weights, scales and what was fitted counted; None without any."""
         quantized = [site for site in self.linears if "weight" in site.roles]
         elements = sum(prod(site.shape) for site in quantized)
-        bits = sum(site.storage_bits() for site in quantized) + self._transform_bits()
+        bits = sum(site.storage_bits() for site in quantized) + self._fitted_bits()
         return bits / elements if elements else None
 
-    def _transform_bits(self) -> int:
+    def _fitted_bits(self) -> int:
         fitted = {
             (
                 site.name.rpartition(".")[0],
@@ -85,7 +85,8 @@ class Conversion:
             for site in self.linears
             if (matrices := getattr(site.module, "input_transform", None)) is not None
         }
-        return _TRANSFORM_BITS * sum(fitted.values())
+        offsets = sum(prod(site.shape) for site in self.attentions if site.k_offset)
+        return _FITTED_BITS * (sum(fitted.values()) + offsets)
 
     def bits_in(self, phase: Phase) -> float:
         """Average bits of the parameters as the passes of one phase read them; counted as :attr:`bits_per_parameter`.

@@ -6,6 +6,7 @@ from transformers import AutoModelForCausalLM
 
 import mxlab
 from mxlab.errors import ConversionError, SpecError
+from mxlab.model.saved import conversion_of
 from mxlab.ptq.calibration import Windows
 from mxlab.ptq.divergence import divergence
 from mxlab.ptq.pipeline import quantize_model
@@ -98,3 +99,10 @@ def test_keys_that_are_not_numbers_are_named():
         model.model.layers[1].self_attn.k_proj.bias[3] = torch.nan
     with pytest.raises(ConversionError, match=r"layers\.1\.self_attn inputs that are NaN"):
         quantized(recipe(), model)
+
+
+def test_it_is_counted():
+    plain, model = (conversion_of(quantized(recipe(offset=offset))) for offset in (False, True))
+    parameters = sum(p.numel() for p in shifted().parameters())
+    elements = sum(buffer.numel() for name, buffer in model.model.named_buffers() if name.endswith("k_offset"))
+    assert (model.bits_per_parameter - plain.bits_per_parameter) * parameters == pytest.approx(16 * elements, rel=1e-3)
