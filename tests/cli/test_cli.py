@@ -426,7 +426,7 @@ def test_help_lists_all_that_is_shipped(command, kind, mxlab):
         ("mxlab swe", {"sweep"}),
         ("mxlab sweep t", {"tiers"}),
         ("mxlab eval --recipe tier_", {"tier_a", "tier_b", "tier_c", "tier_d"}),
-        ("mxlab convert smollm2 ex", {"ex1", "ex2"}),
+        ("mxlab convert smollm2 ex", {"ex1", "ex2", "ex2_gptq", "ex2_best"}),
         ("mxlab compare w", {"whole_text"}),
         ("mxlab bench li", {"linear"}),
         ("mxlab sweep ./my", set()),  # for the shell, which knows paths

@@ -356,8 +356,9 @@ def test_every_shipped_recipe_fits_a_llama():
     from mxlab.recipe import load_recipe
 
     for path in shipped.files("recipe").values():
-        model = tiny()
-        conversion = mxlab.apply(model, replace(load_recipe(path.stem), algorithms={}))
+        model, recipe = tiny(), load_recipe(path.stem)
+        plain = tuple(replace(rule, transform=None, k_offset=False) for rule in recipe.rules)  # nothing to calibrate
+        conversion = mxlab.apply(model, replace(recipe, rules=plain, algorithms={}))
         assert model(tokens()).logits.isfinite().all()
         assert bool(conversion.sites) is (path.stem not in ("baseline", "injected"))
         left = conversion.inventory()["linear_layers_in_high_precision"]
