@@ -151,6 +151,7 @@ def _accumulate_gradients(model: Any, original: Any, windows: Tensor) -> float:
             wanted, found = logits_of(original, ids), logits.detach()
             total += mean_divergence(wanted, found) / len(windows)
             gradient = found.float().softmax(-1)
+            # Row by row, so that there are not two more tensors of that size.
             for row, of_row in zip(gradient.flatten(0, -2), wanted.flatten(0, -2), strict=True):
                 row.sub_(of_row.float().softmax(-1))
             gradient.div_(ids.numel() * len(windows))

@@ -77,40 +77,36 @@ class ExpertQuantizer:
 
     def _choose(self, site: QuantizedSite, advance: Callable[[int], Any], x: Tensor, weight: Tensor) -> None:
         """Quantize the weight of one expert in place, by its inputs [tokens, in]."""
-        expert = (weight.storage_offset() - site.weight.storage_offset()) // site.weight[0].numel()
-        expert = expert if site.weight.ndim == 3 else 0
+        expert = (weight.storage_offset() - site.weight.storage_offset()) // _matrix(site, 0).numel()
         if expert in self._done[site.name] or not x.numel():
             return
         name = f"{site.name}.{expert}"
         if (kept := self._progress.load(name)) is None:
-            kept = {"values": self._rounded(site, name, x, weight.detach())}
+            kept = {"values": self._rounded(site, name, x, _matrix(site, expert))}
             self._progress.keep(name, kept)
-        own = site.weight.detach()
-        (own[expert] if own.ndim == 3 else own).copy_(kept["values"])
+        _matrix(site, expert).copy_(kept["values"])
         self._done[site.name].add(expert)
         advance(1)
 
-    def _rounded(self, site: QuantizedSite, name: str, x: Tensor, weight: Tensor) -> Tensor:
-        """Return the quantized weight of an expert, like the parameter has it."""
+    def _rounded(self, site: QuantizedSite, name: str, x: Tensor, matrix: Tensor) -> Tensor:
+        """Return the quantized matrix of an expert."""
         operands, is_transposed = _experts_at(site).operands(site.parameter), site.input_axis == -2
-        own = site.weight.detach()[0] if site.weight.ndim == 3 else site.weight.detach()
-        by_outputs = (weight if weight.shape == own.shape else weight.mT).float()
-        by_outputs = operands.transformed(by_outputs.mT if is_transposed else by_outputs, -1)
-        rows = x.reshape(-1, 1, x.shape[-1])
+        by_outputs = operands.transformed((matrix.mT if is_transposed else matrix).float(), -1)
+        rows = x.reshape(-1, x.shape[-1])
         held_out = _HELD_OUT if len(self._options.damping) > 1 else 0
         statistics = input_statistics(
             operands.on_activation(rows), operands.transformed(rows, -1), held_out, name, with_cross=False
         )
         found, _, _ = best_rounding(name, by_outputs, statistics, weight_format(site), self._options)
-        return (found.mT if is_transposed else found).to(own.dtype)
+        return (found.mT if is_transposed else found).to(matrix.dtype)
 
     def _finish(self, site: QuantizedSite) -> None:
         """Round to nearest what no token reached, and have the whole weight count as quantized."""
-        computer, own = _experts_at(site), site.weight.detach()
+        computer = _experts_at(site)
         unseen = [n for n in range(_count(site)) if n not in self._done[site.name]]
         with torch.no_grad():
             for expert in unseen:
-                matrix = own[expert] if own.ndim == 3 else own
+                matrix = _matrix(site, expert)
                 matrix.copy_(computer.operands(site.parameter).on_weight(matrix, site.input_axis))
         computer.frozen_weight(site.parameter).mark(site.weight)
         if unseen:
@@ -135,6 +131,12 @@ def _is_to_be_chosen(site: QuantizedSite) -> bool:
 
 def _count(site: QuantizedSite) -> int:
     return len(site.weight) if site.weight.ndim == 3 else 1
+
+
+def _matrix(site: QuantizedSite, expert: int) -> Tensor:
+    """Return the memory of an expert's matrix, or of a router's."""
+    weight = site.weight.detach()
+    return weight[expert] if weight.ndim == 3 else weight
 
 
 @contextmanager

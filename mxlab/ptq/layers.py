@@ -10,12 +10,11 @@ from torch import Tensor
 from mxlab.model.conversion import Conversion
 from mxlab.model.nn.linear import QuantizedLayer
 from mxlab.model.plan import QuantizedSite
-from mxlab.numerics.transforms import inverse_transposed
 from mxlab.ptq import wush
 from mxlab.ptq.chosen import ChosenWeight
 from mxlab.ptq.resume import Progress
 from mxlab.ptq.rounding import best_rounding
-from mxlab.ptq.sites import by_outputs, weight_format
+from mxlab.ptq.sites import by_outputs, layer_at, weight_format, weight_in_basis
 from mxlab.ptq.statistics import InputStatistics, apart, input_statistics
 from mxlab.recipe.algorithms import Gptq
 from mxlab.recipe.transform import Wush
@@ -70,10 +69,9 @@ class LayerQuantizer:
     def _choose(self, site: QuantizedSite, x: Tensor, original: Tensor) -> ChosenWeight:
         if isinstance(site.transform, Wush) and site.name not in self._fitted:
             self._fit(site, site.transform, x)
-        layer, fmt = _layer(site), weight_format(site)
+        layer, fmt = layer_at(site), weight_format(site)
         statistics = self._statistics(site, layer, x, original)
-        matrices = None if layer.input_transform is None else inverse_transposed(layer.input_transform)
-        weight = layer.operands["prefill"].transformed(by_outputs(site), -1, matrices)
+        weight = weight_in_basis(site, layer.operands["prefill"], layer.input_transform)
         values, scales, target = best_rounding(site.name, weight, statistics, fmt, self._options)
         layer.freeze_as(values)
         tensors = {"values": values, "scales": scales, "target": target, "transform": layer.input_transform}
@@ -92,7 +90,7 @@ class LayerQuantizer:
 
     def _set_transform(self, site: QuantizedSite, matrices: Tensor) -> None:
         for other in self._alike(site):
-            room = _layer(other).input_transform
+            room = layer_at(other).input_transform
             assert room is not None
             room.copy_(matrices)
             self._fitted.add(other.name)
@@ -102,8 +100,8 @@ class LayerQuantizer:
         values, scales, target = (kept[name].to(site.weight.device) for name in ("values", "scales", "target"))
         if "transform" in kept:
             self._set_transform(site, kept["transform"])
-        _layer(site).freeze_as(values)
-        return ChosenWeight(site.name, self._alike(site)[0].name, _layer(site), weight_format(site), scales, target)
+        layer_at(site).freeze_as(values)
+        return ChosenWeight(site.name, self._alike(site)[0].name, layer_at(site), weight_format(site), scales, target)
 
     def _statistics(self, site: QuantizedSite, layer: QuantizedLayer, x: Tensor, original: Tensor) -> InputStatistics:
         """Return the statistics of the input; layers that share it, transformed and quantized, share them."""
@@ -125,10 +123,5 @@ class LayerQuantizer:
 
 
 def _is_to_be_chosen(site: QuantizedSite) -> bool:
-    layer = _layer(site)
+    layer = layer_at(site)
     return site.formats.get("weight") is not None and not layer.is_frozen and layer.frozen.is_possible
-
-
-def _layer(site: QuantizedSite) -> QuantizedLayer:
-    assert isinstance(site.module, QuantizedLayer)
-    return site.module

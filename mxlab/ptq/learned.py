@@ -49,17 +49,18 @@ class Learned(ABC):
             self._move(self._direction(gradient, step), share * self._rate(options))
             self.show_master()
 
-    @abstractmethod
     def show_master(self) -> None:
         """Give the model the values that the master stands for."""
+        self.restore(self.master)
 
-    @abstractmethod
     def state(self) -> Tensor:
         """Return a copy of the values that the model has, as :meth:`restore` takes it."""
+        return self.tensors[0].detach().clone()
 
-    @abstractmethod
     def restore(self, state: Tensor) -> None:
         """Give the model the values of a state."""
+        for tensor in self.tensors:
+            tensor.copy_(state)
 
     @abstractmethod
     def _rate(self, options: Distillation) -> float: ...
@@ -122,15 +123,6 @@ class LearnedVector(Learned):
     def __init__(self, name: str, parameter: nn.Parameter) -> None:
         super().__init__(name, parameter.detach().float().clone(), [parameter])
 
-    def show_master(self) -> None:  # noqa: D102
-        self.restore(self.master)
-
-    def state(self) -> Tensor:  # noqa: D102
-        return self.tensors[0].detach().clone()
-
-    def restore(self, state: Tensor) -> None:  # noqa: D102
-        self.tensors[0].copy_(state)
-
     def _rate(self, options: Distillation) -> float:
         return options.vector_rate
 
@@ -148,13 +140,6 @@ class LearnedTransform(Learned):
 
     def show_master(self) -> None:  # noqa: D102
         self.restore(self.master.bfloat16())
-
-    def state(self) -> Tensor:  # noqa: D102
-        return self.tensors[0].detach().clone()
-
-    def restore(self, state: Tensor) -> None:  # noqa: D102
-        for matrices in self.tensors:
-            matrices.copy_(state)
 
     def _rate(self, options: Distillation) -> float:
         return options.transform_rate

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from torch import Tensor
 
 from mxlab.model.conversion import Conversion
+from mxlab.model.nn.attention import K_OFFSET
 from mxlab.model.observe import observe_keys
 from mxlab.model.plan import QuantizedSite
 from mxlab.ptq.statistics import check_finite
@@ -34,7 +35,7 @@ def fitting_offsets(conversion: Conversion, held_out: int) -> Iterator[None]:
         if site.k_offset and site.name not in fitted:
             fitted.add(site.name)
             check_finite(keys, site.name, "leave the attention out of the recipe")
-            offset = site.module.get_buffer("k_offset")
+            offset = site.module.get_buffer(K_OFFSET)
             mean = keys[: len(keys) - held_out].float().mean((0, -2))
             heads = mean.view(len(offset), -1, mean.shape[-1])  # a head may come several times over
             offset.copy_(heads[:, :1].bfloat16())  # so that a model in bfloat16 has the same

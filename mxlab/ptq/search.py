@@ -27,15 +27,13 @@ from torch import Tensor
 from mxlab.errors import ConversionError, FormatError
 from mxlab.formats import MXFormat
 from mxlab.model.apply import freeze, linear_operands, prepare, prepare_to_observe
-from mxlab.model.nn.linear import QuantizedLayer
 from mxlab.model.observe import observe_inputs
 from mxlab.model.plan import QuantizedSite, make_plan
 from mxlab.model.transforms import check_fit
-from mxlab.numerics.transforms import inverse_transposed
 from mxlab.progress import Steps
 from mxlab.ptq import wush
 from mxlab.ptq.divergence import logits_of, mean_divergence
-from mxlab.ptq.sites import by_outputs
+from mxlab.ptq.sites import by_outputs, layer_at, weight_in_basis
 from mxlab.ptq.streams import forward, layers_by_input
 from mxlab.recipe import Recipe
 from mxlab.recipe.algorithms import Search
@@ -46,6 +44,9 @@ _ROWS = 512  # of an input, by which candidates are tried on a layer
 _FINALISTS = 2  # candidates for all layers of a kind that are compared in the model, beside the best of each layer
 
 Assignment = dict[str, dict[str, Any]]  # by the site's name: what its rule has in place of what the recipe gives
+Contest = dict[
+    str, Assignment
+]  # what sites of a kind may have in common: by the name of each candidate, what it changes
 
 logger = logging.getLogger("mxlab")
 
@@ -104,13 +105,6 @@ class _Group:
         return min(self.losses, key=lambda candidate: self.losses[candidate])
 
 
-@dataclass(frozen=True)
-class _Contest:
-    """What sites of a kind may have in common: by the name of each candidate, what it changes."""
-
-    candidates: dict[str, Assignment]
-
-
 def _kinds(groups: Sequence[_Group]) -> list[list[_Group]]:
     """Return the groups that have the same place in their decoder layers together."""
     kinds: defaultdict[tuple[int, ...], list[_Group]] = defaultdict(list)
@@ -119,7 +113,7 @@ def _kinds(groups: Sequence[_Group]) -> list[list[_Group]]:
     return list(kinds.values())
 
 
-def _linear_contests(kinds: Sequence[Sequence[_Group]]) -> list[_Contest]:
+def _linear_contests(kinds: Sequence[Sequence[_Group]]) -> list[Contest]:
     """Return for each kind of layers the transforms that lose least over all of them."""
     contests = []
     for alike in kinds:
@@ -129,11 +123,14 @@ def _linear_contests(kinds: Sequence[Sequence[_Group]]) -> list[_Contest]:
     return contests
 
 
-def _attention_contests(sites: Sequence[QuantizedSite], options: Search) -> list[_Contest]:
+def _attention_contests(sites: Sequence[QuantizedSite], options: Search) -> list[Contest]:
     """Return what all attentions can have in common, which is told apart by the model alone."""
     attentions = [site for site in sites if site.kind == "attention"]
-    fitting = {_sizes(attentions, c): c for c in reversed(options.candidates) if all(_fits(s, c) for s in attentions)}
-    return [_transforms([site.name for site in attentions], [*reversed(fitting.values())])] if attentions else []
+    fitting: dict[tuple[object, ...], Transform | None] = {}
+    for candidate in options.candidates:
+        if all(_fits(site, candidate) for site in attentions):
+            fitting.setdefault(_sizes(attentions, candidate), candidate)
+    return [_transforms([site.name for site in attentions], [*fitting.values()])] if attentions else []
 
 
 def _sizes(sites: Sequence[QuantizedSite], candidate: Transform | None) -> tuple[object, ...]:
@@ -142,19 +139,17 @@ def _sizes(sites: Sequence[QuantizedSite], candidate: Transform | None) -> tuple
     return type(candidate), *sorted(sizes)
 
 
-def _transforms(names: Sequence[str], candidates: Sequence[Transform | None]) -> _Contest:
-    return _Contest({f"{c or 'none'} for {names[0]}": {n: {"transform": c} for n in names} for c in candidates})
+def _transforms(names: Sequence[str], candidates: Sequence[Transform | None]) -> Contest:
+    return {f"{c or 'none'} for {names[0]}": {n: {"transform": c} for n in names} for c in candidates}
 
 
-def _rule_contests(
-    sites: Sequence[QuantizedSite], kinds: Sequence[Sequence[_Group]], options: Search
-) -> list[_Contest]:
+def _rule_contests(sites: Sequence[QuantizedSite], kinds: Sequence[Sequence[_Group]], options: Search) -> list[Contest]:
     """Return for the activations of each kind of layers, and for K and V of all attentions, the scale rules."""
     by_name = {site.name: site for site in sites}
     alike = [("activation", [by_name[name] for group in kind for name in group.names]) for kind in kinds]
     alike += [(role, [site for site in sites if role in site.formats]) for role in KV_ROLES]
     return [
-        _Contest({f"{rule} for {role} of {of[0].name}": _with_rule(of, role, rule) for rule in options.rules})
+        {f"{rule} for {role} of {of[0].name}": _with_rule(of, role, rule) for rule in options.rules}
         for role, of in alike
         if of
     ]
@@ -189,27 +184,27 @@ class _Trial:
         with torch.no_grad():
             self._wanted = [logits_of(original, window) for window in self._windows]
 
-    def winners(self, start: Assignment, contests: Sequence[_Contest]) -> Assignment:
+    def winners(self, start: Assignment, contests: Sequence[Contest]) -> Assignment:
         """Try each candidate in place of what is assigned, one kind of layers after the other; keep what is nearer."""
-        with Steps("comparing transforms", 1 + sum(len(contest.candidates) for contest in contests)) as steps:
-            present, least = start, self._divergence(start)
+        with Steps("comparing transforms", 1 + sum(map(len, contests))) as steps:
+            present, recipe = start, with_changes(self._recipe, start)
+            least = self._divergence(recipe)
             logger.info("transforms that serve each layer best: KL divergence %.4f", least)
             steps.advance()
-            for contest in contests:
-                for name, changes in contest.candidates.items():
-                    tried = present | {of: {**present.get(of, {}), **change} for of, change in changes.items()}
-                    if with_changes(self._recipe, tried) != with_changes(self._recipe, present):
-                        found = self._divergence(tried)
-                        logger.info("%s and all like it: KL divergence %.4f", name, found)
-                        if found < least:
-                            present, least = tried, found
-                    steps.advance()
+            for name, changes in (candidate for contest in contests for candidate in contest.items()):
+                tried = present | {of: {**present.get(of, {}), **change} for of, change in changes.items()}
+                if (changed := with_changes(self._recipe, tried)) != recipe:
+                    found = self._divergence(changed)
+                    logger.info("%s and all like it: KL divergence %.4f", name, found)
+                    if found < least:
+                        present, recipe, least = tried, changed, found
+                steps.advance()
         return present
 
     @torch.no_grad()
-    def _divergence(self, assignment: Assignment) -> float:
+    def _divergence(self, recipe: Recipe) -> float:
         model = copy.deepcopy(self._original)
-        conversion = prepare(model, with_changes(self._recipe, assignment))
+        conversion = prepare(model, recipe)
         for site in conversion.sites:
             if isinstance(site.transform, Wush):
                 with_matrices(site, self._matrices[site.name][site.transform])
@@ -220,13 +215,11 @@ class _Trial:
 
 def with_matrices(site: QuantizedSite, matrices: Tensor) -> None:
     """Give a linear layer the matrices of its transform, and round its weight to nearest in that basis."""
-    layer = site.module
-    assert isinstance(layer, QuantizedLayer)
+    layer = layer_at(site)
     assert layer.input_transform is not None
     layer.input_transform.copy_(matrices)
     operands = layer.operands["prefill"]
-    weight = operands.transformed(by_outputs(site), -1, inverse_transposed(matrices))
-    layer.freeze_as(operands.on_transformed_weight(weight))
+    layer.freeze_as(operands.on_transformed_weight(weight_in_basis(site, operands, matrices)))
 
 
 def _groups(original: Any, recipe: Recipe, options: Search, ids: Tensor) -> list[_Group]:
@@ -268,9 +261,8 @@ def _loss(
 ) -> float:
     """Return the squared error of a layer's product under a candidate, relative to the product's square."""
     operands = linear_operands(recipe, site.formats, candidate)
-    weight, of_x = by_outputs(site), matrices.get(candidate) if candidate is not None else None
-    of_weight = None if of_x is None else inverse_transposed(of_x)
-    quantized = operands.on_transformed_weight(operands.transformed(weight, -1, of_weight))
+    of_x = matrices.get(candidate) if candidate is not None else None
+    quantized = operands.on_transformed_weight(weight_in_basis(site, operands, of_x))
     product = operands.on_activation(x, matrices=of_x) @ quantized.t()
-    wanted = x @ weight.t()
+    wanted = x @ by_outputs(site).t()
     return float((product - wanted).square().sum() / wanted.square().sum().clamp(min=1e-30))

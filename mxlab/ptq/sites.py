@@ -5,7 +5,16 @@ from __future__ import annotations
 from torch import Tensor
 
 from mxlab.formats import MXFormat
+from mxlab.model.nn.linear import QuantizedLayer
+from mxlab.model.nn.operands import LinearOperands
 from mxlab.model.plan import QuantizedSite
+from mxlab.numerics.transforms import inverse_transposed
+
+
+def layer_at(site: QuantizedSite) -> QuantizedLayer:
+    """Return the converted layer of a site of linear layers."""
+    assert isinstance(site.module, QuantizedLayer)
+    return site.module
 
 
 def weight_format(site: QuantizedSite) -> MXFormat:
@@ -19,3 +28,14 @@ def by_outputs(site: QuantizedSite) -> Tensor:
     """Return the weight of a linear layer as float32 [out, in]."""
     weight = site.weight.detach().float()
     return weight.t() if site.input_axis == 0 else weight
+
+
+def weight_in_basis(site: QuantizedSite, operands: LinearOperands, matrices: Tensor | None) -> Tensor:
+    """Return the weight of a linear layer as float32 [out, in], in the basis of a transform.
+
+    Args:
+        site: the layer.
+        operands: what has the transform.
+        matrices: by which a transform that is fitted multiplies the input; None where none is.
+    """
+    return operands.transformed(by_outputs(site), -1, None if matrices is None else inverse_transposed(matrices))

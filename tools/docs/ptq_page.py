@@ -58,10 +58,15 @@ class Step:
         return stdev(row["cross_entropy"] for row in self.rows) if len(self.rows) > 1 else None
 
 
+def _rows(text: str, window: int) -> list[dict[str, Any]]:
+    """Return the rows of a text in windows of that many tokens."""
+    rows = (json.loads(line) for line in ROWS.read_text(encoding="utf-8").splitlines())
+    return [row for row in rows if (row["text"], row["window"]) == (text, window)]
+
+
 def read(text: str = TEXT) -> tuple[float, list[Step]]:
     """Return the unquantized model's cross entropy on a text, and the steps of every format."""
-    rows = [json.loads(line) for line in ROWS.read_text(encoding="utf-8").splitlines()]
-    rows = [row for row in rows if (row["text"], row["window"]) == (text, WINDOW)]
+    rows = _rows(text, WINDOW)
     [unquantized] = [row["cross_entropy"] for row in rows if row["recipe"] == "baseline"]
     steps = [
         Step(fmt, step, found)
@@ -94,12 +99,10 @@ def fill(page: str) -> str:
 
 def _changes() -> Iterator[Sequence[str]]:
     """Yield what recipes give with something changed, and without."""
-    rows = [json.loads(line) for line in ROWS.read_text(encoding="utf-8").splitlines()]
-    for row in rows:
-        if (row["text"], row["window"]) == (TEXT, SHORT_WINDOW):
-            bits = "-" if row["bits_per_weight"] is None else f"{row['bits_per_weight']:.2f}"
-            values = (f"{row['perplexity']:.2f}", f"{row['kl_divergence']:.3f}", f"{row['top1_agreement']:.1%}", bits)
-            yield f"`{row['recipe']}`", row["changes"] or "-", *values
+    for row in _rows(TEXT, SHORT_WINDOW):
+        bits = "-" if row["bits_per_weight"] is None else f"{row['bits_per_weight']:.2f}"
+        values = (f"{row['perplexity']:.2f}", f"{row['kl_divergence']:.3f}", f"{row['top1_agreement']:.1%}", bits)
+        yield f"`{row['recipe']}`", row["changes"] or "-", *values
 
 
 def _lines() -> Iterator[Sequence[str]]:

@@ -165,8 +165,8 @@ class QuantizedAttention(Observable):
         self._show("", role, x, axis)
         if self._is_passive:
             return x
-        offset = getattr(self._attention, K_OFFSET, None)
-        if role != "k" or offset is None:
+        offset = getattr(self._attention, K_OFFSET, None) if role == "k" else None
+        if offset is None:
             return self._on_grid(role, x, fmt, axis)
         offset = self._of_shape(offset, x, axis)
         return self._on_grid(role, x - offset, fmt, axis) + offset
