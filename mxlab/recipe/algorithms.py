@@ -99,7 +99,7 @@ class Distillation:
     steps: int = 80
     batch: int = 2
     rate: float = 1e-3
-    vector_rate: float = 1e-3
+    vector_rate: float = 1e-4
     transform_rate: float = 1e-3
     check: int = 20
 
