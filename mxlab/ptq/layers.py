@@ -10,6 +10,7 @@ from torch import Tensor
 from mxlab.model.conversion import Conversion
 from mxlab.model.nn.linear import QuantizedLayer
 from mxlab.model.plan import QuantizedSite
+from mxlab.numerics import quantize
 from mxlab.ptq import wush
 from mxlab.ptq.chosen import ChosenWeight
 from mxlab.ptq.resume import Progress
@@ -57,13 +58,21 @@ class LayerQuantizer:
         self.chosen.append(self._choose(site, x, original) if kept is None else self._restore(site, kept))
         return 1
 
-    def warn_of_unseen(self) -> None:
-        """Say which layers no token of the text reached: they are left to be rounded to nearest."""
-        unseen = [name for name, site in self._layers.items() if _is_to_be_chosen(site)]
+    def round_unseen(self) -> None:
+        """Round to nearest the weights of the layers that no token of the text reached, and say which these are.
+
+        A transform that was to be fitted to them stays the identity.
+        """
+        unseen = [site for site in self._layers.values() if _is_to_be_chosen(site)]
+        for site in unseen:
+            layer = layer_at(site)
+            weight = weight_in_basis(site, layer.operands["prefill"], layer.input_transform)
+            layer.freeze_as(quantize(weight, weight_format(site), axis=1))
         if unseen:
+            more = f" and {len(unseen) - 3} more" if len(unseen) > 3 else ""
             logger.warning(
                 "the calibration text reaches none of %s: rounded to nearest; calibrate with more tokens",
-                ", ".join(unseen[:3]) + (f" and {len(unseen) - 3} more" if len(unseen) > 3 else ""),
+                ", ".join(site.name for site in unseen[:3]) + more,
             )
 
     def _choose(self, site: QuantizedSite, x: Tensor, original: Tensor) -> ChosenWeight:

@@ -64,7 +64,7 @@ def quantize_model(
         experts.choosing(steps.advance),
     ):
         run(windows.ids, lambda *seen: steps.advance(layers.visit(*seen)))
-    layers.warn_of_unseen()
+    layers.round_unseen()
     conversion = finish(conversion)
     if (distillation := recipe.algorithm("distillation")) is not None:
         distill(conversion, original, layers.chosen, windows, distillation, progress)

@@ -180,3 +180,23 @@ def test_distillation_learns_fitted_transforms_which_layers_go_on_sharing(tmp_pa
     assert torch.equal(now.mlp.up_proj.input_transform, now.mlp.gate_proj.input_transform)
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model))
+
+
+@pytest.mark.parametrize("linear", ["wush@16", "hadamard@16", None])
+def test_a_layer_that_the_text_does_not_reach_is_rounded_to_nearest_and_named(linear, caplog):
+    def model():
+        made = tiny().eval()
+        mlp = made.model.layers[0].mlp
+        mlp.unused = torch.nn.Linear(32, 32, bias=False).eval()
+        torch.nn.init.normal_(mlp.unused.weight, generator=torch.Generator().manual_seed(0))
+        return made
+
+    chosen = model()
+    quantize_model(chosen, model(), recipe(linear=linear, algorithms={"gptq": {}}), Windows(IDS, 2, IDS))
+    assert "reaches none of model.layers.0.mlp.unused: rounded to nearest" in caplog.text
+    unused = chosen.model.layers[0].mlp.unused
+    in_basis = linear == "hadamard@16"
+    x = model().model.layers[0].mlp.unused.weight.detach()
+    expected = mxlab.quantize(mxlab.numerics.hadamard.transform(x, 16, 1) if in_basis else x, FP4)
+    assert torch.equal(unused.weight, expected)
+    assert torch.isfinite(unused(torch.ones(1, 32))).all()
