@@ -8,29 +8,23 @@ Source: Hinton et al., "Distilling the Knowledge in a Neural Network", 2015, at 
 
 from __future__ import annotations
 
-import logging
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mxlab.model.conversion import Conversion
 from mxlab.progress import track
 from mxlab.ptq.calibration import Windows
 from mxlab.ptq.chosen import ChosenWeight
 from mxlab.ptq.divergence import divergence, logits_of, mean_divergence
-from mxlab.ptq.learned import Learned, everything_learned
+from mxlab.ptq.learned import everything_learned
+from mxlab.ptq.learning import LearningState, gradients_for, learn, turn
 from mxlab.ptq.resume import Progress
 from mxlab.recipe.algorithms import Distillation
 
 _KEPT = "distillation"  # the name of the state that is kept
-_KINDS = ("master", "mean", "square")  # of tensors that all that learns has
-_WARM_UP = 5  # steps until the full rate
-
-logger = logging.getLogger("mxlab")
 
 
 def distill(
@@ -55,86 +49,21 @@ def distill(
     """
     model = conversion.model
     learned = everything_learned(model, chosen)
-    state = _State(learned)
+    state = LearningState(learned)
     if (kept := progress.load(_KEPT)) is not None:
         state.load(kept)
-    else:
-        state.consider(divergence(model, original, windows.held_out_ids))
-    with _learning(model, [tensor for one in learned for tensor in one.tensors]):
-        for step in track(range(state.step + 1, options.steps + 1), "distilling"):
-            loss = _accumulate_gradients(model, original, _turn(windows.rest, step, options.batch))
-            if not math.isfinite(loss):
-                logger.warning("distillation diverges in step %d: the best state before it is kept", step)
-                break
-            logger.debug("distillation, step %d: KL divergence %.4f", step, loss)
-            state.advance(options, _share_of_rate(step, options.steps))
-            if step % options.check == 0 or step == options.steps:
-                state.consider(divergence(model, original, windows.held_out_ids))
-                progress.keep(_KEPT, state.tensors())
+
+    def accumulate(step: int) -> float:
+        return _accumulate_gradients(model, original, windows.rest[turn(len(windows.rest), step, options.batch)])
+
+    def judge() -> float:
+        return divergence(model, original, windows.held_out_ids)
+
+    steps = track(range(state.step + 1, options.steps + 1), "distilling")
+    with gradients_for(model, learned):
+        for _ in learn(state, options, accumulate, judge, steps, _KEPT):
+            progress.keep(_KEPT, state.tensors())
     state.restore_best()
-
-
-class _State:
-    """All that is learned, and the best of it so far on the windows held out."""
-
-    def __init__(self, learned: Sequence[Learned]) -> None:
-        self._learned = learned
-        self.step = 0
-        self._least, self._best = math.inf, {}
-
-    @torch.no_grad()
-    def advance(self, options: Distillation, share: float) -> None:
-        """Take a step at a share of the rates."""
-        self.step += 1
-        for one in self._learned:
-            one.advance(options, share, self.step)
-
-    @torch.no_grad()
-    def consider(self, found: float) -> None:
-        """Remember the present state if its divergence is less than all before."""
-        logger.info("distillation, step %d: KL divergence %.4f on the windows held out", self.step, found)
-        if found < self._least:
-            self._least, self._best = found, {one.name: one.state() for one in self._learned}
-
-    @torch.no_grad()
-    def restore_best(self) -> None:
-        """Give the model the best state."""
-        for one in self._learned:
-            if one.name in self._best:  # nowhere where no state had a divergence
-                one.restore(self._best[one.name])
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the state as tensors by name."""
-        numbers = {"step": torch.tensor(self.step), "least": torch.tensor(self._least, dtype=torch.float64)}
-        best = {f"best.{name}": state for name, state in self._best.items()}
-        return numbers | best | {f"{kind}.{one.name}": getattr(one, kind) for kind in _KINDS for one in self._learned}
-
-    @torch.no_grad()
-    def load(self, kept: Mapping[str, Tensor]) -> None:
-        """Take over what :meth:`tensors` returned."""
-        self.step, self._least = int(kept["step"]), float(kept["least"])
-        for one in self._learned:
-            self._best[one.name] = kept[f"best.{one.name}"].to(one.master.device)
-            for kind in _KINDS:
-                getattr(one, kind).copy_(kept[f"{kind}.{one.name}"])
-            one.show_master()
-
-
-@contextmanager
-def _learning(model: nn.Module, tensors: Sequence[Tensor]) -> Iterator[None]:
-    """Have gradients for ``tensors`` alone, as long as the context is open."""
-    before = {t: t.requires_grad for t in (*model.parameters(), *tensors)}
-    for tensor in before:
-        tensor.requires_grad_(False)
-    for tensor in tensors:
-        tensor.requires_grad_(True)
-    try:
-        with torch.enable_grad():
-            yield
-    finally:
-        for tensor, required in before.items():
-            tensor.requires_grad_(required)
-            tensor.grad = None
 
 
 def _accumulate_gradients(model: Any, original: Any, windows: Tensor) -> float:
@@ -158,14 +87,3 @@ def _accumulate_gradients(model: Any, original: Any, windows: Tensor) -> float:
             del wanted, found
         logits.backward(gradient.to(logits.dtype))
     return total
-
-
-def _share_of_rate(step: int, steps: int) -> float:
-    """Return the share of the learning rate in a step: rising at first, then falling to zero."""
-    return min(1.0, step / _WARM_UP) * (1 - (step - 1) / steps)
-
-
-def _turn(windows: Tensor, step: int, count: int) -> Tensor:
-    """Return the ``count`` windows of a step, the first being 1; after the last window comes the first."""
-    start = (step - 1) * count
-    return windows[[(start + i) % len(windows) for i in range(count)]]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mxlab.model.nn.linear import QuantizedLayer
 from mxlab.ptq.chosen import ChosenWeight
-from mxlab.recipe.algorithms import Distillation
+from mxlab.recipe.algorithms import Distillation, Learning
 
 _MEAN, _SQUARE = 0.9, 0.95  # of the running moments: a run has some dozens of steps, not thousands
 _LEAST = 1e-12  # size of a gradient below which its direction is noise
@@ -39,7 +39,7 @@ class Learned(ABC):
         self.name, self.master, self.tensors = name, master, tensors
         self.mean, self.square = (torch.zeros_like(master, dtype=torch.bfloat16) for _ in range(2))
 
-    def advance(self, options: Distillation, share: float, step: int) -> None:
+    def advance(self, options: Learning, share: float, step: int) -> None:
         """Take a step, the first being 1, at a share of the rate, and give the model the new values."""
         gradients = [t.grad for t in self.tensors if t.grad is not None]
         for tensor in self.tensors:
@@ -63,7 +63,7 @@ class Learned(ABC):
             tensor.copy_(state)
 
     @abstractmethod
-    def _rate(self, options: Distillation) -> float: ...
+    def _rate(self, options: Learning) -> float: ...
 
     def _of_master(self, gradient: Tensor) -> Tensor:
         """Return a new tensor: the gradient of the model's tensor by the master."""
@@ -104,7 +104,7 @@ class LearnedWeight(Learned):
         values = self._cut.join(self._cut.split(state.float()) * self._chosen.scales)
         self._chosen.layer.freeze_as(self._chosen.rounded(values))  # rounded, as bfloat16 may have moved the last bits
 
-    def _rate(self, options: Distillation) -> float:
+    def _rate(self, options: Learning) -> float:
         return options.rate
 
     def _of_master(self, gradient: Tensor) -> Tensor:
@@ -123,7 +123,8 @@ class LearnedVector(Learned):
     def __init__(self, name: str, parameter: nn.Parameter) -> None:
         super().__init__(name, parameter.detach().float().clone(), [parameter])
 
-    def _rate(self, options: Distillation) -> float:
+    def _rate(self, options: Learning) -> float:
+        assert isinstance(options, Distillation)  # nothing else moves vectors
         return options.vector_rate
 
 
@@ -141,7 +142,7 @@ class LearnedTransform(Learned):
     def show_master(self) -> None:  # noqa: D102
         self.restore(self.master.bfloat16())
 
-    def _rate(self, options: Distillation) -> float:
+    def _rate(self, options: Learning) -> float:
         return options.transform_rate
 
     def _move(self, direction: Tensor, rate: float) -> None:
@@ -149,15 +150,19 @@ class LearnedTransform(Learned):
 
 
 def everything_learned(model: nn.Module, chosen: Sequence[ChosenWeight]) -> list[Learned]:
-    """Return what a model learns: the weights that were chosen, its vectors, and the transforms that were fitted."""
+    """Return what a model learns: the weights that were chosen, the fitted transforms, and its vectors."""
     vectors = ((name, p) for name, p in model.named_parameters() if p.ndim == 1 and p.is_floating_point())
+    return [*weights_and_transforms(chosen), *(LearnedVector(name, parameter) for name, parameter in vectors)]
+
+
+def weights_and_transforms(chosen: Sequence[ChosenWeight]) -> list[Learned]:
+    """Return weights as what learns, and the transforms that were fitted to them."""
     sharing: dict[str, list[QuantizedLayer]] = {}
     for weight in chosen:
         if weight.layer.input_transform is not None:
             sharing.setdefault(weight.shares_with, []).append(weight.layer)
     return [
         *(LearnedWeight(weight) for weight in chosen),
-        *(LearnedVector(name, parameter) for name, parameter in vectors),
         *(LearnedTransform(f"{name}.input_transform", layers) for name, layers in sharing.items()),
     ]
 

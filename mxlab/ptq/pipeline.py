@@ -19,6 +19,7 @@ from mxlab.ptq.distillation import distill
 from mxlab.ptq.experts import ExpertQuantizer
 from mxlab.ptq.layers import LayerQuantizer
 from mxlab.ptq.offsets import fitting_offsets
+from mxlab.ptq.reconstruction import reconstruct
 from mxlab.ptq.resume import Progress
 from mxlab.ptq.search import searched
 from mxlab.ptq.streams import layers_by_input, run_alone, run_in_lockstep
@@ -66,6 +67,8 @@ def quantize_model(
         run(windows.ids, lambda *seen: steps.advance(layers.visit(*seen)))
     layers.round_unseen()
     conversion = finish(conversion)
+    if (reconstruction := recipe.algorithm("reconstruction")) is not None:
+        reconstruct(conversion, original, layers.chosen, windows, reconstruction, progress)
     if (distillation := recipe.algorithm("distillation")) is not None:
         distill(conversion, original, layers.chosen, windows, distillation, progress)
     return conversion

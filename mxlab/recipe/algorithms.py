@@ -82,34 +82,51 @@ class Gptq:
 
 
 @dataclass(frozen=True)
-class Distillation:
-    """Learn the weights on their grid, and the gains of the norms, end to end from the unquantized model.
+class Learning:
+    """What gradients move, and how far.
 
     Attributes:
         steps: how often everything moves.
         batch: windows that a step is taken from.
         rate: of the weights at its highest, in parts of their block's scale a step.
-        vector_rate: of the gains of the norms and the biases.
         transform_rate: of the transforms that were fitted, in parts of the size of their elements.
         check: steps from one look at the windows held out to the next.
-
-    Source: :mod:`mxlab.ptq.distillation`.
     """
 
     steps: int = 80
     batch: int = 2
     rate: float = 1e-3
-    vector_rate: float = 1e-4
     transform_rate: float = 1e-3
     check: int = 20
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "check"):
-            check_int(name, getattr(self, name), 1, 2**31, "a whole number from 1")
-        for name in ("rate", "vector_rate", "transform_rate"):
-            value = getattr(self, name)
-            if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1:
-                raise FormatError(f"{name} is {value!r}: it must be a number from 0 to below 1")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(field.default, int):
+                check_int(field.name, value, 1, 2**31, "a whole number from 1")
+            elif not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1:
+                raise FormatError(f"{field.name} is {value!r}: it must be a number from 0 to below 1")
+
+
+@dataclass(frozen=True)
+class Reconstruction(Learning):
+    """Learn the weights of each decoder layer on their grid, so that it computes what the unquantized one does.
+
+    Source: :mod:`mxlab.ptq.reconstruction`.
+    """
+
+
+@dataclass(frozen=True)
+class Distillation(Learning):
+    """Learn the weights on their grid, and the gains of the norms, end to end from the unquantized model.
+
+    Attributes:
+        vector_rate: of the gains of the norms and the biases.
+
+    Source: :mod:`mxlab.ptq.distillation`.
+    """
+
+    vector_rate: float = 1e-4
 
 
 @dataclass(frozen=True)
@@ -148,7 +165,13 @@ class Search:
         return tuple(None if name == "none" else parse_transform(name) for name in self.transforms)
 
 
-TABLES: dict[str, type] = {"calibration": Calibration, "search": Search, "gptq": Gptq, "distillation": Distillation}
+TABLES: dict[str, type] = {
+    "calibration": Calibration,
+    "search": Search,
+    "gptq": Gptq,
+    "reconstruction": Reconstruction,
+    "distillation": Distillation,
+}
 
 
 def read_table(name: str, values: Mapping[str, Any], source: str) -> Any:
