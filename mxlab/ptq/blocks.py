@@ -1,12 +1,15 @@
-"""Run a model one decoder layer at a time: the text's hidden states go from each to the next."""
+"""Run a model one decoder layer at a time, forward or backward."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from mxlab.errors import ConversionError
 from mxlab.model.structure import Structure
@@ -20,6 +23,27 @@ def decoder_layers(model: Any) -> list[str]:
     """Return the names of a model's decoder layers, in their order."""
     lists = sorted(Structure(model).layer_lists.items(), key=lambda item: item[1])
     return [f"{name}.{i}" for name, _ in lists for i in range(len(model.get_submodule(name)))]
+
+
+@contextmanager
+def recomputed(model: Any) -> Iterator[None]:
+    """Keep no more of each decoder layer than its input for the gradients, as long as the context is open.
+
+    The backward pass computes the rest again: a third more time for the activations of one layer instead of all.
+    Source: Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016.
+    """
+    layers = [model.get_submodule(name) for name in decoder_layers(model)]
+    before = [vars(layer).get("forward") for layer in layers]
+    for layer in layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for layer, forward_before in zip(layers, before, strict=True):
+            if forward_before is None:
+                del layer.forward
+            else:
+                layer.forward = forward_before
 
 
 class BlockStream:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mxlab.model.conversion import Conversion
 from mxlab.progress import track
+from mxlab.ptq.blocks import recomputed
 from mxlab.ptq.calibration import Windows
 from mxlab.ptq.chosen import ChosenWeight
 from mxlab.ptq.divergence import divergence, logits_of, mean_divergence
@@ -60,7 +61,7 @@ def distill(
         return divergence(model, original, windows.held_out_ids)
 
     steps = track(range(state.step + 1, options.steps + 1), "distilling")
-    with gradients_for(model, learned):
+    with recomputed(model), gradients_for(model, learned):
         for _ in learn(state, options, accumulate, judge, steps, _KEPT):
             progress.keep(_KEPT, state.tensors())
     state.restore_best()

@@ -10,9 +10,14 @@ from torch import Tensor
 from mxlab.formats import MXFormat
 from mxlab.numerics import reference
 
+_FOUR_OR_SIX = 6 / 4  # times the scale with which the largest of a block becomes 6, it becomes 4
+
 
 def block_scales(weight: Tensor, fmt: MXFormat, importance: Tensor, exponents: Sequence[int]) -> Tensor:
     """Choose the scale of each block among those of the rule times powers of two, by the error that is left.
+
+    Where there is a choice, floating-point scales are tried 3/2 as large as well: the coarsest step of FP4, from 4 to
+    6, then lies outside of the block (Cook et al., "Four Over Six", 2025).
 
     Args:
         weight: float32 [out, in].
@@ -25,14 +30,19 @@ def block_scales(weight: Tensor, fmt: MXFormat, importance: Tensor, exponents: S
     """
     cut = reference.block_layout(weight, fmt, (1,))
     blocks, counts = cut.split(weight), cut.split(importance.expand_as(weight))
-    ruled = reference.scales(blocks, fmt, weight.dtype)
+    ruled, unit = reference.scales(blocks, fmt, weight.dtype), reference.tensor_scale(weight, fmt)
     best, least = ruled, torch.full_like(ruled, torch.inf)
-    for exponent in exponents:
-        scale = held(ruled * 2.0**exponent, fmt)
+    for factor in _factors(fmt, exponents):
+        scale = held(ruled * factor, unit, fmt)
         error = (counts * (blocks - rounded(blocks, scale, fmt)).square()).sum(-1, keepdim=True)
         best = torch.where(error < least, scale, best)
         least = torch.minimum(error, least)
     return cut.join(best.expand_as(blocks).contiguous())
+
+
+def _factors(fmt: MXFormat, exponents: Sequence[int]) -> list[float]:
+    factors = [2.0**exponent for exponent in exponents]
+    return [*factors, _FOUR_OR_SIX] if fmt.scale_format.is_float and len(factors) > 1 else factors
 
 
 def rounded(x: Tensor, scale: Tensor, fmt: MXFormat) -> Tensor:
@@ -40,6 +50,9 @@ def rounded(x: Tensor, scale: Tensor, fmt: MXFormat) -> Tensor:
     return reference.round_to_element(x / scale, fmt, None).mul_(scale)
 
 
-def held(scale: Tensor, fmt: MXFormat) -> Tensor:
-    """Return scales that are powers of two, clamped to the range of the format's; others are left alone."""
-    return scale if fmt.scale_format.is_float else scale.clamp(2.0**-fmt.scale_emax, 2.0**fmt.scale_emax)
+def held(scale: Tensor, unit: Tensor, fmt: MXFormat) -> Tensor:
+    """Return positive scales as their format holds them, ``unit`` being the scale of the tensor."""
+    if not fmt.scale_format.is_float:
+        return scale.clamp(2.0**-fmt.scale_emax, 2.0**fmt.scale_emax)
+    grid = fmt.scale_grid
+    return unit * reference.round_to_grid(scale / unit, grid, "even").clamp_(grid.min, grid.max)

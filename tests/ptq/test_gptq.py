@@ -201,3 +201,25 @@ def test_rows_of_zeros_and_rows_that_are_nearly_zero_stay_finite():
     found = input_statistics(x, torch.ones(2, 8, 16), 0.5, "layer")
     assert torch.isfinite(found.cross).all()
     assert torch.isfinite(input_statistics(torch.zeros(2, 8, 16), x, 0.5, "layer").gram).all()
+
+
+@pytest.mark.parametrize("fmt", ["nvfp4", "fp4_e2m1@16,scale=e5m3", "int4@16,scale=e4m3"])
+@pytest.mark.parametrize("size", [1.0, 1e-30, 1e30])
+def test_scales_that_are_searched_are_numbers_of_their_format(fmt, size):
+    weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
+    weight *= torch.logspace(-4, 4, 64)[:, None] * size
+    fmt = MXFormat.parse(fmt)
+    scales = block_scales(weight, fmt, torch.ones(128), (-1, 0, 1))
+    largest = fmt.element_format.max * fmt.scale_grid.max
+    unit = weight.abs().max() / largest if fmt.scale_format.tensor_bits else torch.tensor(1.0)
+    numbers = torch.tensor(fmt.scale_grid.magnitudes())
+    numbers = numbers[numbers > 0]
+    nearest = numbers[(scales / unit).flatten()[:, None].sub(numbers).abs().argmin(-1)].view_as(scales) * unit
+    assert torch.allclose(scales, nearest, rtol=1e-5, atol=0)
+
+
+def test_the_largest_of_a_block_becomes_four_where_that_is_nearer():
+    weight = torch.tensor([[6.0, 5.0, 5.0, 5.0] * 4])  # 6 and 4 of scale 1; 4 and 3 of scale 3/2: 6 and 4.5
+    fmt = MXFormat.parse("fp4_e2m1@16,scale=e5m3")
+    assert (block_scales(weight, fmt, torch.ones(16), (-1, 0, 1)) == 1.5).all()
+    assert (block_scales(weight, fmt, torch.ones(16), (0,)) == 1).all()

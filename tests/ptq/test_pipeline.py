@@ -173,7 +173,7 @@ def test_learned_weights_lie_on_the_grid_of_the_scales_that_were_chosen():
 
 
 def test_distillation_learns_fitted_transforms_which_layers_go_on_sharing(tmp_path):
-    options = {"steps": 4, "check": 2, "transform_rate": 0.02}
+    options = {"steps": 4, "check": 2, "vector_rate": 1e-3, "transform_rate": 0.02}
     plain, model = quantized(linear="wush@16"), quantized({"gptq": {}, "distillation": options}, linear="wush@16")
     was, now = (m.model.layers[0] for m in (plain, model))
     assert not torch.equal(now.mlp.up_proj.input_transform, was.mlp.up_proj.input_transform)
