@@ -1,4 +1,4 @@
-"""Fill docs/ptq.md with the rows that record_ptq.py kept, and draw figs/ptq_steps.png.
+"""Fill docs/ptq.md with the rows that record_ptq.py kept, and draw figs/ptq_steps.png and figs/ptq_lambada.png.
 
 python tools/docs/ptq_page.py [--check]
 
@@ -26,7 +26,16 @@ from mxlab.report.style import DPI, SHAPES, STYLE
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "ptq.md"
 FIGURE = ROOT / "figs" / "ptq_steps.png"
-ROWS = ROOT / "results" / "smollm2-135m" / "ptq" / "rows.jsonl"
+RESULTS = ROOT / "results" / "smollm2-135m" / "ptq"
+ROWS = RESULTS / "rows.jsonl"
+LAMBADA, LAMBADA_FIGURE = RESULTS / "lambada", ROOT / "figs" / "ptq_lambada.png"
+# Folders of runs on lambada_openai, by recipe, and what they show.
+LAMBADA_RUNS = {
+    "baseline": "unquantized",
+    "ex2": "Exercise 2,\nrounded to nearest",
+    "ex2_gptq": "GPTQ",
+    "ex2_best": "transforms,\nGPTQ, distillation",
+}
 # By the plain recipe of each. What comes behind its name, and what was changed, tell the steps.
 FORMATS = {"mxfp4_w4a4kv4": "MXFP4", "mxint4_w4a4kv4": "MXINT4", "nvfp4_w4a4kv4": "NVFP4", "ex2": "Exercise 2"}
 STEPS = {
@@ -151,14 +160,45 @@ def draw() -> None:
         plt.close(figure)
 
 
+def accuracy(recipe: str) -> tuple[float, float, int]:
+    """Return the accuracy of the newest run under a recipe, its standard error, and how many rows it is of."""
+    newest = max((LAMBADA / recipe).glob("*/metrics*.json"))
+    found = json.loads(newest.read_text(encoding="utf-8"))["results"]["lambada_openai"]
+    return found["acc,none"], found["acc_stderr,none"], found["sample_len"]
+
+
+def draw_lambada() -> None:
+    """Draw the accuracy that Exercise 2 leaves, and what each step wins back of it."""
+    found = {label: accuracy(recipe) for recipe, label in LAMBADA_RUNS.items()}
+    values = [accuracy for accuracy, _, _ in found.values()]
+    lost = values[0] - values[1]
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(6.4, 3.6))
+        colours = ["#888888", *(colour for colour, _ in SHAPES)]
+        errors = [error for _, error, _ in found.values()]
+        bars = axes.bar(list(found), values, yerr=errors, color=colours[: len(found)], capsize=4, width=0.6)
+        axes.axhline(values[0], color="#555555", linestyle="--", linewidth=1)
+        notes = [
+            f"{v:.3f}" + (f"\n{1 - (values[0] - v) / lost:.0%} back" if i > 1 else "") for i, v in enumerate(values)
+        ]
+        axes.bar_label(bars, notes, padding=3)
+        axes.set_ylim(0, 1.25 * max(values))
+        axes.set_ylabel("accuracy, lambada_openai")
+        axes.set_title("SmolLM2-135M: MXFP4 weights and KV cache, MXFP6 activations", fontsize=10)
+        figure.tight_layout()
+        figure.savefig(LAMBADA_FIGURE, dpi=DPI)
+        plt.close(figure)
+
+
 def main() -> None:
-    """Write the page and its figure, or check the page."""
+    """Write the page and its figures, or check the page."""
     page = PAGE.read_text(encoding="utf-8")
     filled = fill(page)
     if "--check" in sys.argv[1:]:
         sys.exit(0 if filled == page else f"{PAGE} is out of date: run tools/docs/ptq_page.py")
     PAGE.write_text(filled, encoding="utf-8")
     draw()
+    draw_lambada()
 
 
 if __name__ == "__main__":
