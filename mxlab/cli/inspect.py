@@ -12,8 +12,17 @@ from rich.table import Table
 
 from mxlab.cli.console import loading_libraries, print_line, print_table, progress
 from mxlab.cli.help import shipped_names
-from mxlab.cli.options import DataDirOption, DeviceOption, Dtype, DtypeOption, ModelArgument, refuse_mx_specs
+from mxlab.cli.options import (
+    DataDirOption,
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    ModelArgument,
+    ReferenceOption,
+    refuse_mx_specs,
+)
 from mxlab.compat.recipes import load_any_recipe
+from mxlab.recipe.carried import recipe_of_model
 
 if TYPE_CHECKING:
     from mxlab.report import document
@@ -22,8 +31,13 @@ if TYPE_CHECKING:
 def inspect(
     model: ModelArgument = "smollm2",
     recipe: Annotated[
-        str, typer.Option(help="A shipped recipe's name, or a TOML file.", autocompletion=shipped_names("recipe"))
-    ] = "ex1",
+        str | None,
+        typer.Option(
+            help="A shipped recipe's name, or a TOML file; ex1, or that of a quantized model, where none is given.",
+            autocompletion=shipped_names("recipe"),
+        ),
+    ] = None,
+    reference: ReferenceOption = None,
     text: Annotated[
         str, typer.Option(help="Calibration text: passages (embedded), wikitext2_valid, wikitext2, pile, or a file.")
     ] = "passages",
@@ -36,14 +50,18 @@ def inspect(
         "results/inspect"
     ),
 ) -> None:
-    """What a recipe does to every operand of a model, and which role, layer and projection is to blame for the loss."""
+    """What a recipe does to every operand of a model, and which role, layer and projection is to blame for the loss.
+
+    Of a model that was saved quantized, beside the one it was made from (--reference): what it still loses, and where.
+    """
     refuse_mx_specs("mxlab inspect", "takes a recipe (--recipe)")
-    chosen = load_any_recipe(recipe)
+    chosen = load_any_recipe(recipe or recipe_of_model(model) or "ex1")
     with progress():
         with loading_libraries():
             from mxlab.eval.text import TextRequest
             from mxlab.inspect import tables
-            from mxlab.inspect.run import run
+            from mxlab.inspect.parts import GROUPS
+            from mxlab.inspect.run import run, run_remaining
             from mxlab.inspect.write import WORST
 
         request = TextRequest(
@@ -55,12 +73,21 @@ def inspect(
             dtype=dtype.value,
             device=device,
             data_dir=data_dir,
+            reference=reference,
         )
-        folder, inspection = run(request, out)
-    _show(tables.costs(inspection, "role"))
-    _show(tables.costliest(inspection, "layer", WORST))
-    _show(tables.costliest(inspection, "projection", WORST))
-    _show(tables.worst_operands(inspection, WORST))
+        if reference is None:
+            folder, inspection = run(request, out)
+            shown = [
+                tables.costs(inspection, "role"),
+                tables.costliest(inspection, "layer", WORST),
+                tables.costliest(inspection, "projection", WORST),
+                tables.worst_operands(inspection, WORST),
+            ]
+        else:
+            folder, found = run_remaining(request, out)
+            shown = [*(tables.remainders(found, group) for group in GROUPS), tables.positions(found)]
+    for table in shown:
+        _show(table)
     print_line(f"written: {folder}")
 
 

@@ -116,7 +116,7 @@ def evaluate_text(request: TextRequest, folder: Path, load: LoadModel = models.l
     check_context(loaded.model, request.window + request.bos)
     ids = texts.encode(loaded.tokenizer, text)
     windows = sliding_windows(len(ids), request.window, request.stride, request.windows)
-    reference = Predictor(_reference(request, loaded.model, load), bos) if request.compare else None
+    reference = Predictor(load_reference(request, loaded.model, load), bos) if request.compare else None
     clamps: dict[str, Counter[str]] = {}
     scorer = Scorer(lambda: loaded.model, ids, windows, request.batch_size, reference, bos)
     score = scorer.score(request.recipe, lambda conversion: clamps.update(count_scale_clamps(conversion)))
@@ -150,8 +150,13 @@ def _bos(request: TextRequest, tokenizer: Any) -> int | None:
     return None
 
 
-def _reference(request: TextRequest, model: Any, load: LoadModel) -> Any:
-    """Return the unquantized model to compare with."""
+def load_reference(request: TextRequest, model: Any, load: LoadModel) -> Any:
+    """Return the unquantized model to compare ``model`` with.
+
+    Raises:
+        SpecError: there is none, or what is named is quantized itself, or has another vocabulary.
+        RunError: memory does not hold both.
+    """
     if request.reference is None and (carried := conversion_of(model)) is not None:
         raise SpecError(
             f"{request.model} is quantized already, under recipe {carried.recipe.name}: there is no unquantized model "

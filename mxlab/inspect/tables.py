@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from mxlab.inspect.inspection import Inspection
 from mxlab.inspect.operands import Operand
+from mxlab.inspect.remaining import Remaining
 from mxlab.inspect.sensitivity import Cost, Estimate, Part
 from mxlab.inspect.statistics import Statistics
 from mxlab.report.document import Cell, Column, Measured, Table
@@ -47,6 +48,29 @@ def costliest(inspection: Inspection, group: str, count: int) -> Table:
     parts = sorted(found.of(group), key=lambda p: p.alone.kl.value if p.alone else float("inf"), reverse=True)[:count]
     title = f"The {len(parts)} {group}s that cost most, in nats per token"
     return _costs(f"worst_{group}s", title, group, parts, found.whole)
+
+
+def remainders(found: Remaining, group: str) -> Table:
+    """List what each part of a group is to blame for in what a quantized model loses, the most first."""
+    parts = sorted(found.of(group), key=lambda part: part.saved.kl.value, reverse=True)
+    named = [(part.name, part.saved) for part in parts]
+    title = f"What leaving one {group} unquantized saves, in nats per token"
+    return _remainders(f"{group}s", title, group, [*named, ("whole model", found.whole)], found.whole)
+
+
+def positions(found: Remaining) -> Table:
+    """List what the tokens at each place of a window lose."""
+    ranges = [(str(first), cost) for first, cost in found.positions]
+    return _remainders("positions", "What is lost from each place on, in nats per token", "place", ranges, None)
+
+
+def _remainders(slug: str, title: str, head: str, costs: Sequence[tuple[str, Cost]], whole: Cost | None) -> Table:
+    columns = [Column(head, align="left"), Column("ce", measured=True), Column("kl", measured=True)]
+    rows = [(name, _measured(cost.cross_entropy), _measured(cost.kl)) for name, cost in costs]
+    if whole is not None:
+        columns.append(Column("kl_share_%"))
+        rows = [(*row, _share(cost.kl, whole.kl)) for row, (_, cost) in zip(rows, costs, strict=True)]
+    return Table(slug, title, tuple(columns), tuple(rows))
 
 
 def operands(inspection: Inspection) -> Table:

@@ -10,6 +10,7 @@ from typing import Any
 from mxlab.inspect import figures, tables
 from mxlab.inspect.inspection import Inspection
 from mxlab.inspect.parts import GROUPS
+from mxlab.inspect.remaining import Remaining
 from mxlab.report.document import Block, Heading, Image, Items, Paragraph, write_csv
 from mxlab.report.markdown import render_markdown
 
@@ -30,6 +31,35 @@ _STATISTICS_WORDS = (
     "Q(x))². Clamped blocks want a smaller scale than there is, lost elements became NaN because theirs would be "
     "too large."
 )
+
+
+_REMAINING_WORDS = (
+    "`ce` is cross-entropy, `kl` the KL divergence from the unquantized model, both in nats per token: what the "
+    "quantized model loses beyond the same model with this part left unquantized, its operands in the basis of their "
+    "transform, its weight that of the unquantized model. Errors are those of the difference, token by token. The "
+    "other weights were chosen to make up for the part, which may therefore seem to save nothing; shares need not add "
+    "up to 100 %."
+)
+
+
+def write_remaining(found: Remaining, origin: Mapping[str, Any], folder: Path) -> None:
+    """Write ``inspection.json``, the tables and ``inspection.md`` of a quantized model into ``folder``.
+
+    ``origin`` says of which models and text, as plain values.
+    """
+    document = {"schema": SCHEMA, **origin, **found.to_dict()}
+    (folder / "inspection.json").write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    listed = [*(tables.remainders(found, group) for group in GROUPS), tables.positions(found)]
+    for table in listed:
+        write_csv(table, folder / f"{table.slug}.csv")
+    windows, window = found.rows
+    what = (
+        f"{windows} windows of {window} tokens of {origin['text']['name']}; {origin['dtype']}. Cross-entropy of the "
+        f"unquantized model: {found.cross_entropy:.4f} nats per token."
+    )
+    title = Heading(1, f"What {origin['model']} under {found.recipe.name} still loses")
+    page: list[Block] = [title, Paragraph(what), Paragraph(_REMAINING_WORDS), *listed]
+    (folder / "inspection.md").write_text(render_markdown(page, folder), encoding="utf-8")
 
 
 def write_inspection(inspection: Inspection, origin: Mapping[str, Any], folder: Path) -> None:

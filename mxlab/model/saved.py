@@ -57,9 +57,14 @@ def quantization_config(conversion: Conversion, state: Mapping[str, Tensor]) -> 
     frozen = {}
     for site, name, weight in _weights(conversion):
         if site.is_in_place and weight.is_frozen(getattr(site.module, site.parameter)) and name in state:
-            version = TensorVersion(state[name])
-            frozen[name] = [str(version.dtype).removeprefix("torch."), version.fingerprint]
+            frozen[name] = recorded(state[name])
     return {"quant_method": METHOD, "recipe": conversion.recipe.to_dict(), "frozen": frozen}
+
+
+def recorded(weight: Tensor) -> list[Any]:
+    """Return what recognises a weight, as it stands in the table ``frozen``."""
+    version = TensorVersion(weight)
+    return [str(version.dtype).removeprefix("torch."), version.fingerprint]
 
 
 def carried_config(model: nn.Module) -> dict[str, Any] | None:
