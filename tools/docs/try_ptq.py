@@ -292,11 +292,11 @@ def _quantized_after(setting: Setting, change: Callable[[Any], None]) -> dict[st
 
 TRIALS: dict[str, tuple[Callable[[Setting, Any], dict[str, float]], tuple[Any, ...]]] = {
     "nothing": (lambda setting, _: setting.score(setting.quantized()), (None,)),
-    "first_tokens": (first_tokens, (1, 4)),
-    "pair_scale": (pair_scale, (0.5, 1.0)),
+    "first_tokens": (first_tokens, (4,)),
+    "pair_scale": (pair_scale, (0.5,)),
     "mean_of_values": (mean_of_values, (None,)),
     "bias": (bias, (None,)),
-    "low_rank": (low_rank, (8, 32)),
+    "low_rank": (low_rank, (32,)),
     "permutation": (permutation, (None,)),
     "smoothing": (smoothing, (0.5,)),
 }
