@@ -10,6 +10,7 @@ from mxlab.ptq.blocks import BlockStream, decoder_layers
 from mxlab.ptq.calibration import Windows
 from mxlab.ptq.pipeline import quantize_model
 from mxlab.ptq.resume import Progress, describe
+from mxlab.ptq.streams import forward
 from mxlab.recipe import Recipe
 
 from support.architectures import MODELS, build, tokens
@@ -101,8 +102,7 @@ def test_layers_by_themselves_compute_what_they_do_in_their_model(name):
         stream.hidden = stream.outputs(layer)
     after = []
     hook = model.get_submodule(names[-1]).register_forward_hook(lambda m, a, y: after.append(y))
-    with torch.no_grad():
-        model(input_ids=ids, use_cache=False)
+    forward(model, ids)
     hook.remove()
     whole = after[0][0] if isinstance(after[0], tuple) else after[0]
     assert torch.allclose(torch.cat(stream.hidden), whole, rtol=1e-4, atol=1e-5)
