@@ -31,12 +31,12 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
-    loaded, nearest = (load_model("smollm2", "float32") for _ in range(2))
+    loaded, nearest = (load_model("smollm2", "float32", "cpu") for _ in range(2))
     mxlab.apply(nearest.model, "mxfp4_w4a4kv4")
     models = {
         "unquantized": loaded.model,
         NEAREST: nearest.model,
-        "calibrated, with transforms": load_model(str(options.folder), "float32").model,
+        "calibrated, with transforms": load_model(str(options.folder), "float32", "cpu").model,
     }
     ids = encode(loaded.tokenizer, load_text("wikitext2_valid", options.data_dir))[: ROWS * TOKENS].view(ROWS, TOKENS)
     samples = {name: [] for name in models}

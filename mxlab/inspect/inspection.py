@@ -60,6 +60,7 @@ class Inspection:
         windows, window = self.rows
         kinds = self.by(lambda o: (o.projection, o.role, o.format))
         return {
+            "kind": "recipe",
             "recipe": self.recipe.name,
             "hash": self.recipe.hash,
             "windows": windows,

@@ -7,6 +7,7 @@ out: its operands are computed in the basis of their transform, unrounded, and i
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -48,7 +49,7 @@ class Remaining:
         cross_entropy: of the unquantized model, in nats per token.
         whole: what the quantized model loses.
         parts: by role, by decoder layer and by projection.
-        positions: the loss by place in the window, ranges that double in length: the first place, and the loss.
+        positions: the loss by place in the window, in ranges that double in length: which places, and the loss.
     """
 
     recipe: Recipe
@@ -56,7 +57,7 @@ class Remaining:
     cross_entropy: float
     whole: Cost
     parts: tuple[Remainder, ...]
-    positions: tuple[tuple[int, Cost], ...]
+    positions: tuple[tuple[str, Cost], ...]
 
     def of(self, group: str) -> list[Remainder]:
         """Return the parts of one kind."""
@@ -64,7 +65,13 @@ class Remaining:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for JSON."""
-        values = {"recipe": self.recipe.name, "hash": self.recipe.hash, "windows": self.rows[0], "window": self.rows[1]}
+        values = {
+            "kind": "remaining",
+            "recipe": self.recipe.name,
+            "hash": self.recipe.hash,
+            "windows": self.rows[0],
+            "window": self.rows[1],
+        }
         found = {name: value for name, value in asdict(self).items() if name not in ("recipe", "rows")}
         return {**values, **found}
 
@@ -78,7 +85,7 @@ def remaining(model: nn.Module, original: nn.Module, rows: Tensor) -> Remaining:
         rows: (windows, tokens) of token ids; each token but a window's first is predicted.
 
     Raises:
-        SpecError: the model is not quantized.
+        SpecError: the model is not quantized, or was not made from the other.
         MetricError: logits are not numbers.
     """
     conversion = conversion_of(model)
@@ -87,6 +94,7 @@ def remaining(model: nn.Module, original: nn.Module, rows: Tensor) -> Remaining:
     ids, windows = rows.flatten(), sliding_windows(rows.numel(), rows.shape[1])
     reference = remember(Predictor(original))
     saved = _Saved(conversion)
+    saved.check_made_from(original)
 
     def score(recipe: Recipe) -> TokenScores:
         return Scorer(lambda: saved.under(recipe, original), ids, windows, 1, reference).score(recipe).tokens
@@ -113,6 +121,19 @@ class _Saved:
         self._state = conversion.model.state_dict()
         self._config = quantization_config(conversion, self._state)
         self._sites = [site for site in conversion.sites if site.kind != "attention"]
+
+    def check_made_from(self, original: nn.Module) -> None:
+        """Raise SpecError where a quantized weight has another shape in ``original``, or is not there."""
+        theirs = dict(original.named_parameters())
+        for site in self._sites:
+            name = f"{site.module_name}.{site.parameter}"
+            shape = theirs[name].shape if name in theirs else None
+            if shape != site.weight.shape:
+                found = "no such weight" if shape is None else f"one of {tuple(shape)}"
+                raise SpecError(
+                    f"{name} of the quantized model is {tuple(site.weight.shape)}, and the reference has {found}: name "
+                    "the model that it was made from"
+                )
 
     def under(self, recipe: Recipe, original: nn.Module) -> Any:
         """Return a copy of the unquantized model with the values of what ``recipe`` quantizes, before it is converted.
@@ -152,12 +173,13 @@ def _cost(scores: TokenScores, base: TokenScores) -> Cost:
     return found
 
 
-def _by_position(scores: TokenScores, base: TokenScores, windows: int) -> list[tuple[int, Cost]]:
-    """Return what each range of places loses: 1, 2 to 3, 4 to 7 and so on, the place of the first token being 0."""
+def _by_position(scores: TokenScores, base: TokenScores, windows: int) -> Iterator[tuple[str, Cost]]:
+    """Yield what the tokens at some places lose: 1, 2 to 3, 4 to 7 and so on, the place of the first token being 0."""
     assert scores.kl is not None
     assert base.kl is not None
     nll, kl = ((a - b).double().view(windows, -1) for a, b in ((scores.nll, base.nll), (scores.kl, base.kl)))
-    firsts = [2**n for n in range(nll.shape[1].bit_length())]
-    return [
-        (first, Cost(*(Estimate.of(x[:, first - 1 : 2 * first - 1].flatten()) for x in (nll, kl)))) for first in firsts
-    ]
+    places = nll.shape[1]
+    for first in (2**n for n in range(places.bit_length())):
+        last = min(2 * first - 1, places)
+        name = str(first) if first == last else f"{first}-{last}"
+        yield name, Cost(*(Estimate.of(x[:, first - 1 : last].flatten()) for x in (nll, kl)))

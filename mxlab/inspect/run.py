@@ -16,8 +16,9 @@ from mxlab.experiments import runs
 from mxlab.inspect.inspection import Inspection, inspect
 from mxlab.inspect.remaining import Remaining, remaining
 from mxlab.inspect.write import write_inspection, write_remaining
-from mxlab.model.saved import conversion_of
+from mxlab.model.saved import check_same, conversion_of
 from mxlab.sources import models, texts
+from mxlab.sources.models import LoadedModel
 from mxlab.sources.texts import CorpusText
 
 
@@ -31,15 +32,12 @@ def run(request: TextRequest, stage_folder: Path) -> tuple[Path, Inspection]:
     """
     with runs.new_run(stage_folder) as folder:
         runs.write_origin(folder, request.recipe)
-        text = texts.load_text(request.text, request.data_dir)
-        loaded = request.load(models.load_model)
+        text, loaded, rows = _read(request)
         if (carried := conversion_of(loaded.model)) is not None:
             raise SpecError(
                 f"{request.model} is quantized already, under recipe {carried.recipe.name}: to see what it still "
                 "loses, name the model that it was made from (--reference)"
             )
-        check_context(loaded.model, request.window)
-        rows = first_windows(texts.encode(loaded.tokenizer, text), request.windows or 1, request.window)
         inspection = inspect(loaded.model, request.recipe, rows)
         write_inspection(inspection, _origin(request, text, loaded.model.dtype), folder)
         return rundir.publish(folder, stage_folder, request.recipe.name), inspection
@@ -52,14 +50,25 @@ def run_remaining(request: TextRequest, stage_folder: Path) -> tuple[Path, Remai
         MxlabError: as :func:`run` and :func:`mxlab.inspect.remaining.remaining`.
     """
     with runs.new_run(stage_folder) as folder:
-        runs.write_origin(folder, request.recipe)
-        text = texts.load_text(request.text, request.data_dir)
-        loaded = request.load(models.load_model)
-        check_context(loaded.model, request.window)
-        rows = first_windows(texts.encode(loaded.tokenizer, text), request.windows or 1, request.window)
+        text, loaded, rows = _read(request)
+        if (carried := conversion_of(loaded.model)) is None:
+            raise SpecError(
+                f"{request.model} is not quantized, and has lost nothing: to see what a recipe does, leave --reference "
+                "out"
+            )
+        check_same(carried.recipe, request.recipe)
+        runs.write_origin(folder, carried.recipe)
         found = remaining(loaded.model, load_reference(request, loaded.model, models.load_model), rows)
         write_remaining(found, _origin(request, text, loaded.model.dtype), folder)
         return rundir.publish(folder, stage_folder, found.recipe.name), found
+
+
+def _read(request: TextRequest) -> tuple[CorpusText, LoadedModel, Tensor]:
+    """Return the text, the model, and the token ids (windows, tokens)."""
+    text = texts.load_text(request.text, request.data_dir)
+    loaded = request.load(models.load_model)
+    check_context(loaded.model, request.window)
+    return text, loaded, first_windows(texts.encode(loaded.tokenizer, text), request.windows or 1, request.window)
 
 
 def first_windows(ids: Tensor, windows: int, window: int) -> Tensor:

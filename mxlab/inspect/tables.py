@@ -60,8 +60,8 @@ def remainders(found: Remaining, group: str) -> Table:
 
 def positions(found: Remaining) -> Table:
     """List what the tokens at each place of a window lose."""
-    ranges = [(str(first), cost) for first, cost in found.positions]
-    return _remainders("positions", "What is lost from each place on, in nats per token", "place", ranges, None)
+    title = "What is lost at each place of a window, in nats per token"
+    return _remainders("positions", title, "place", found.positions, None)
 
 
 def _remainders(slug: str, title: str, head: str, costs: Sequence[tuple[str, Cost]], whole: Cost | None) -> Table:

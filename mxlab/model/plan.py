@@ -20,7 +20,7 @@ from mxlab.model.sites import Site
 from mxlab.model.transforms import transform_of
 from mxlab.numerics import DTYPES
 from mxlab.recipe import PHASES, Phase, Recipe, Rule
-from mxlab.recipe.transform import Transform
+from mxlab.recipe.transform import Hadamard, Transform, Wush
 
 Rules = Mapping[Phase, Rule | None]
 
@@ -204,7 +204,8 @@ def _quantized_site(
             "float32, bfloat16 and float16; load the unquantized checkpoint in one of them"
         )
     others = (name for name in holders[id(found.weight)] if name != found.module_name)
-    return replace(found, tied_to=next(others, None)) if "weight" in found.roles else found
+    is_changed = "weight" in found.roles or isinstance(found.transform, Hadamard | Wush)
+    return replace(found, tied_to=next(others, None)) if is_changed else found
 
 
 def _holders(model: nn.Module) -> dict[int, list[str]]:

@@ -15,7 +15,8 @@ from mxlab.errors import ConversionError
 from mxlab.model.structure import Structure
 from mxlab.ptq.streams import forward
 
-_TOLERANCE = 1e-3  # of the size of hidden states, between a layer in its model and by itself
+_TOLERANCE = 1e-2  # of the size of a token's hidden states, between the layers in their model and by themselves
+_REMEDY = "leave [algorithms.reconstruction] out of the recipe"
 _HIDDEN = "hidden_states"  # an argument of decoder layers, where it is given by name
 
 
@@ -25,14 +26,22 @@ def decoder_layers(model: Any) -> list[str]:
     return [f"{name}.{i}" for name, _ in lists for i in range(len(model.get_submodule(name)))]
 
 
+def check_layers_run_alone(model: Any, ids: Tensor) -> None:
+    """Raise ConversionError where a decoder layer cannot be run by itself, as :class:`BlockStream` does.
+
+    The first and the last of the windows ``ids`` [windows, tokens] tell.
+    """
+    BlockStream(model, decoder_layers(model), ids[[0, -1]])
+
+
 @contextmanager
-def recomputed(model: Any) -> Iterator[None]:
+def recomputing_activations(model: Any) -> Iterator[None]:
     """Keep no more of each decoder layer than its input for the gradients, as long as the context is open.
 
     The backward pass computes the rest again: a third more time for the activations of one layer instead of all.
     Source: Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016.
     """
-    layers = [model.get_submodule(name) for name in decoder_layers(model)]
+    layers = list(dict.fromkeys(model.get_submodule(name) for name in decoder_layers(model)))
     before = [vars(layer).get("forward") for layer in layers]
     for layer in layers:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
@@ -55,16 +64,16 @@ class BlockStream:
         ids: [windows, tokens]; one window at a time goes through a layer.
 
     Raises:
-        ConversionError: a layer is told of more than hidden states and positions, so that it cannot run by itself.
+        ConversionError: the layers take more than hidden states and positions, so that they cannot run by themselves.
     """
 
     def __init__(self, model: Any, names: Sequence[str], ids: Tensor) -> None:
-        self._layers = [model.get_submodule(name) for name in names]
-        self._names = names
-        first, last = ids[:1], ids[-1:]
-        self._calls, _ = self._record(model, first)
+        if not names:
+            raise ConversionError(f"the model has no decoder layers that mxlab finds: {_REMEDY}")
+        self._names, self._layers = names, [model.get_submodule(name) for name in names]
+        self._calls, first = self._record(model, ids[:1])
         self.hidden = [self._before_layers(model, window) for window in ids.split(1)]
-        self._check(self._record(model, last)[1])
+        self._check(first, self._record(model, ids[-1:])[1])
 
     @property
     def count(self) -> int:
@@ -88,6 +97,7 @@ class BlockStream:
         after: list[Tensor] = []
 
         def before(_: Any, args: tuple, named: dict[str, Any]) -> None:
+            self._hidden_in(args, named)
             # By name it keeps its place only.
             calls.append((args, {**named, _HIDDEN: None}) if _HIDDEN in named else (args[1:], named))
 
@@ -98,14 +108,16 @@ class BlockStream:
         finally:
             for hook in hooks:
                 hook.remove()
-        return calls, after[0]
+        if len(calls) != self.count:
+            raise ConversionError(f"a pass runs {len(calls)} times through {self.count} decoder layers: {_REMEDY}")
+        return calls, after[-1]
 
     def _before_layers(self, model: Any, ids: Tensor) -> Tensor:
         """Return the hidden states before the first layer."""
         found: list[Tensor] = []
 
         def stop(_: Any, args: tuple, named: dict[str, Any]) -> None:
-            found.append(named[_HIDDEN] if _HIDDEN in named else args[0])
+            found.append(self._hidden_in(args, named))
             raise _StopError
 
         hook = self._layers[0].register_forward_pre_hook(stop, with_kwargs=True)
@@ -117,17 +129,29 @@ class BlockStream:
             hook.remove()
         return found[0]
 
+    def _hidden_in(self, args: tuple, named: dict[str, Any]) -> Tensor:
+        """Return the hidden states among the arguments of a layer."""
+        found = named.get(_HIDDEN, args[0] if args else None)
+        if not isinstance(found, Tensor):
+            raise ConversionError(f"the layers from {self._names[0]} on take no hidden states first: {_REMEDY}")
+        return found
+
     @torch.no_grad()
-    def _check(self, expected: Tensor) -> None:
-        """Compare the layers by themselves on the last window, with the arguments of the first, with the model."""
-        hidden = self.hidden[-1]
+    def _check(self, first: Tensor, last: Tensor) -> None:
+        """Compare the layers by themselves with the model, on the first window and the last in turn.
+
+        In turn, so that what a layer leaves behind for a later one, such as its K and V, is seen to be mistaken.
+        """
+        hidden = [self.hidden[0], self.hidden[-1]]
         for layer in range(self.count):
-            hidden = self.output(layer, hidden)
-        if (hidden - expected).abs().max() > _TOLERANCE * expected.abs().max():
-            raise ConversionError(
-                f"the layers from {self._names[0]} to {self._names[-1]} are told of more than hidden states and "
-                "positions: leave [algorithms.reconstruction] out of the recipe"
-            )
+            hidden = [self.output(layer, one) for one in hidden]
+        for found, expected in zip(hidden, (first, last), strict=True):
+            lost, size = ((x.float()).norm(dim=-1) for x in (found - expected, expected))
+            if not bool((lost <= _TOLERANCE * size).all()):
+                raise ConversionError(
+                    f"the layers from {self._names[0]} to {self._names[-1]} take more than hidden states and "
+                    f"positions: {_REMEDY}"
+                )
 
 
 def _hidden_of(output: Any) -> Tensor:

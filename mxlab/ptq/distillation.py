@@ -16,12 +16,12 @@ from torch import Tensor
 
 from mxlab.model.conversion import Conversion
 from mxlab.progress import track
-from mxlab.ptq.blocks import recomputed
+from mxlab.ptq.blocks import recomputing_activations
 from mxlab.ptq.calibration import Windows
 from mxlab.ptq.chosen import ChosenWeight
 from mxlab.ptq.divergence import divergence, logits_of, mean_divergence
 from mxlab.ptq.learned import everything_learned
-from mxlab.ptq.learning import LearningState, gradients_for, learn, turn
+from mxlab.ptq.learning import LearningState, gradients_for, learn, windows_of_step
 from mxlab.ptq.resume import Progress
 from mxlab.recipe.algorithms import Distillation
 
@@ -55,13 +55,14 @@ def distill(
         state.load(kept)
 
     def accumulate(step: int) -> float:
-        return _accumulate_gradients(model, original, windows.rest[turn(len(windows.rest), step, options.batch)])
+        taken = windows_of_step(len(windows.rest), step, options.batch)
+        return _accumulate_gradients(model, original, windows.rest[taken])
 
     def judge() -> float:
         return divergence(model, original, windows.held_out_ids)
 
     steps = track(range(state.step + 1, options.steps + 1), "distilling")
-    with recomputed(model), gradients_for(model, learned):
+    with recomputing_activations(model), gradients_for(model, learned):
         for _ in learn(state, options, accumulate, judge, steps, _KEPT):
             progress.keep(_KEPT, state.tensors())
     state.restore_best()

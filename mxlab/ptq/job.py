@@ -123,5 +123,6 @@ class QuantizationJob:
         loaded = load_model(self.model, self.dtype, self.device)
         windows = self.windows(loaded.tokenizer)
         progress = Progress(unfinished, describe(loaded.model, self.recipe, windows, self.code), resume)
-        original = load_model(self.model, self.dtype, self.device)
+        is_spread = getattr(loaded.model, "hf_device_map", None) is not None
+        original = load_model(self.model, self.dtype, self.device if is_spread else str(loaded.model.device))
         return quantize_model(loaded.model, original.model, self.recipe, windows, progress), loaded.tokenizer

@@ -10,12 +10,11 @@ from torch import Tensor
 from mxlab.model.conversion import Conversion
 from mxlab.model.nn.linear import QuantizedLayer
 from mxlab.model.plan import QuantizedSite
-from mxlab.numerics import quantize
 from mxlab.ptq import wush
 from mxlab.ptq.chosen import ChosenWeight
 from mxlab.ptq.resume import Progress
 from mxlab.ptq.rounding import best_rounding
-from mxlab.ptq.sites import by_outputs, layer_at, weight_format, weight_in_basis
+from mxlab.ptq.sites import by_outputs, layer_at, round_to_nearest, weight_format, weight_in_basis
 from mxlab.ptq.statistics import InputStatistics, apart, input_statistics
 from mxlab.recipe.algorithms import Gptq
 from mxlab.recipe.transform import Wush
@@ -61,13 +60,11 @@ class LayerQuantizer:
     def round_unseen(self) -> None:
         """Round to nearest the weights of the layers that no token of the text reached, and say which these are.
 
-        A transform that was to be fitted to them stays the identity.
+        A transform that was to be fitted stays the identity, unless a layer with the same input was reached.
         """
         unseen = [site for site in self._layers.values() if _is_to_be_chosen(site)]
         for site in unseen:
-            layer = layer_at(site)
-            weight = weight_in_basis(site, layer.operands["prefill"], layer.input_transform)
-            layer.freeze_as(quantize(weight, weight_format(site), axis=1))
+            round_to_nearest(site)
         if unseen:
             more = f" and {len(unseen) - 3} more" if len(unseen) > 3 else ""
             logger.warning(

@@ -1,4 +1,4 @@
-"""What distillation moves: weights on their grid, vectors, and fitted transforms, each by Adam.
+"""What learns: weights on their grid, vectors, and fitted transforms, each by Adam.
 
 A weight has a master in full precision, which begins inside the cell that rounds to the value chosen so far, as near as
 can be to what was to be rounded; the model computes with the rounded master, whose gradient is taken for that of the
@@ -172,7 +172,11 @@ def _inside_cells(chosen: ChosenWeight) -> Tensor:
 
     It takes the place of the target, whose memory it needs.
     """
-    values, master = chosen.values.float(), chosen.target
+    values, master, dtype = chosen.values.float(), chosen.target, chosen.layer.weight.dtype
+
+    def misses(x: Tensor) -> Tensor:
+        return chosen.rounded(x).to(dtype).float() != values  # the model holds values in its dtype
+
     for _ in range(_HALVINGS):
-        master.copy_(torch.where(chosen.rounded(master) != values, (master + values) / 2, master))
-    return master.copy_(torch.where(chosen.rounded(master) != values, values, master))
+        master.copy_(torch.where(misses(master), (master + values) / 2, master))
+    return master.copy_(torch.where(misses(master), values, master))

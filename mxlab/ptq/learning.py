@@ -26,7 +26,7 @@ class LearningState:
         self._learned = learned
         self.step = 0
         self.least = math.inf
-        self.best: dict[str, Tensor] = {}  # by name; empty where nothing lost a finite number
+        self.best: dict[str, Tensor] = {}  # by name
 
     @torch.no_grad()
     def advance(self, options: Learning) -> None:
@@ -38,9 +38,10 @@ class LearningState:
 
     @torch.no_grad()
     def consider(self, found: float) -> None:
-        """Remember the present state if it loses less than all before."""
-        if found < self.least:
-            self.least, self.best = found, {one.name: one.state() for one in self._learned}
+        """Remember the present state if it loses less than all before; the first one in any case."""
+        if found < self.least or not self.best:
+            self.least = found if math.isfinite(found) else math.inf
+            self.best = {one.name: one.state() for one in self._learned}
 
     def restore_best(self) -> None:
         """Give the model the best state."""
@@ -83,17 +84,17 @@ def learn(
     """
     if not state.step:
         state.consider(judge())
-        logger.info("%s, step 0: %.4f on the windows held out", name, state.least)
+        logger.info("%s, step 0: %.4g on the windows held out", name, state.least)
     for step in steps:
         loss = accumulate(step)
         if not math.isfinite(loss):
             logger.warning("%s diverges in step %d: the best state before it is kept", name, step)
             return
-        logger.debug("%s, step %d: %.4f", name, step, loss)
+        logger.debug("%s, step %d: %.4g", name, step, loss)
         state.advance(options)
         if step % options.check == 0 or step == options.steps:
             found = judge()
-            logger.info("%s, step %d: %.4f on the windows held out", name, step, found)
+            logger.info("%s, step %d: %.4g on the windows held out", name, step, found)
             state.consider(found)
             yield
 
@@ -124,6 +125,6 @@ def gradients_for(model: nn.Module, learned: Sequence[Learned]) -> Iterator[None
             tensor.grad = None
 
 
-def turn(count: int, step: int, batch: int) -> list[int]:
+def windows_of_step(count: int, step: int, batch: int) -> list[int]:
     """Return which of ``count`` windows a step reads, the first being 1; after the last window comes the first."""
     return [((step - 1) * batch + i) % count for i in range(batch)]

@@ -14,6 +14,7 @@ from mxlab.model.apply import apply, finish, prepare, prepare_to_observe
 from mxlab.model.conversion import Conversion
 from mxlab.progress import Steps
 from mxlab.ptq import mase
+from mxlab.ptq.blocks import check_layers_run_alone
 from mxlab.ptq.calibration import Windows
 from mxlab.ptq.distillation import distill
 from mxlab.ptq.experts import ExpertQuantizer
@@ -51,6 +52,8 @@ def quantize_model(
     if MASE in recipe.algorithms:
         return mase.quantize_model(model, original, recipe, windows, progress)
     _check(recipe)
+    if (reconstruction := recipe.algorithm("reconstruction")) is not None:
+        _check_reconstruction(original, recipe, windows)
     recipe = _searched(original, recipe, windows, progress)
     conversion, observed = prepare(model, recipe), prepare_to_observe(original, recipe)
     groups = layers_by_input(observed, windows.ids)
@@ -67,7 +70,7 @@ def quantize_model(
         run(windows.ids, lambda *seen: steps.advance(layers.visit(*seen)))
     layers.round_unseen()
     conversion = finish(conversion)
-    if (reconstruction := recipe.algorithm("reconstruction")) is not None:
+    if reconstruction is not None:
         reconstruct(conversion, original, layers.chosen, windows, reconstruction, progress)
     if (distillation := recipe.algorithm("distillation")) is not None:
         distill(conversion, original, layers.chosen, windows, distillation, progress)
@@ -91,3 +94,15 @@ def _check(recipe: Recipe) -> None:
     for rule in recipe.rules:
         if rule.weight is not None and not isinstance(rule.weight, MXFormat):
             raise ConversionError(f"recipe {recipe.name}: gptq has no format {rule.weight}; use a microscaling one")
+
+
+def _check_reconstruction(original: Any, recipe: Recipe, windows: Windows) -> None:
+    """Raise ConversionError where decoder layers cannot be run by themselves, before anything is quantized."""
+    check_layers_run_alone(original, windows.ids)
+    for rule in recipe.rules:
+        for role, fmt in rule.formats.items():
+            if role != "weight" and getattr(fmt, "is_random", False):
+                raise ConversionError(
+                    f"recipe {recipe.name}: {role} is rounded at random ({fmt}), so that a layer never computes the "
+                    "same twice: take another rounding, or leave [algorithms.reconstruction] out"
+                )

@@ -23,7 +23,7 @@ from mxlab.ptq.blocks import BlockStream, decoder_layers
 from mxlab.ptq.calibration import Windows
 from mxlab.ptq.chosen import ChosenWeight
 from mxlab.ptq.learned import Learned, weights_and_transforms
-from mxlab.ptq.learning import LearningState, gradients_for, learn, restore, turn
+from mxlab.ptq.learning import LearningState, gradients_for, learn, restore, windows_of_step
 from mxlab.ptq.resume import Progress
 from mxlab.recipe.algorithms import Reconstruction
 
@@ -79,10 +79,12 @@ class _Layer:
 
     def accumulate(self, step: int, batch: int) -> float:
         """Add the gradients of a step's loss to what learns; return it."""
-        losses = [self._loss(window) / batch for window in turn(self._learning, step, batch)]
-        for loss in losses:
+        total = 0.0
+        for window in windows_of_step(self._learning, step, batch):
+            loss = self._loss(window) / batch
             loss.backward()
-        return sum(float(loss.detach()) for loss in losses)
+            total += float(loss.detach())
+        return total
 
     @torch.no_grad()
     def judge(self) -> float:
@@ -101,6 +103,8 @@ def _reconstruct_layer(
     layer: _Layer, learned: Sequence[Learned], options: Reconstruction, progress: Progress, name: str
 ) -> None:
     """Have the weights and transforms of one layer learn, or take over what was kept of them."""
+    if not learned:
+        return
     kept = progress.load(name)
     if kept is None:
         state = LearningState(learned)

@@ -33,7 +33,7 @@ from mxlab.model.transforms import check_fit
 from mxlab.progress import Steps
 from mxlab.ptq import wush
 from mxlab.ptq.divergence import logits_of, mean_divergence
-from mxlab.ptq.sites import by_outputs, layer_at, weight_in_basis
+from mxlab.ptq.sites import by_outputs, layer_at, round_to_nearest, weight_in_basis
 from mxlab.ptq.streams import forward, layers_by_input
 from mxlab.recipe import Recipe
 from mxlab.recipe.algorithms import Search
@@ -215,11 +215,10 @@ class _Trial:
 
 def with_matrices(site: QuantizedSite, matrices: Tensor) -> None:
     """Give a linear layer the matrices of its transform, and round its weight to nearest in that basis."""
-    layer = layer_at(site)
-    assert layer.input_transform is not None
-    layer.input_transform.copy_(matrices)
-    operands = layer.operands["prefill"]
-    layer.freeze_as(operands.on_transformed_weight(weight_in_basis(site, operands, matrices)))
+    room = layer_at(site).input_transform
+    assert room is not None
+    room.copy_(matrices)
+    round_to_nearest(site)
 
 
 def _groups(original: Any, recipe: Recipe, options: Search, ids: Tensor) -> list[_Group]:

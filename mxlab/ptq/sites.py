@@ -30,6 +30,13 @@ def by_outputs(site: QuantizedSite) -> Tensor:
     return weight.t() if site.input_axis == 0 else weight
 
 
+def round_to_nearest(site: QuantizedSite) -> None:
+    """Quantize the weight of a linear layer as it is, in the basis of its transform."""
+    layer = layer_at(site)
+    operands = layer.operands["prefill"]
+    layer.freeze_as(operands.on_transformed_weight(weight_in_basis(site, operands, layer.input_transform)))
+
+
 def weight_in_basis(site: QuantizedSite, operands: LinearOperands, matrices: Tensor | None) -> Tensor:
     """Return the weight of a linear layer as float32 [out, in], in the basis of a transform.
 

@@ -52,7 +52,8 @@ class Gptq:
             smallest error on the windows held out.
         correction: how far the targets go from what the weights compute of the quantized model's activations (0) to
             what they compute of the unquantized model's (1); of several, what leaves the smallest error likewise.
-        search: exponents tried for the scale of each block, relative to that of the format's rule.
+        search: exponents tried for the scale of each block, relative to that of the format's rule; of several, scales
+            that are floating-point numbers are tried 3/2 as large as well.
 
     Source: Frantar et al., "GPTQ", 2022; Li et al., "GPTAQ", 2025, for the correction.
     """

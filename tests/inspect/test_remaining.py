@@ -7,14 +7,13 @@ import torch
 from ptq.test_pipeline import IDS, quantized, recipe
 from transformers import AutoModelForCausalLM
 
-from mxlab.errors import SpecError
+from mxlab.errors import ConversionError, SpecError
 from mxlab.eval.text import TextRequest
 from mxlab.inspect.parts import cut
 from mxlab.inspect.remaining import _Saved, remaining
 from mxlab.inspect.run import run, run_remaining
 from mxlab.model.apply import apply
 from mxlab.model.saved import conversion_of
-from mxlab.ptq.divergence import divergence
 from mxlab.recipe import Recipe
 
 from support.llama import tiny
@@ -62,13 +61,15 @@ def test_what_is_found(saved):
     model, original = AutoModelForCausalLM.from_pretrained(saved), tiny().eval()
     before = logits(model), logits(original)
     found = remaining(model, original, IDS)
-    # Each window's last token predicts nothing that is known.
-    assert found.whole.kl.value == pytest.approx(divergence(model, original, IDS), rel=0.1)
+    wanted, got = (
+        x[:, :-1].log_softmax(-1) for x in (before[1], before[0])
+    )  # the last token's prediction is not scored
+    assert found.whole.kl.value == pytest.approx((wanted.exp() * (wanted - got)).sum(-1).mean().item(), rel=1e-4)
     assert {part.name for part in found.of("role")} == {"weights", "activations", "KV", "q"}
     assert [part.name for part in found.of("layer")] == ["0", "1"]
     assert all(part.saved.kl.value < found.whole.kl.value for part in found.parts)
     assert max(found.of("role"), key=lambda part: part.saved.kl.value).saved.kl.value > 0
-    assert [first for first, _ in found.positions] == [1, 2, 4, 8, 16]
+    assert [places for places, _ in found.positions] == ["1", "2-3", "4-7", "8-15", "16-23"]
     assert all(torch.equal(a, b) for a, b in zip(before, (logits(model), logits(original)), strict=True))
 
 
@@ -87,7 +88,14 @@ def test_an_unquantized_model_has_lost_nothing():
 
 
 def request(model, **more):
-    return TextRequest(recipe=recipe(), model=str(model), text="passages", window=16, windows=2, **more)
+    return TextRequest(
+        recipe=recipe(linear="wush@16", algorithms=DISTILLED),
+        model=str(model),
+        text="passages",
+        window=16,
+        windows=2,
+        **more,
+    )
 
 
 @pytest.fixture
@@ -121,3 +129,23 @@ def test_a_quantized_model_without_its_reference_is_an_error(saved, tmp_path, te
     load(monkeypatch, saved)
     with pytest.raises(SpecError, match=r"quantized already.*--reference"):
         run(request(saved), tmp_path / "out")
+
+
+def test_an_unquantized_model_beside_a_reference_is_an_error(saved, tmp_path, text, monkeypatch):
+    load(monkeypatch, saved)
+    with pytest.raises(SpecError, match=r"tiny is not quantized.*leave --reference"):
+        run_remaining(request("tiny", reference="tiny"), tmp_path / "out")
+
+
+def test_another_recipe_than_the_models_own_is_an_error(saved, tmp_path, text, monkeypatch):
+    load(monkeypatch, saved)
+    other = TextRequest(
+        recipe=recipe(linear=None), model=str(saved), text="passages", window=16, windows=2, reference="t"
+    )
+    with pytest.raises(ConversionError, match="quantized already"):
+        run_remaining(other, tmp_path / "out")
+
+
+def test_a_reference_of_another_shape_is_an_error(saved):
+    with pytest.raises(SpecError, match=r"is \(\d+, \d+\), and the reference has one of .*made from"):
+        remaining(AutoModelForCausalLM.from_pretrained(saved), tiny(intermediate_size=128).eval(), IDS)

@@ -2,12 +2,14 @@
 
 import pytest
 import torch
-from ptq.test_pipeline import IDS, logits, recipe
+from ptq.test_pipeline import FP4, IDS, logits, recipe
 
 from mxlab.errors import ConversionError, SpecError
+from mxlab.model.structure import takes_argument
 from mxlab.ptq import reconstruction
-from mxlab.ptq.blocks import BlockStream, decoder_layers
+from mxlab.ptq.blocks import BlockStream, decoder_layers, recomputing_activations
 from mxlab.ptq.calibration import Windows
+from mxlab.ptq.learning import learn
 from mxlab.ptq.pipeline import quantize_model
 from mxlab.ptq.resume import Progress, describe
 from mxlab.ptq.streams import forward
@@ -89,7 +91,11 @@ def test_killed_between_layers_it_goes_on_with_the_same_bits(distilled, tmp_path
         patch.setattr(reconstruction, "_reconstruct_layer", killed)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "kept")
-    assert torch.equal(run(tmp_path / "kept"), run())
+    learned_again = []
+    monkeypatch.setattr(reconstruction, "learn", lambda *args: learned_again.append(args[-1]) or learn(*args))
+    again = run(tmp_path / "kept")
+    assert learned_again == ["reconstruction.model.layers.1"]
+    assert torch.equal(again, run())
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -108,6 +114,51 @@ def test_layers_by_themselves_compute_what_they_do_in_their_model(name):
     assert torch.allclose(torch.cat(stream.hidden), whole, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_activations_that_are_computed_again_give_the_same_gradients(name):
+    model, ids, kept = build(name), tokens(16, 2), []
+    sparing = {"use_cache": False} if takes_argument(model, "use_cache") else {}
+
+    def gradients():
+        model.zero_grad()
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.nbytes) or x, lambda x: x):
+            output = model(input_ids=ids, **sparing)
+        output[0].float().square().mean().backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None], sum(kept)
+
+    wanted, all_of_it = gradients()
+    kept.clear()
+    with recomputing_activations(model):
+        found, less = gradients()
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    assert less < all_of_it
+    assert not any("forward" in vars(model.get_submodule(layer)) for layer in decoder_layers(model))
+
+
+def test_layers_without_anything_to_learn_stay():
+    rules = [{"part": "mlp", "layers": "1", "weight": FP4, "activation": FP4}]
+    wanted = Recipe.from_dict(
+        {"name": "a", "rules": rules, "algorithms": {"gptq": {}, "reconstruction": {"steps": 4, "rate": 0.02}}}
+    )
+    model, before = tiny().eval(), tiny().eval()
+    quantize_model(model, tiny().eval(), wanted, WINDOWS)
+    assert torch.equal(model.model.layers[0].mlp.up_proj.weight, before.model.layers[0].mlp.up_proj.weight)
+    assert not torch.equal(model.model.layers[1].mlp.up_proj.weight, before.model.layers[1].mlp.up_proj.weight)
+
+
+def test_operands_that_are_rounded_at_random_are_refused():
+    rules = [{"part": "mlp", "weight": FP4, "activation": "fp4_e2m1@16,rounding=dither"}]
+    wanted = Recipe.from_dict({"name": "a", "rules": rules, "algorithms": {"gptq": {}, "reconstruction": {}}})
+    with pytest.raises(ConversionError, match=r"activation is rounded at random.*take another rounding"):
+        quantize_model(tiny().eval(), tiny().eval(), wanted, WINDOWS)
+
+
+@pytest.mark.parametrize("found", [float("nan"), float("inf")])
+def test_a_first_look_that_is_no_number_keeps_what_was_chosen(found, monkeypatch):
+    monkeypatch.setattr(reconstruction._Layer, "judge", lambda self: found)
+    assert torch.equal(logits(learned({"steps": 3, "check": 1, "rate": 0.1})), logits(learned(None)))
+
+
 def test_layers_that_are_told_of_the_tokens_are_refused():
     model = build("llama")
 
@@ -115,7 +166,7 @@ def test_layers_that_are_told_of_the_tokens_are_refused():
         return tuple(t * args[0].std() * 99 if args[0].sum() < 0 else t for t in positions)  # by the embedded tokens
 
     model.model.rotary_emb.register_forward_hook(told)
-    with pytest.raises(ConversionError, match=r"more than hidden states.*leave \[algorithms.reconstruction\] out"):
+    with pytest.raises(ConversionError, match=r"take more than hidden states.*leave \[algorithms.reconstruction\] out"):
         BlockStream(model, decoder_layers(model), tokens(16, 3))
 
 

@@ -25,6 +25,7 @@ from mxlab.eval.metrics import kl_divergence
 from mxlab.experiments import provenance
 from mxlab.model.conversion import Conversion
 from mxlab.model.nn.attention import QuantizedAttention
+from mxlab.model.observe import observe_inputs
 from mxlab.model.saved import conversion_of
 from mxlab.numerics.transforms import inverse_transposed
 from mxlab.ptq.blocks import BlockStream, decoder_layers
@@ -49,7 +50,7 @@ class Setting:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.recipe = options, load_any_recipe(options.recipe)
-        loaded = load_model("smollm2", "float32")
+        loaded = load_model("smollm2", "float32", "cpu")
         self.original = loaded.model
 
         def ids(name: str) -> Tensor:
@@ -61,11 +62,11 @@ class Setting:
 
     def quantized(self) -> nn.Module:
         """Return the model in the folder, anew."""
-        return load_model(str(self.options.folder), "float32").model
+        return load_model(str(self.options.folder), "float32", "cpu").model
 
     def original_again(self) -> Any:
         """Return one more copy of the unquantized model."""
-        return load_model("smollm2", "float32").model
+        return load_model("smollm2", "float32", "cpu").model
 
     @torch.no_grad()
     def score(self, model: Any) -> dict[str, float]:
@@ -187,18 +188,15 @@ def low_rank(setting: Setting, rank: int) -> dict[str, float]:
 def _input_sizes(setting: Setting, model: Any, conversion: Conversion) -> dict[Any, Tensor]:
     """Return the root of the mean square of each input of each linear layer, as it is multiplied."""
     sums: dict[Any, Tensor] = {}
-    hooks = []
-    for site in (site for site in conversion.sites if site.kind == "linear"):
 
-        def see(module: Any, args: tuple, site: Any = site) -> None:
-            x = module.mx.on_activation(args[0], matrices=module.input_transform)
-            sums[site] = sums.get(site, torch.zeros(())) + x.square().mean((0, 1)) / CALIBRATED
+    def see(site: Any, x: Tensor) -> None:
+        layer = layer_at(site)
+        seen = layer.operands["prefill"].on_activation(x, matrices=layer.input_transform)
+        sums[site] = sums.get(site, torch.zeros(())) + seen.square().mean((0, 1)) / CALIBRATED
 
-        hooks.append(layer_at(site).register_forward_pre_hook(see))
-    for window in setting.windows.ids[:CALIBRATED].split(1):
-        model(window, use_cache=False)
-    for hook in hooks:
-        hook.remove()
+    with observe_inputs(conversion, see):
+        for window in setting.windows.ids[:CALIBRATED].split(1):
+            model(window, use_cache=False)
     return {site: total.sqrt().clamp(min=1e-6) for site, total in sums.items()}
 
 
