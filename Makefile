@@ -37,7 +37,7 @@ figs: setup
 	.venv/bin/mxlab report results/smollm2-135m --out results/smollm2-135m/report
 	cp results/smollm2-135m/report/figs/*.png figs/
 	$(PYTHON) tools/docs/tiers_table.py results/wikitext2/tiers results/wikitext2/tiers.csv
-	for page in results inspect recipes; do $(PYTHON) tools/docs/fill_tables.py docs/$$page.md || exit 1; done
+	for page in results inspect recipes ptq; do $(PYTHON) tools/docs/fill_tables.py docs/$$page.md || exit 1; done
 	$(PYTHON) tools/docs/formats_page.py
 	$(PYTHON) tools/docs/published_tools_page.py
 	$(PYTHON) tools/docs/ptq_page.py

@@ -8,6 +8,7 @@ Source: Hinton et al., "Distilling the Knowledge in a Neural Network", 2015, at 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,6 +27,8 @@ from mxlab.ptq.resume import Progress
 from mxlab.recipe.algorithms import Distillation
 
 _KEPT = "distillation"  # the name of the state that is kept
+
+logger = logging.getLogger("mxlab")
 
 
 def distill(
@@ -63,7 +66,13 @@ def distill(
 
     steps = track(range(state.step + 1, options.steps + 1), "distilling")
     with recomputing_activations(model), gradients_for(model, learned):
-        for _ in learn(state, options, accumulate, judge, steps, _KEPT):
+        for found in learn(state, options, accumulate, judge, steps, _KEPT):
+            logger.info(
+                "distillation, step %d: KL divergence %.4f on the windows held out, %.4f at best",
+                state.step,
+                found,
+                state.least,
+            )
             progress.keep(_KEPT, state.tensors())
     state.restore_best()
 

@@ -71,8 +71,8 @@ def learn(
     judge: Callable[[], float],
     steps: Iterable[int],
     name: str,
-) -> Iterator[None]:
-    """Learn, and stop at every look at the windows held out, the state being one to go on with.
+) -> Iterator[float]:
+    """Learn, and yield the loss at every look at the windows held out, the state being one to go on with.
 
     Args:
         state: what is learned; at the beginning it is judged as well, so that nothing worse is kept.
@@ -84,7 +84,7 @@ def learn(
     """
     if not state.step:
         state.consider(judge())
-        logger.info("%s, step 0: %.4g on the windows held out", name, state.least)
+        logger.debug("%s, step 0: %.4g on the windows held out", name, state.least)
     for step in steps:
         loss = accumulate(step)
         if not math.isfinite(loss):
@@ -94,9 +94,9 @@ def learn(
         state.advance(options)
         if step % options.check == 0 or step == options.steps:
             found = judge()
-            logger.info("%s, step %d: %.4g on the windows held out", name, step, found)
+            logger.debug("%s, step %d: %.4g on the windows held out", name, step, found)
             state.consider(found)
-            yield
+            yield found
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ def fill():
     return module
 
 
-@pytest.mark.parametrize(("name", "tables"), [("results", 8), ("inspect", 2), ("recipes", 1)])
+@pytest.mark.parametrize(("name", "tables"), [("results", 8), ("inspect", 2), ("recipes", 1), ("ptq", 3)])
 def test_the_tables_of_a_page_are_those_of_the_files(fill, name, tables):
     page = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
     assert page.count("<!-- table ") == len(fill.TABLE.findall(page)) >= tables
