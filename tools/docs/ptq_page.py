@@ -19,7 +19,7 @@ from statistics import mean, stdev
 from typing import Any
 
 import matplotlib.pyplot as plt
-from formats_page import SECTION, table
+from formats_page import table
 
 from mxlab.report.style import DPI, SHAPES, STYLE
 
@@ -29,13 +29,14 @@ FIGURE = ROOT / "figs" / "ptq_steps.png"
 RESULTS = ROOT / "results" / "smollm2-135m" / "ptq"
 ROWS = RESULTS / "rows.jsonl"
 TRIED = RESULTS / "tried.jsonl"
-LAMBADA, LAMBADA_FIGURE = RESULTS / "lambada", ROOT / "figs" / "ptq_lambada.png"
+LAMBADA, LAMBADA_FIGURE = ROOT / "results" / "ptq_lambada", ROOT / "figs" / "ptq_lambada.png"
 # Folders of runs on lambada_openai, by recipe, and what they show.
 LAMBADA_RUNS = {
     "baseline": "unquantized",
-    "ex2": "Exercise 2,\nrounded to nearest",
+    "ex2": "rounded\nto nearest",
     "ex2_gptq": "GPTQ",
-    "ex2_best": "transforms,\nGPTQ, distillation",
+    "ex2_reconstructed": "transforms, GPTQ,\nreconstruction",
+    "ex2_best": "transforms, GPTQ,\ndistillation",
 }
 # By the plain recipe of each. What comes behind its name, and what was changed, tell the steps.
 FORMATS = {"mxfp4_w4a4kv4": "MXFP4", "mxint4_w4a4kv4": "MXINT4", "nvfp4_w4a4kv4": "NVFP4", "ex2": "Exercise 2"}
@@ -115,7 +116,8 @@ def fill(page: str) -> str:
         heads, lines = TABLES[found["name"]]
         return found[1] + table(heads, lines()) + found[3]
 
-    return SECTION.sub(filled, page)
+    sections = re.compile(rf"(<!-- (?P<name>{'|'.join(TABLES)}) -->\n).*?(<!-- end -->)", re.DOTALL)
+    return sections.sub(filled, page)
 
 
 def _changes() -> Iterator[Sequence[str]]:
