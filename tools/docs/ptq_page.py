@@ -35,8 +35,8 @@ LAMBADA_RUNS = {
     "baseline": "unquantized",
     "ex2": "rounded\nto nearest",
     "ex2_gptq": "GPTQ",
-    "ex2_reconstructed": "transforms, GPTQ,\nreconstruction",
-    "ex2_best": "transforms, GPTQ,\ndistillation",
+    "ex2_reconstructed": "transforms,\nGPTQ,\nreconstruction",
+    "ex2_best": "transforms,\nGPTQ,\ndistillation",
 }
 # By the plain recipe of each. What comes behind its name, and what was changed, tell the steps.
 FORMATS = {"mxfp4_w4a4kv4": "MXFP4", "mxint4_w4a4kv4": "MXINT4", "nvfp4_w4a4kv4": "NVFP4", "ex2": "Exercise 2"}
