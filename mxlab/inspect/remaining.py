@@ -99,8 +99,9 @@ def remaining(model: nn.Module, original: nn.Module, rows: Tensor) -> Remaining:
     def score(recipe: Recipe) -> TokenScores:
         return Scorer(lambda: saved.under(recipe, original), ids, windows, 1, reference).score(recipe).tokens
 
-    whole, cuts = cut(original, conversion.recipe)
-    plain, full = Scorer(lambda: model, ids, windows, 1, reference).score_reference(), score(whole)
+    scorer = Scorer(lambda: model, ids, windows, 1, reference)
+    plain, full = scorer.score_reference(), scorer.score(conversion.recipe).tokens
+    _, cuts = cut(original, conversion.recipe)
     parts = tuple(
         Remainder(c.group, c.name, _cost(full, score(c.without))) for c in track(cuts, "leaving out", len(cuts))
     )

@@ -44,9 +44,8 @@ _ROWS = 512  # of an input, by which candidates are tried on a layer
 _FINALISTS = 2  # candidates for all layers of a kind that are compared in the model, beside the best of each layer
 
 Assignment = dict[str, dict[str, Any]]  # by the site's name: what its rule has in place of what the recipe gives
-Contest = dict[
-    str, Assignment
-]  # what sites of a kind may have in common: by the name of each candidate, what it changes
+# What sites of a kind may have in common: by the name of each candidate, what it changes.
+Contest = dict[str, Assignment]
 
 logger = logging.getLogger("mxlab")
 

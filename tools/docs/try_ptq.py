@@ -1,4 +1,4 @@
-"""Measure what was tried on calibrated models and left out of mxlab: the rows of "What did not pay" in docs/ptq.md.
+"""Measure what was tried on calibrated models and left out of mxlab, a line of OUT/tried.jsonl each.
 
 python tools/docs/try_ptq.py --data-dir DATA --folder FOLDER --out results/smollm2-135m/ptq TRIAL ...
 
@@ -69,6 +69,12 @@ class Setting:
         return load_model("smollm2", "float32", "cpu").model
 
     @torch.no_grad()
+    def calibrate(self, model: Any) -> None:
+        """Pass the windows through a model from which a trial takes its own statistics."""
+        for window in self.windows.ids[:CALIBRATED].split(1):
+            model(window, use_cache=False)
+
+    @torch.no_grad()
     def score(self, model: Any) -> dict[str, float]:
         """Return the metrics of a model on the test text."""
         divergence = cross_entropy = 0.0
@@ -102,9 +108,8 @@ def _seen(setting: Setting, model: Any, of: Callable[[Tensor], Tensor]) -> dict[
         sums[name, role] = sums.get((name, role), torch.zeros(())) + of(x)
         return quantize(x)
 
-    with keys_and_values(collect), torch.no_grad():
-        for window in setting.windows.ids[:CALIBRATED].split(1):
-            model(window, use_cache=False)
+    with keys_and_values(collect):
+        setting.calibrate(model)
     return sums
 
 
@@ -195,8 +200,7 @@ def _input_sizes(setting: Setting, model: Any, conversion: Conversion) -> dict[A
         sums[site] = sums.get(site, torch.zeros(())) + seen.square().mean((0, 1)) / CALIBRATED
 
     with observe_inputs(conversion, see):
-        for window in setting.windows.ids[:CALIBRATED].split(1):
-            model(window, use_cache=False)
+        setting.calibrate(model)
     return {site: total.sqrt().clamp(min=1e-6) for site, total in sums.items()}
 
 
@@ -210,9 +214,7 @@ def permutation(setting: Setting, _: float) -> dict[str, float]:
         )
         for n, layer in enumerate(layers)
     ]
-    with torch.no_grad():
-        for window in setting.windows.ids[:CALIBRATED].split(1):
-            setting.original(window, use_cache=False)
+    setting.calibrate(setting.original)
     for hook in hooks:
         hook.remove()
 
@@ -254,9 +256,7 @@ def smoothing(setting: Setting, power: float) -> dict[str, float]:
         )
         for key, norm in norms
     ]
-    with torch.no_grad():
-        for window in setting.windows.ids[:CALIBRATED].split(1):
-            setting.original(window, use_cache=False)
+    setting.calibrate(setting.original)
     for hook in hooks:
         hook.remove()
 
