@@ -15,6 +15,8 @@ from mxlab.progress import Steps
 from mxlab.recipe import Recipe
 from mxlab.sources import models
 
+_SHARD = "2GB"  # of a file of weights, which safetensors holds in memory whole while it is written
+
 
 def save_converted(model: str, recipe: Recipe, dtype: str, out: Path) -> Conversion:
     """Load ``model`` on the CPU, apply ``recipe``, and :func:`save` it into the new folder ``out``.
@@ -46,7 +48,7 @@ def save(make: Callable[[], tuple[Conversion, Any]], out: Path) -> Conversion:
         with rundir.partial(out.parent) as folder:
             conversion, tokenizer = make()
             with Steps("saving"):
-                conversion.model.save_pretrained(folder)  # pyright: ignore[reportCallIssue]
+                conversion.model.save_pretrained(folder, max_shard_size=_SHARD)  # pyright: ignore[reportCallIssue]
                 tokenizer.save_pretrained(folder)
             inventory = json.dumps(conversion.inventory(), indent=1) + "\n"
             (folder / rundir.RECIPE).write_text(conversion.recipe.to_toml(), encoding="utf-8")

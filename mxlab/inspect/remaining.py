@@ -23,9 +23,8 @@ from mxlab.model.apply import make_room
 from mxlab.model.conversion import Conversion
 from mxlab.model.plan import QuantizedSite
 from mxlab.model.saved import conversion_of, quantization_config, recorded
-from mxlab.numerics import transforms
 from mxlab.progress import track
-from mxlab.ptq.sites import layer_at
+from mxlab.ptq.sites import layer_at, weight_in_basis
 from mxlab.recipe import Recipe
 from mxlab.recipe.transform import Wush
 
@@ -161,11 +160,10 @@ class _Saved:
 
 def _in_basis(site: QuantizedSite, weight: Tensor) -> Tensor:
     """Return the unquantized weight of a linear layer in the basis of its fitted transform, as it lies in the model."""
-    layer = layer_at(site)
-    assert layer.input_transform is not None
-    by_outputs = weight.t() if site.input_axis == 0 else weight
-    found = transforms.transform(by_outputs.float(), transforms.inverse_transposed(layer.input_transform))
-    return (found.t() if site.input_axis == 0 else found).contiguous().to(weight.dtype)
+    layer, is_transposed = layer_at(site), site.input_axis == 0
+    by_outputs = (weight.t() if is_transposed else weight).float()
+    found = weight_in_basis(by_outputs, layer.operands["prefill"], layer.input_transform)
+    return (found.t() if is_transposed else found).contiguous().to(weight.dtype)
 
 
 def _cost(scores: TokenScores, base: TokenScores) -> Cost:

@@ -27,6 +27,7 @@ from mxlab.ptq.resume import Progress
 from mxlab.recipe.algorithms import Distillation
 
 _KEPT = "distillation"  # the name of the state that is kept
+_TOKENS = 512  # whose logits are in memory at a time, unless a window is longer
 
 logger = logging.getLogger("mxlab")
 
@@ -80,21 +81,21 @@ def distill(
 def _accumulate_gradients(model: Any, original: Any, windows: Tensor) -> float:
     """Add the gradients of the mean divergence over ``windows`` to the parameters; return it.
 
-    The gradient of the divergence by the logits is the difference of the probabilities. It is formed here, window by
-    window, as logits are the largest tensors by far.
+    The gradient of the divergence by the logits is the difference of the probabilities. It is formed here, for a few
+    windows at a time, as logits are the largest tensors by far.
     """
     total = 0.0
-    for window in windows.split(1):
-        ids = window.to(model.device)
+    for part in windows.split(max(1, _TOKENS // windows.shape[1])):
+        ids = part.to(model.device)
         logits = logits_of(model, ids)
         with torch.no_grad():
             wanted, found = logits_of(original, ids), logits.detach()
-            total += mean_divergence(wanted, found) / len(windows)
+            total += mean_divergence(wanted, found) * len(part) / len(windows)
             gradient = found.float().softmax(-1)
             # Row by row, so that there are not two more tensors of that size.
             for row, of_row in zip(gradient.flatten(0, -2), wanted.flatten(0, -2), strict=True):
                 row.sub_(of_row.float().softmax(-1))
-            gradient.div_(ids.numel() * len(windows))
+            gradient.div_(windows.numel())
             del wanted, found
         logits.backward(gradient.to(logits.dtype))
     return total

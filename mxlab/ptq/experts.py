@@ -82,8 +82,7 @@ class ExpertQuantizer:
             return
         name = f"{site.name}.{expert}"
         if (kept := self._progress.load(name)) is None:
-            kept = {"values": self._rounded(site, name, x, _matrix(site, expert))}
-            self._progress.keep(name, kept)
+            kept = self._progress.keep(name, {"values": self._rounded(site, name, x, _matrix(site, expert))})
         _matrix(site, expert).copy_(kept["values"])
         self._done[site.name].add(expert)
         advance(1)

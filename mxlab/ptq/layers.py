@@ -54,7 +54,9 @@ class LayerQuantizer:
         if not _is_to_be_chosen(site):
             return 0
         kept = self._progress.load(site.name)
-        self.chosen.append(self._choose(site, x, original) if kept is None else self._restore(site, kept))
+        if kept is None:
+            kept = self._progress.keep(site.name, self._choose(site, x, original))
+        self.chosen.append(self._take_over(site, kept))
         return 1
 
     def round_unseen(self) -> None:
@@ -72,17 +74,16 @@ class LayerQuantizer:
                 ", ".join(site.name for site in unseen[:3]) + more,
             )
 
-    def _choose(self, site: QuantizedSite, x: Tensor, original: Tensor) -> ChosenWeight:
+    def _choose(self, site: QuantizedSite, x: Tensor, original: Tensor) -> dict[str, Tensor | None]:
+        """Return what a layer is to have, by name."""
         if isinstance(site.transform, Wush) and site.name not in self._fitted:
             self._fit(site, site.transform, x)
         layer, fmt = layer_at(site), weight_format(site)
         statistics = self._statistics(site, layer, x, original)
-        weight = weight_in_basis(site, layer.operands["prefill"], layer.input_transform)
+        weight = weight_in_basis(by_outputs(site), layer.operands["prefill"], layer.input_transform)
         values, scales, target = best_rounding(site.name, weight, statistics, fmt, self._options)
-        layer.freeze_as(values)
-        tensors = {"values": values, "scales": scales, "target": target, "transform": layer.input_transform}
-        self._progress.keep(site.name, tensors)
-        return ChosenWeight(site.name, self._alike(site)[0].name, layer, fmt, scales, target)
+        values = values.to(site.weight.dtype)
+        return {"values": values, "scales": scales, "target": target, "transform": layer.input_transform}
 
     def _fit(self, site: QuantizedSite, transform: Wush, x: Tensor) -> None:
         """Fit the transform of all layers that share the input of ``site`` and are to be transformed so."""
@@ -101,8 +102,8 @@ class LayerQuantizer:
             room.copy_(matrices)
             self._fitted.add(other.name)
 
-    def _restore(self, site: QuantizedSite, kept: Mapping[str, Tensor]) -> ChosenWeight:
-        """Give a layer what was chosen for it before."""
+    def _take_over(self, site: QuantizedSite, kept: Mapping[str, Tensor]) -> ChosenWeight:
+        """Give a layer what was chosen for it, now or before an interruption."""
         values, scales, target = (kept[name].to(site.weight.device) for name in ("values", "scales", "target"))
         if "transform" in kept:
             self._set_transform(site, kept["transform"])

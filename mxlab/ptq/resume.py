@@ -3,6 +3,9 @@
 A folder beside the result holds one file of tensors for each step, and what they belong to: a fingerprint of the model,
 the tokens, the recipe and the code. Each file is written under another name and renamed when it is whole. Torch writes
 tensors as they lie in memory, where safetensors would hold all of them a second time.
+
+Tensors that are kept are used from their file, which is mapped into memory: the system reads what is needed, and drops
+it where memory is short. So the weights of a large model that are done take none.
 """
 
 from __future__ import annotations
@@ -90,32 +93,37 @@ class Progress:
         shutil.rmtree(folder)
 
     def load(self, step: str) -> dict[str, Tensor] | None:
-        """Return the tensors of a step that is done; None where it is not."""
+        """Return the tensors of a step that is done, mapped from their file; None where it is not.
+
+        Writing to them changes a copy in memory, never the file.
+        """
         if self._folder is None or not (path := self._path(self._folder, step)).exists():
             return None
         try:
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as e:
             logger.warning("cannot read %s (%s): computing it again", path, e)
             return None
 
-    def keep(self, step: str, tensors: Mapping[str, Tensor | None]) -> None:
-        """Keep the tensors of a step; those that are None are left out.
+    def keep(self, step: str, tensors: Mapping[str, Tensor | None]) -> Mapping[str, Tensor]:
+        """Keep the tensors of a step, and return them as :meth:`load` does; those that are None are left out.
 
         Raises:
             RunError: they cannot be written.
         """
+        present = {name: t for name, t in tensors.items() if t is not None}
         if self._folder is None:
-            return
+            return present
         path = self._path(self._folder, step)
         partial = path.with_suffix(".partial")
         try:
             with partial.open("wb") as file:  # ours, so that a full disk is an OSError
-                torch.save({name: _alone(t) for name, t in tensors.items() if t is not None}, file)
+                torch.save({name: _alone(t) for name, t in present.items()}, file)
             partial.replace(path)
         except OSError as e:
             partial.unlink(missing_ok=True)
             raise RunError(f"cannot write {path}: {e}; what is done is kept, go on with --resume") from e
+        return self.load(step) or present
 
     def recipe(self, step: str, find: Callable[[], Recipe]) -> Recipe:
         """Return the recipe that was kept of a step, or else what ``find`` returns, and keep that.

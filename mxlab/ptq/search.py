@@ -258,9 +258,9 @@ def _loss(
     site: QuantizedSite, x: Tensor, candidate: Transform | None, matrices: Mapping[Transform, Tensor], recipe: Recipe
 ) -> float:
     """Return the squared error of a layer's product under a candidate, relative to the product's square."""
-    operands = linear_operands(recipe, site.formats, candidate)
+    operands, weight = linear_operands(recipe, site.formats, candidate), by_outputs(site)
     of_x = matrices.get(candidate) if candidate is not None else None
-    quantized = operands.on_transformed_weight(weight_in_basis(site, operands, of_x))
+    quantized = operands.on_transformed_weight(weight_in_basis(weight, operands, of_x))
     product = operands.on_activation(x, matrices=of_x) @ quantized.t()
-    wanted = x @ by_outputs(site).t()
+    wanted = x @ weight.t()
     return float((product - wanted).square().sum() / wanted.square().sum().clamp(min=1e-30))

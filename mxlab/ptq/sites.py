@@ -34,15 +34,15 @@ def round_to_nearest(site: QuantizedSite) -> None:
     """Quantize the weight of a linear layer as it is, in the basis of its transform."""
     layer = layer_at(site)
     operands = layer.operands["prefill"]
-    layer.freeze_as(operands.on_transformed_weight(weight_in_basis(site, operands, layer.input_transform)))
+    layer.freeze_as(operands.on_transformed_weight(weight_in_basis(by_outputs(site), operands, layer.input_transform)))
 
 
-def weight_in_basis(site: QuantizedSite, operands: LinearOperands, matrices: Tensor | None) -> Tensor:
-    """Return the weight of a linear layer as float32 [out, in], in the basis of a transform.
+def weight_in_basis(weight: Tensor, operands: LinearOperands, matrices: Tensor | None) -> Tensor:
+    """Return the weight of a linear layer, [out, in], in the basis of a transform of its input.
 
     Args:
-        site: the layer.
+        weight: float32 [out, in].
         operands: what has the transform.
         matrices: by which a transform that is fitted multiplies the input; None where none is.
     """
-    return operands.transformed(by_outputs(site), -1, None if matrices is None else inverse_transposed(matrices))
+    return operands.transformed(weight, -1, None if matrices is None else inverse_transposed(matrices))

@@ -110,3 +110,29 @@ def test_a_full_disk_keeps_what_is_done(tmp_path):
         progress.keep("b", {"x": torch.zeros(1)})
     assert progress.load("a") is not None
     assert progress.load("b") is None
+
+
+def test_what_is_kept_is_read_from_its_file_and_written_to_in_memory(tmp_path):
+    kept = Progress(tmp_path / "kept", {"a": 1}).keep("layer.0", {"x": torch.arange(5000.0), "y": None})
+    assert set(kept) == {"x"}
+    if (maps := Path("/proc/self/maps")).exists():
+        assert any("layer.0.pt" in line and holds(line, kept["x"]) for line in maps.read_text().splitlines())
+    kept["x"].zero_()
+    again = Progress(tmp_path / "kept", {"a": 1}, resume=True).load("layer.0")
+    assert torch.equal(again["x"], torch.arange(5000.0))
+
+
+def holds(mapping, x):
+    start, end = (int(part, 16) for part in mapping.split()[0].split("-"))
+    return start <= x.data_ptr() < end
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="no list of what is mapped")
+def test_weights_that_are_done_stay_in_their_files(tmp_path):
+    model, original = tiny().eval(), tiny().eval()
+    only_gptq = recipe(linear="wush@16")
+    quantize_model(model, original, only_gptq, WINDOWS, Progress(tmp_path / "kept", {"a": 1}))
+    mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if "kept" in line]
+    layer = model.model.layers[0]
+    for weight in (layer.self_attn.q_proj.weight, layer.mlp.down_proj.weight):
+        assert any(holds(line, weight) for line in mapped)

@@ -27,12 +27,11 @@ from mxlab.model.conversion import Conversion
 from mxlab.model.nn.attention import QuantizedAttention
 from mxlab.model.observe import observe_inputs
 from mxlab.model.saved import conversion_of
-from mxlab.numerics.transforms import inverse_transposed
 from mxlab.ptq.blocks import BlockStream, decoder_layers
 from mxlab.ptq.calibration import Windows, sample
 from mxlab.ptq.divergence import logits_of
 from mxlab.ptq.pipeline import quantize_model
-from mxlab.ptq.sites import layer_at
+from mxlab.ptq.sites import layer_at, weight_in_basis
 from mxlab.recipe import Recipe
 from mxlab.recipe.algorithms import Calibration
 from mxlab.sources.models import load_model
@@ -175,9 +174,8 @@ def low_rank(setting: Setting, rank: int) -> dict[str, float]:
     bits = count = 0.0
     for site, size in _input_sizes(setting, model, conversion).items():
         layer = layer_at(site)
-        operands, matrices = layer.operands["prefill"], layer.input_transform
         weight = setting.original.get_submodule(site.name).weight.detach()
-        wanted = operands.transformed(weight, -1, None if matrices is None else inverse_transposed(matrices))
+        wanted = weight_in_basis(weight, layer.operands["prefill"], layer.input_transform)
         u, s, v = torch.linalg.svd((wanted - layer.weight) * size, full_matrices=False)
         left, right = (u[:, :rank] * s[:rank]).bfloat16().float(), (v[:rank] / size).bfloat16().float()
 

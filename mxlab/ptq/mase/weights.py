@@ -75,8 +75,7 @@ class _GptqPass:
             return
         kept = self._progress.load(site.name)
         if kept is None:
-            kept = {"values": self._quantized(site, x)}
-            self._progress.keep(site.name, kept)
+            kept = self._progress.keep(site.name, {"values": self._quantized(site, x)})
         self.found[site.name] = kept["values"].to(site.weight.device)
         freeze_as(site, self.found[site.name])
         self._steps.advance()
