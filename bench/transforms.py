@@ -8,13 +8,15 @@ each it writes the samples in seconds, and the ratios to the model that is round
 
 import argparse
 import json
+import math
 import statistics
-import time
+from functools import partial
 from pathlib import Path
 
 import torch
 
 import mxlab
+from mxlab.bench.timing import Contender, Effort, WallClock, alternate
 from mxlab.experiments import provenance
 from mxlab.sources.models import load_model
 from mxlab.sources.texts import encode, load_text
@@ -39,17 +41,14 @@ def main() -> None:
         "calibrated, with transforms": load_model(str(options.folder), "float32", "cpu").model,
     }
     ids = encode(loaded.tokenizer, load_text("wikitext2_valid", options.data_dir))[: ROWS * TOKENS].view(ROWS, TOKENS)
-    samples = {name: [] for name in models}
+    contenders = [Contender(name, partial(model, ids, use_cache=False)) for name, model in models.items()]
     with torch.no_grad():
-        for _ in range(options.rounds + 1):
-            for name, model in models.items():
-                began = time.perf_counter()
-                model(ids, use_cache=False)
-                samples[name].append(time.perf_counter() - began)
+        series = alternate(contenders, Effort(options.rounds, warmup=1, time_limit=math.inf), WallClock())
+    samples = {name: one.samples for name, one in zip(models, series, strict=True)}
     found = {
         name: {
-            "seconds": times[1:],
-            "ratio": statistics.median(a / b for a, b in zip(times[1:], samples[NEAREST][1:], strict=True)),
+            "seconds": times,
+            "ratio": statistics.median(a / b for a, b in zip(times, samples[NEAREST], strict=True)),
         }
         for name, times in samples.items()
     }

@@ -74,7 +74,7 @@ def distill(
                 found,
                 state.least,
             )
-            progress.keep(_KEPT, state.tensors())
+            state.leave_best_in(progress.keep(_KEPT, state.tensors()))
     state.restore_best()
 
 

@@ -18,6 +18,7 @@ from mxlab.ptq.sites import by_outputs, layer_at, round_to_nearest, weight_forma
 from mxlab.ptq.statistics import InputStatistics, apart, input_statistics
 from mxlab.recipe.algorithms import Gptq
 from mxlab.recipe.transform import Wush
+from mxlab.sources.devices import return_freed_memory
 
 logger = logging.getLogger("mxlab")
 
@@ -56,6 +57,7 @@ class LayerQuantizer:
         kept = self._progress.load(site.name)
         if kept is None:
             kept = self._progress.keep(site.name, self._choose(site, x, original))
+            return_freed_memory()
         self.chosen.append(self._take_over(site, kept))
         return 1
 

@@ -57,11 +57,15 @@ class LearningState:
     def load(self, kept: Mapping[str, Tensor]) -> None:
         """Take over what :meth:`tensors` returned."""
         self.step, self.least = int(kept["step"]), float(kept["least"])
+        self.leave_best_in(kept)
         for one in self._learned:
-            self.best[one.name] = kept[f"best.{one.name}"].to(one.master.device)
             for kind in _KINDS:
                 getattr(one, kind).copy_(kept[f"{kind}.{one.name}"])
             one.show_master()
+
+    def leave_best_in(self, kept: Mapping[str, Tensor]) -> None:
+        """Have the best state where it is kept, instead of in memory; ``kept`` is what :meth:`tensors` returned."""
+        self.best = {one.name: kept[f"best.{one.name}"] for one in self._learned}
 
 
 def learn(

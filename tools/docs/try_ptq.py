@@ -11,77 +11,27 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from ptq_trial import CALIBRATED, Setting
+from ptq_trials_of_form import permutation, residual_rotation, smoothing
+from torch import Tensor
 
-from mxlab.compat.recipes import load_any_recipe
-from mxlab.eval.metrics import kl_divergence
 from mxlab.experiments import provenance
 from mxlab.model.conversion import Conversion
 from mxlab.model.nn.attention import QuantizedAttention
 from mxlab.model.observe import observe_inputs
 from mxlab.model.saved import conversion_of
 from mxlab.ptq.blocks import BlockStream, decoder_layers
-from mxlab.ptq.calibration import Windows, sample
-from mxlab.ptq.divergence import logits_of
-from mxlab.ptq.pipeline import quantize_model
 from mxlab.ptq.sites import layer_at, weight_in_basis
-from mxlab.recipe import Recipe
-from mxlab.recipe.algorithms import Calibration
-from mxlab.sources.models import load_model
-from mxlab.sources.texts import encode, load_text
 
 ROWS = "tried.jsonl"
-WINDOW, WINDOWS = 512, 8
-CALIBRATED = 16  # windows of the calibration text from which a trial takes its own statistics
 
 KeyValue = Callable[[str, str, Tensor, Callable[[Tensor], Tensor]], Tensor]  # attention, role, operand, its quantizing
-
-
-class Setting:
-    """The quantized model beside the unquantized one, and the texts."""
-
-    def __init__(self, options: argparse.Namespace) -> None:
-        self.options, self.recipe = options, load_any_recipe(options.recipe)
-        loaded = load_model("smollm2", "float32", "cpu")
-        self.original = loaded.model
-
-        def ids(name: str) -> Tensor:
-            return encode(loaded.tokenizer, load_text(name, options.data_dir))
-
-        calibration = self.recipe.algorithm("calibration") or Calibration()
-        self.windows: Windows = sample(ids(calibration.text), calibration)
-        self.test = ids("wikitext2")[: WINDOW * WINDOWS].view(WINDOWS, WINDOW)
-
-    def quantized(self) -> nn.Module:
-        """Return the model in the folder, anew."""
-        return load_model(str(self.options.folder), "float32", "cpu").model
-
-    def original_again(self) -> Any:
-        """Return one more copy of the unquantized model."""
-        return load_model("smollm2", "float32", "cpu").model
-
-    @torch.no_grad()
-    def calibrate(self, model: Any) -> None:
-        """Pass the windows through a model from which a trial takes its own statistics."""
-        for window in self.windows.ids[:CALIBRATED].split(1):
-            model(window, use_cache=False)
-
-    @torch.no_grad()
-    def score(self, model: Any) -> dict[str, float]:
-        """Return the metrics of a model on the test text."""
-        divergence = cross_entropy = 0.0
-        for window in self.test.split(1):
-            wanted, found = (logits_of(m, window)[0, :-1].float() for m in (self.original, model))
-            divergence += kl_divergence(wanted, found).double().mean().item()
-            cross_entropy += nn.functional.cross_entropy(found, window[0, 1:]).item()
-        return {"kl_divergence": divergence / WINDOWS, "perplexity": math.exp(cross_entropy / WINDOWS)}
 
 
 @contextmanager
@@ -202,90 +152,6 @@ def _input_sizes(setting: Setting, model: Any, conversion: Conversion) -> dict[A
     return {site: total.sqrt().clamp(min=1e-6) for site, total in sums.items()}
 
 
-def permutation(setting: Setting, _: float) -> dict[str, float]:
-    """Spread the large inputs of down_proj over its blocks before it is transformed and quantized (PeRQ's MassDiff)."""
-    masses: dict[int, Tensor] = {}
-    layers = setting.original.model.layers
-    hooks = [
-        layer.mlp.down_proj.register_forward_pre_hook(
-            lambda _, args, n=n: masses.update({n: masses.get(n, 0) + args[0].abs().mean((0, 1))})
-        )
-        for n, layer in enumerate(layers)
-    ]
-    setting.calibrate(setting.original)
-    for hook in hooks:
-        hook.remove()
-
-    @torch.no_grad()
-    def permute(model: Any) -> None:
-        for n, layer in enumerate(model.model.layers):
-            order, mlp = _spread(masses[n], 32), layer.mlp
-            for weight in (mlp.gate_proj.weight, mlp.up_proj.weight):
-                weight.copy_(weight[order].clone())
-            mlp.down_proj.weight.copy_(mlp.down_proj.weight[:, order].clone())
-
-    return _quantized_after(setting, permute)
-
-
-def _spread(mass: Tensor, size: int) -> Tensor:
-    """Return an order in which blocks of ``size`` have masses as equal as taking the largest first makes them."""
-    blocks: list[list[int]] = [[] for _ in range(len(mass) // size)]
-    totals = [0.0] * len(blocks)
-    for channel in mass.argsort(descending=True).tolist():
-        least = min((n for n in range(len(blocks)) if len(blocks[n]) < size), key=lambda n: totals[n])
-        blocks[least].append(channel)
-        totals[least] += float(mass[channel])
-    return torch.tensor([channel for block in blocks for channel in block])
-
-
-def smoothing(setting: Setting, power: float) -> dict[str, float]:
-    """Move a power of the inputs' sizes from behind the norms into the weights that read them (SmoothQuant)."""
-    largest: dict[str, Tensor] = {}
-    norms = [
-        (f"{n}.{name}", getattr(layer, name))
-        for n, layer in enumerate(setting.original.model.layers)
-        for name in ("input_layernorm", "post_attention_layernorm")
-    ]
-    hooks = [
-        norm.register_forward_hook(
-            lambda _, __, y, key=key: largest.update(
-                {key: torch.maximum(largest.get(key, torch.zeros(())), y.abs().amax((0, 1)))}
-            )
-        )
-        for key, norm in norms
-    ]
-    setting.calibrate(setting.original)
-    for hook in hooks:
-        hook.remove()
-
-    @torch.no_grad()
-    def smooth(model: Any) -> None:
-        for n, layer in enumerate(model.model.layers):
-            attention, mlp = layer.self_attn, layer.mlp
-            for name, readers in (
-                ("input_layernorm", (attention.q_proj, attention.k_proj, attention.v_proj)),
-                ("post_attention_layernorm", (mlp.gate_proj, mlp.up_proj)),
-            ):
-                weights = torch.cat([reader.weight for reader in readers]).abs().amax(0).clamp(min=1e-5)
-                scale = largest[f"{n}.{name}"].clamp(min=1e-5).pow(power) / weights.pow(1 - power)
-                getattr(layer, name).weight.div_(scale)
-                for reader in readers:
-                    reader.weight.mul_(scale)
-
-    return _quantized_after(setting, smooth)
-
-
-def _quantized_after(setting: Setting, change: Callable[[Any], None]) -> dict[str, float]:
-    """Quantize the model after a change that leaves what it computes as it was."""
-    model, original = setting.original_again(), setting.original_again()
-    for one in (model, original):
-        change(one)
-    algorithms = {name: table for name, table in setting.recipe.algorithms.items() if name != "distillation"}
-    recipe = Recipe.from_dict({**setting.recipe.to_dict(), "algorithms": algorithms})
-    quantize_model(model, original, recipe, setting.windows)
-    return setting.score(model)
-
-
 TRIALS: dict[str, tuple[Callable[[Setting, Any], dict[str, float]], tuple[Any, ...]]] = {
     "nothing": (lambda setting, _: setting.score(setting.quantized()), (None,)),
     "first_tokens": (first_tokens, (4,)),
@@ -295,6 +161,7 @@ TRIALS: dict[str, tuple[Callable[[Setting, Any], dict[str, float]], tuple[Any, .
     "low_rank": (low_rank, (32,)),
     "permutation": (permutation, (None,)),
     "smoothing": (smoothing, (0.5,)),
+    "residual_rotation": (residual_rotation, ("none", "wush@32")),
 }
 
 
@@ -307,6 +174,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
     setting = Setting(options)
     for name in options.trials:
         trial, values = TRIALS[name]
