@@ -25,9 +25,11 @@ from mxlab.ptq.learned import everything_learned
 from mxlab.ptq.learning import LearningState, gradients_for, learn, windows_of_step
 from mxlab.ptq.resume import Progress
 from mxlab.recipe.algorithms import Distillation
+from mxlab.sources.devices import return_freed_memory
 
 _KEPT = "distillation"  # the name of the state that is kept
 _TOKENS = 512  # whose logits are in memory at a time, unless a window is longer
+_ROWS = 64  # tokens whose logits are compared at a time
 
 logger = logging.getLogger("mxlab")
 
@@ -53,12 +55,14 @@ def distill(
         progress: keeps the state at every look at the windows held out.
     """
     model = conversion.model
+    _hold_in_memory(model, chosen)
     learned = everything_learned(model, chosen)
     state = LearningState(learned)
     if (kept := progress.load(_KEPT)) is not None:
         state.load(kept)
 
     def accumulate(step: int) -> float:
+        return_freed_memory()
         taken = windows_of_step(len(windows.rest), step, options.batch)
         return _accumulate_gradients(model, original, windows.rest[taken])
 
@@ -78,6 +82,18 @@ def distill(
     state.restore_best()
 
 
+@torch.no_grad()
+def _hold_in_memory(model: Any, chosen: Sequence[ChosenWeight]) -> None:
+    """Read what is still in files, as every step reads and writes all of it, and let go of the files."""
+    for weight in chosen:
+        weight.hold_in_memory()
+    settled = {id(weight.weight) for weight in chosen}
+    for parameter in model.parameters():
+        if id(parameter) not in settled:
+            parameter.data = parameter.data.clone()
+    return_freed_memory()
+
+
 def _accumulate_gradients(model: Any, original: Any, windows: Tensor) -> float:
     """Add the gradients of the mean divergence over ``windows`` to the parameters; return it.
 
@@ -89,13 +105,11 @@ def _accumulate_gradients(model: Any, original: Any, windows: Tensor) -> float:
         ids = part.to(model.device)
         logits = logits_of(model, ids)
         with torch.no_grad():
-            wanted, found = logits_of(original, ids), logits.detach()
-            total += mean_divergence(wanted, found) * len(part) / len(windows)
-            gradient = found.float().softmax(-1)
-            # Row by row, so that there are not two more tensors of that size.
-            for row, of_row in zip(gradient.flatten(0, -2), wanted.flatten(0, -2), strict=True):
-                row.sub_(of_row.float().softmax(-1))
-            gradient.div_(windows.numel())
-            del wanted, found
-        logits.backward(gradient.to(logits.dtype))
+            gradient = logits_of(original, ids)
+            # Some rows at a time, in the memory of what was wanted: no other tensor gets as large.
+            rows = zip(gradient.flatten(0, -2).split(_ROWS), logits.detach().flatten(0, -2).split(_ROWS), strict=True)
+            for wanted, found in rows:
+                total += mean_divergence(wanted, found) * len(found) / windows.numel()
+                wanted.copy_((found.float().softmax(-1) - wanted.float().softmax(-1)) / windows.numel())
+        logits.backward(gradient)
     return total

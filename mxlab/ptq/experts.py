@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -17,15 +17,20 @@ import torch
 from torch import Tensor
 
 from mxlab.errors import ConversionError
+from mxlab.formats import MXFormat
 from mxlab.model.conversion import Conversion, computer_of
 from mxlab.model.nn.experts import QuantizedExperts
 from mxlab.model.plan import QuantizedSite
+from mxlab.numerics.reference import block_layout
+from mxlab.ptq.chosen import ChosenExperts
 from mxlab.ptq.resume import Progress
 from mxlab.ptq.rounding import best_rounding
+from mxlab.ptq.scales import block_scales
 from mxlab.ptq.sites import weight_format
 from mxlab.ptq.statistics import input_statistics
 from mxlab.recipe.algorithms import Gptq
 
+_LEARNING = ("scales", "target")  # what is kept of an expert for what learns, by name
 _HELD_OUT = 0.125  # the share of an expert's tokens that judge, where there is something to choose
 
 logger = logging.getLogger("mxlab")
@@ -52,7 +57,8 @@ class ExpertQuantizer:
                 f"{self._sites[0].name}: experts have no correction for what the layers before have lost, as other "
                 "tokens reach them in the unquantized model: take correction = 0 in [algorithms.gptq]"
             )
-        self._done: defaultdict[str, set[int]] = defaultdict(set)
+        # Of each site and expert, what it was to be, and the scales of what it is.
+        self._done: defaultdict[str, dict[int, Mapping[str, Tensor]]] = defaultdict(dict)
         self.count = sum(_count(site) for site in self._sites)
 
     @contextmanager
@@ -75,6 +81,17 @@ class ExpertQuantizer:
         for site in self._sites:
             self._finish(site)
 
+    @property
+    def chosen(self) -> list[ChosenExperts]:
+        """What was chosen, all experts of a parameter together."""
+        return [self._together(site) for site in self._sites]
+
+    def _together(self, site: QuantizedSite) -> ChosenExperts:
+        parts = [self._done[site.name][expert] for expert in range(_count(site))]
+        scales, target = (torch.cat([part[name].to(site.weight.device) for part in parts]) for name in _LEARNING)
+        computer, is_transposed = _experts_at(site), _is_transposed(site)
+        return ChosenExperts(site.name, weight_format(site), scales, target, computer, site.parameter, is_transposed)
+
     def _choose(self, site: QuantizedSite, advance: Callable[[int], Any], x: Tensor, weight: Tensor) -> None:
         """Quantize the weight of one expert in place, by its inputs [tokens, in]."""
         expert = (weight.storage_offset() - site.weight.storage_offset()) // _matrix(site, 0).numel()
@@ -82,22 +99,22 @@ class ExpertQuantizer:
             return
         name = f"{site.name}.{expert}"
         if (kept := self._progress.load(name)) is None:
-            kept = self._progress.keep(name, {"values": self._rounded(site, name, x, _matrix(site, expert))})
+            kept = self._progress.keep(name, self._rounded(site, name, x, _matrix(site, expert)))
         _matrix(site, expert).copy_(kept["values"])
-        self._done[site.name].add(expert)
+        self._done[site.name][expert] = _for_learning(kept)
         advance(1)
 
-    def _rounded(self, site: QuantizedSite, name: str, x: Tensor, matrix: Tensor) -> Tensor:
-        """Return the quantized matrix of an expert."""
-        operands, is_transposed = _experts_at(site).operands(site.parameter), site.input_axis == -2
-        by_outputs = operands.transformed((matrix.mT if is_transposed else matrix).float(), -1)
-        rows = x.reshape(-1, x.shape[-1])
+    def _rounded(self, site: QuantizedSite, name: str, x: Tensor, matrix: Tensor) -> dict[str, Tensor]:
+        """Return the quantized matrix of an expert, its scales, and what was to be rounded."""
+        operands, rows = _experts_at(site).operands(site.parameter), x.reshape(-1, x.shape[-1])
         held_out = _HELD_OUT if len(self._options.damping) > 1 else 0
         statistics = input_statistics(
             operands.on_activation(rows), operands.transformed(rows, -1), held_out, name, with_cross=False
         )
-        found, _, _ = best_rounding(name, by_outputs, statistics, weight_format(site), self._options)
-        return (found.mT if is_transposed else found).to(matrix.dtype)
+        weight, fmt = _in_basis(site, matrix), weight_format(site)
+        found, scales, target = best_rounding(name, weight, statistics, fmt, self._options)
+        values = (found.mT if _is_transposed(site) else found).to(matrix.dtype)
+        return {"values": values, "scales": scales, "target": target}
 
     def _finish(self, site: QuantizedSite) -> None:
         """Round to nearest what no token reached, and have the whole weight count as quantized."""
@@ -106,6 +123,7 @@ class ExpertQuantizer:
         with torch.no_grad():
             for expert in unseen:
                 matrix = _matrix(site, expert)
+                self._done[site.name][expert] = _nearest(_in_basis(site, matrix), weight_format(site))
                 matrix.copy_(computer.operands(site.parameter).on_weight(matrix, site.input_axis))
         computer.frozen_weight(site.parameter).mark(site.weight)
         if unseen:
@@ -115,6 +133,26 @@ class ExpertQuantizer:
                 ", ".join(map(str, unseen)),
                 site.name,
             )
+
+
+def _nearest(weight: Tensor, fmt: MXFormat) -> dict[str, Tensor]:
+    """Return the scales by which a weight [out, in] is rounded to nearest, beside itself."""
+    scales = block_scales(weight, fmt, torch.ones_like(weight[0]), [0])
+    return {"scales": block_layout(weight, fmt, (1,)).split(scales)[..., :1].clone(), "target": weight}
+
+
+def _for_learning(kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: kept[name] for name in _LEARNING}
+
+
+def _in_basis(site: QuantizedSite, matrix: Tensor) -> Tensor:
+    """Return the matrix of an expert as float32 [out, in], in the basis of its transform."""
+    by_outputs = matrix.mT if _is_transposed(site) else matrix
+    return _experts_at(site).operands(site.parameter).transformed(by_outputs.float(), -1)
+
+
+def _is_transposed(site: QuantizedSite) -> bool:
+    return site.input_axis == -2
 
 
 def _experts_at(site: QuantizedSite) -> QuantizedExperts:

@@ -11,7 +11,7 @@ from mxlab.model.conversion import Conversion
 from mxlab.model.nn.linear import QuantizedLayer
 from mxlab.model.plan import QuantizedSite
 from mxlab.ptq import wush
-from mxlab.ptq.chosen import ChosenWeight
+from mxlab.ptq.chosen import ChosenLayer
 from mxlab.ptq.resume import Progress
 from mxlab.ptq.rounding import best_rounding
 from mxlab.ptq.sites import by_outputs, layer_at, round_to_nearest, weight_format, weight_in_basis
@@ -48,7 +48,7 @@ class LayerQuantizer:
         self._last: tuple[Tensor, str, InputStatistics] | None = None
         self._fitted: set[str] = set()  # names of the layers whose transforms are
         self.count = sum(_is_to_be_chosen(site) for site in layers.values())
-        self.chosen: list[ChosenWeight] = []
+        self.chosen: list[ChosenLayer] = []
 
     def visit(self, site: QuantizedSite, x: Tensor, original: Tensor) -> int:
         """Quantize the weight of a site by its inputs; return how many were: none where it cannot be or is done."""
@@ -104,13 +104,14 @@ class LayerQuantizer:
             room.copy_(matrices)
             self._fitted.add(other.name)
 
-    def _take_over(self, site: QuantizedSite, kept: Mapping[str, Tensor]) -> ChosenWeight:
+    def _take_over(self, site: QuantizedSite, kept: Mapping[str, Tensor]) -> ChosenLayer:
         """Give a layer what was chosen for it, now or before an interruption."""
         values, scales, target = (kept[name].to(site.weight.device) for name in ("values", "scales", "target"))
         if "transform" in kept:
             self._set_transform(site, kept["transform"])
-        layer_at(site).freeze_as(values)
-        return ChosenWeight(site.name, self._alike(site)[0].name, layer_at(site), weight_format(site), scales, target)
+        layer, first = layer_at(site), self._alike(site)[0]
+        layer.freeze_as(values)
+        return ChosenLayer(site.name, weight_format(site), scales, target, layer, first.name)
 
     def _statistics(self, site: QuantizedSite, layer: QuantizedLayer, x: Tensor, original: Tensor) -> InputStatistics:
         """Return the statistics of the input; layers that share it, transformed and quantized, share them."""

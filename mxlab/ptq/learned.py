@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mxlab.model.nn.linear import QuantizedLayer
-from mxlab.ptq.chosen import ChosenWeight
+from mxlab.ptq.chosen import ChosenLayer, ChosenWeight
 from mxlab.recipe.algorithms import Distillation, Learning
 
 _MEAN, _SQUARE = 0.9, 0.95  # of the running moments: a run has some dozens of steps, not thousands
@@ -91,18 +91,18 @@ class LearnedWeight(Learned):
     """
 
     def __init__(self, chosen: ChosenWeight) -> None:
-        super().__init__(chosen.name, _inside_cells(chosen), [chosen.layer.weight])
+        super().__init__(chosen.name, _inside_cells(chosen), [chosen.weight])
         self._chosen, self._cut = chosen, chosen.blocks
 
     def show_master(self) -> None:  # noqa: D102
-        self._chosen.layer.freeze_as(self._chosen.rounded(self.master))
+        self._chosen.freeze_as(self._chosen.rounded(self.master))
 
     def state(self) -> Tensor:  # noqa: D102
         return self._cut.join(self._cut.split(self._chosen.values.float()) / self._chosen.scales).bfloat16()
 
     def restore(self, state: Tensor) -> None:  # noqa: D102
         values = self._cut.join(self._cut.split(state.float()) * self._chosen.scales)
-        self._chosen.layer.freeze_as(self._chosen.rounded(values))  # rounded, as bfloat16 may have moved the last bits
+        self._chosen.freeze_as(self._chosen.rounded(values))  # rounded, as bfloat16 may have moved the last bits
 
     def _rate(self, options: Learning) -> float:
         return options.rate
@@ -159,7 +159,7 @@ def weights_and_transforms(chosen: Sequence[ChosenWeight]) -> list[Learned]:
     """Return weights as what learns, and the transforms that were fitted to them."""
     sharing: dict[str, list[QuantizedLayer]] = {}
     for weight in chosen:
-        if weight.layer.input_transform is not None:
+        if isinstance(weight, ChosenLayer) and weight.layer.input_transform is not None:
             sharing.setdefault(weight.shares_with, []).append(weight.layer)
     return [
         *(LearnedWeight(weight) for weight in chosen),
@@ -172,7 +172,7 @@ def _inside_cells(chosen: ChosenWeight) -> Tensor:
 
     It takes the place of the target, whose memory it needs.
     """
-    values, master, dtype = chosen.values.float(), chosen.target, chosen.layer.weight.dtype
+    values, master, dtype = chosen.values.float(), chosen.target, chosen.weight.dtype
 
     def misses(x: Tensor) -> Tensor:
         return chosen.rounded(x).to(dtype).float() != values  # the model holds values in its dtype

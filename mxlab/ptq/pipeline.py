@@ -16,6 +16,7 @@ from mxlab.progress import Steps
 from mxlab.ptq import mase
 from mxlab.ptq.blocks import check_layers_run_alone
 from mxlab.ptq.calibration import Windows
+from mxlab.ptq.chosen import ChosenWeight
 from mxlab.ptq.distillation import distill
 from mxlab.ptq.experts import ExpertQuantizer
 from mxlab.ptq.layers import LayerQuantizer
@@ -69,11 +70,13 @@ def quantize_model(
     ):
         run(windows.ids, lambda *seen: steps.advance(layers.visit(*seen)))
     layers.round_unseen()
-    conversion = finish(conversion)
+    conversion, distillation = finish(conversion), recipe.algorithm("distillation")
+    learns = reconstruction is not None or distillation is not None
+    chosen: list[ChosenWeight] = [*layers.chosen, *experts.chosen] if learns else []
     if reconstruction is not None:
-        reconstruct(conversion, original, layers.chosen, windows, reconstruction, progress)
-    if (distillation := recipe.algorithm("distillation")) is not None:
-        distill(conversion, original, layers.chosen, windows, distillation, progress)
+        reconstruct(conversion, original, chosen, windows, reconstruction, progress)
+    if distillation is not None:
+        distill(conversion, original, chosen, windows, distillation, progress)
     return conversion
 
 

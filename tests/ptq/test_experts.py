@@ -90,3 +90,31 @@ def test_several_dampings_are_judged_by_tokens_held_out():
 def test_a_correction_is_refused():
     with pytest.raises(ConversionError, match=r"experts have no correction.*take correction = 0"):
         quantized(correction=0.5)
+
+
+LEARNING = {"gptq": {}, "distillation": {"steps": 30, "check": 10, "rate": 0.01, "vector_rate": 0}}
+
+
+@pytest.mark.parametrize("ids", [IDS, IDS[:, :1]], ids=["all reached", "some reached by nothing"])
+def test_experts_learn_on_their_grid(ids):
+    def learned(algorithms):
+        model = build("mixtral")
+        quantize_model(model, build("mixtral"), recipe(algorithms), Windows(ids, 1, ids))
+        return model
+
+    before, after = learned({"gptq": {}}), learned(LEARNING)
+    assert all((a != b).any() for a, b in zip(experts(before), experts(after), strict=True))
+    for a, b in zip(experts(before), experts(after), strict=True):
+        scale = quantum(a)
+        assert torch.equal((b / scale).round() * scale, b)
+        assert ((b / scale).abs() <= 7).all()
+
+
+def quantum(weight):
+    """Return the scale of each block of 8 that the values allow, a power of two, along the input."""
+    blocks = weight.unflatten(-1, (-1, 8))
+    scale = torch.full_like(blocks[..., :1], 2.0**10)
+    for _ in range(40):
+        fits = ((blocks / scale).round() * scale == blocks).all(-1, keepdim=True)
+        scale = torch.where(fits, scale, scale / 2)
+    return scale.expand_as(blocks).flatten(-2)

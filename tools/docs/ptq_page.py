@@ -2,8 +2,8 @@
 
 python tools/docs/ptq_page.py [--check]
 
-The tables stand behind ``<!-- steps -->`` and ``<!-- changes -->``, up to ``<!-- end -->``. With --check nothing is
-written, and a page that is out of date is an error.
+The tables stand behind ``<!-- steps -->``, ``<!-- texts -->``, ``<!-- changes -->`` and ``<!-- tried -->``, up to
+``<!-- end -->``. With --check nothing is written, and a page that is out of date is an error.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "ptq.md"
 FIGURE = ROOT / "figs" / "ptq_steps.png"
 RESULTS = ROOT / "results" / "smollm2-135m" / "ptq"
-ROWS = RESULTS / "rows.jsonl"
+ROWS, TRIED = RESULTS / "rows.jsonl", RESULTS / "tried.jsonl"
 LAMBADA, LAMBADA_FIGURE = ROOT / "results" / "ptq_lambada", ROOT / "figs" / "ptq_lambada.png"
 # Folders of runs on lambada_openai, by recipe, and what they show.
 LAMBADA_RUNS = {
@@ -46,8 +46,20 @@ STEPS = {
     ("_best", ""): "transforms, GPTQ, distillation",
 }
 PLAIN = ("", "")
-TEXT = "wikitext2"
-WINDOW, SHORT_WINDOW = 2048, 512  # of the steps, and of the changes
+TEXT, OTHER_TEXT = "wikitext2", "passages"
+WINDOW, SHORT_WINDOW = 2048, 512  # of the steps, and of the changes and the other text
+# What try_ptq.py tried, by the name of the trial.
+TRIALS = {
+    "nothing": "nothing: transforms, GPTQ",
+    "first_tokens": "K and V of the first {value} tokens unquantized",
+    "pair_scale": "K divided by the size of each rotary pair to the power of {value}",
+    "mean_of_values": "V quantized without its mean",
+    "bias": "the mean of what each decoder layer has lost added to its output",
+    "low_rank": "a product of rank {value} beside each weight, for {bits_more:.2f} bits a weight more",
+    "permutation": "inputs of `down_proj` in an order that spreads the large ones over the blocks",
+    "smoothing": "inputs behind the norms divided by their size to the power of {value}",
+    "residual_rotation": "hidden states rotated between the layers (576), linear layers with transform {value}",
+}
 
 
 @dataclass(frozen=True)
@@ -74,9 +86,9 @@ def _rows(text: str, window: int) -> list[dict[str, Any]]:
     return [row for row in rows if (row["text"], row["window"]) == (text, window)]
 
 
-def read(text: str = TEXT) -> tuple[float, list[Step]]:
+def read(text: str = TEXT, window: int = WINDOW) -> tuple[float, list[Step]]:
     """Return the unquantized model's cross entropy on a text, and the steps of every format."""
-    rows = _rows(text, WINDOW)
+    rows = _rows(text, window)
     [unquantized] = [row["cross_entropy"] for row in rows if row["recipe"] == "baseline"]
     steps = [
         Step(fmt, step, found)
@@ -116,6 +128,23 @@ def _changes() -> Iterator[Sequence[str]]:
         yield f"`{row['recipe']}`", row["changes"] or "-", *values
 
 
+def _tried() -> Iterator[Sequence[str]]:
+    """Yield what was tried, and what it gave."""
+    for row in (json.loads(line) for line in TRIED.read_text(encoding="utf-8").splitlines()):
+        yield TRIALS[row["trial"]].format(**row), f"{row['perplexity']:.2f}", f"{row['kl_divergence']:.3f}"
+
+
+def _on_another_text() -> Iterator[Sequence[str]]:
+    """Yield what the steps give on a text of another kind."""
+    unquantized, steps = read(OTHER_TEXT, SHORT_WINDOW)
+    plain = {step.fmt: step.mean("cross_entropy") - unquantized for step in steps if step.step == PLAIN}
+    for step in steps:
+        lost = step.mean("cross_entropy") - unquantized
+        back = f"{1 - lost / plain[step.fmt]:.0%}" if step.step != PLAIN else "-"
+        values = (f"{math.exp(step.mean('cross_entropy')):.2f}", f"{lost:.3f}", back)
+        yield FORMATS[step.fmt], STEPS[step.step], *values, f"{step.mean('kl_divergence'):.3f}"
+
+
 def _lines() -> Iterator[Sequence[str]]:
     unquantized, steps = read()
     plain = {step.fmt: step.mean("cross_entropy") - unquantized for step in steps if step.step == PLAIN}
@@ -139,7 +168,9 @@ def _lines() -> Iterator[Sequence[str]]:
 
 TABLES = {
     "steps": (HEADS, _lines),
+    "texts": (("format", "step", "#perplexity", "#lost, nats", "#won back", "#KL divergence"), _on_another_text),
     "changes": (CHANGE_HEADS, _changes),
+    "tried": (("tried", "#perplexity", "#KL divergence"), _tried),
 }
 
 

@@ -83,6 +83,17 @@ class QuantizedExperts(Observable):
         """Return what knows of the parameter whether it is frozen."""
         return self._frozen[parameter]
 
+    def weight(self, parameter: str) -> nn.Parameter:
+        """Return the parameter of that name."""
+        return self._module.get_parameter(parameter)
+
+    def freeze_as(self, parameter: str, values: Tensor) -> None:
+        """Take ``values``, of the shape of that parameter, for what it is quantized to."""
+        weight = self.weight(parameter)
+        with torch.no_grad():
+            weight.data = values.contiguous().to(weight.dtype)
+        self._frozen[parameter].mark(weight)
+
     def freeze(self) -> None:
         """Quantize the weights, as far as they can be."""
         for name, frozen in self._frozen.items():
