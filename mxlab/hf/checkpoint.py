@@ -15,7 +15,7 @@ from mxlab.progress import Steps
 from mxlab.recipe import Recipe
 from mxlab.sources import models
 
-_SHARD = "2GB"  # of a file of weights, which safetensors holds in memory whole while it is written
+_SHARD = "1GB"  # of a file of weights, which safetensors holds in memory whole while it is written
 
 
 def save_converted(model: str, recipe: Recipe, dtype: str, out: Path) -> Conversion:

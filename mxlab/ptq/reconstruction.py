@@ -65,7 +65,7 @@ def reconstruct(
                 f"reconstruction.{name}",
             )
             for weight in weights:
-                weight.target.copy_(weight.values)  # so that a run that was interrupted goes on from the same
+                weight.target = weight.values.float()  # so that a run that was interrupted goes on from the same
             ours.hidden, theirs.hidden = ours.outputs(layer), wanted
             steps.advance()
 
