@@ -33,11 +33,18 @@ def save_converted(model: str, recipe: Recipe, dtype: str, out: Path) -> Convers
     return save(convert, out)
 
 
-def save(make: Callable[[], tuple[Conversion, Any]], out: Path) -> Conversion:
+def save(
+    make: Callable[[], tuple[Conversion, Any]], out: Path, record: Callable[[Path], None] = lambda folder: None
+) -> Conversion:
     """Make a converted model and its tokenizer, and save both into the new folder ``out``, whole or not at all.
 
     The folder carries its recipe. With mxlab imported it loads in transformers as a converted model, under every tool;
     without mxlab transformers warns that it does not know the method, and computes with the weights on the grid alone.
+
+    Args:
+        make: makes them.
+        out: the folder.
+        record: writes what else the folder is to have.
 
     Raises:
         RunError: ``out`` exists already, or cannot be written. That is found out before ``make`` is called.
@@ -53,7 +60,8 @@ def save(make: Callable[[], tuple[Conversion, Any]], out: Path) -> Conversion:
             inventory = json.dumps(conversion.inventory(), indent=1) + "\n"
             (folder / rundir.RECIPE).write_text(conversion.recipe.to_toml(), encoding="utf-8")
             (folder / rundir.INVENTORY).write_text(inventory, encoding="utf-8")
+            record(folder)
             folder.rename(out)
     except OSError as e:
-        raise RunError(f"cannot write to {out}: {e}; nothing was kept") from e
+        raise RunError(f"cannot write to {out}: {e}; there is no such folder now") from e
     return conversion

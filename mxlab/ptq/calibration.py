@@ -28,11 +28,6 @@ class Windows:
         """The windows that are held out."""
         return self.ids[len(self.ids) - self.held_out :]
 
-    @property
-    def tokens(self) -> int:
-        """How many tokens the statistics are taken from."""
-        return (len(self.ids) - self.held_out) * self.ids.shape[1]
-
 
 def sample(ids: Tensor, options: Calibration) -> Windows:
     """Draw windows from a text, without overlap, in an order that the seed decides.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from mxlab.formats import MXFormat
@@ -23,13 +24,13 @@ class ChosenWeight(ABC):
         name: of the layer, or of the parameter.
         fmt: its format.
         scales: of the blocks, [out, blocks, 1].
-        target: [out, in], what was to be rounded, in the basis of the transform.
+        target: [out, in], what was to be rounded, in the basis of the transform; None for the values themselves.
     """
 
     name: str
     fmt: MXFormat
     scales: Tensor
-    target: Tensor
+    target: Tensor | None
 
     @property
     @abstractmethod
@@ -52,12 +53,14 @@ class ChosenWeight(ABC):
     @property
     def blocks(self) -> Blocks:
         """How [out, in] is cut into blocks."""
-        return block_layout(self.target, self.fmt, (1,))
+        return block_layout(self.values, self.fmt, (1,))
 
     def hold_in_memory(self) -> None:
-        """Read all of it into memory of its own, from the file that keeps it."""
-        self.freeze_as(self.values.clone())
-        self.scales, self.target = self.scales.clone(), self.target.clone()
+        """Read all of it into memory of its own on the parameter's device, from the file that keeps it."""
+        values, device = self.values.clone(), self.weight.device
+        self.target = (values if self.target is None else self.target).to(device, torch.float32, copy=True)
+        self.scales = self.scales.to(device, copy=True)
+        self.freeze_as(values)
 
     def rounded(self, weight: Tensor) -> Tensor:
         """Return a weight [out, in] on the grid of the present scales."""

@@ -25,7 +25,7 @@ from mxlab.numerics.reference import block_layout
 from mxlab.ptq.chosen import ChosenExperts
 from mxlab.ptq.resume import Progress
 from mxlab.ptq.rounding import best_rounding
-from mxlab.ptq.scales import block_scales
+from mxlab.ptq.scales import block_scales, rounded
 from mxlab.ptq.sites import weight_format
 from mxlab.ptq.statistics import input_statistics
 from mxlab.recipe.algorithms import Gptq
@@ -44,13 +44,15 @@ class ExpertQuantizer:
             other tokens to an expert.
         conversion: of the model.
         progress: what is kept of each expert.
+        learns: whether the weights are to learn from what they were to be, which is kept then.
 
     Raises:
         ConversionError: there are experts, and the options ask for a correction.
     """
 
-    def __init__(self, options: Gptq, conversion: Conversion, progress: Progress) -> None:
+    def __init__(self, options: Gptq, conversion: Conversion, progress: Progress, learns: bool) -> None:
         self._options, self._progress, self._model = options, progress, conversion.model
+        self._kept = _LEARNING if learns else ()
         self._sites = [site for site in conversion.sites if site.kind == "experts" and _is_to_be_chosen(site)]
         if self._sites and options.corrects:
             raise ConversionError(
@@ -83,8 +85,8 @@ class ExpertQuantizer:
 
     @property
     def chosen(self) -> list[ChosenExperts]:
-        """What was chosen, all experts of a parameter together."""
-        return [self._together(site) for site in self._sites]
+        """What was chosen and learns, all experts of a parameter together."""
+        return [self._together(site) for site in self._sites] if self._kept else []
 
     def _together(self, site: QuantizedSite) -> ChosenExperts:
         parts = [self._done[site.name][expert] for expert in range(_count(site))]
@@ -101,7 +103,7 @@ class ExpertQuantizer:
         if (kept := self._progress.load(name)) is None:
             kept = self._progress.keep(name, self._rounded(site, name, x, _matrix(site, expert)))
         _matrix(site, expert).copy_(kept["values"])
-        self._done[site.name][expert] = _for_learning(kept)
+        self._done[site.name][expert] = {part: kept[part] for part in self._kept}
         advance(1)
 
     def _rounded(self, site: QuantizedSite, name: str, x: Tensor, matrix: Tensor) -> dict[str, Tensor]:
@@ -114,7 +116,8 @@ class ExpertQuantizer:
         weight, fmt = _in_basis(site, matrix), weight_format(site)
         found, scales, target = best_rounding(name, weight, statistics, fmt, self._options)
         values = (found.mT if _is_transposed(site) else found).to(matrix.dtype)
-        return {"values": values, "scales": scales, "target": target}
+        learning = {"scales": scales, "target": target}
+        return {"values": values, **{part: learning[part] for part in self._kept}}
 
     def _finish(self, site: QuantizedSite) -> None:
         """Round to nearest what no token reached, and have the whole weight count as quantized."""
@@ -123,8 +126,9 @@ class ExpertQuantizer:
         with torch.no_grad():
             for expert in unseen:
                 matrix = _matrix(site, expert)
-                self._done[site.name][expert] = _nearest(_in_basis(site, matrix), weight_format(site))
-                matrix.copy_(computer.operands(site.parameter).on_weight(matrix, site.input_axis))
+                nearest = _nearest(_in_basis(site, matrix), weight_format(site))
+                matrix.copy_(nearest["values"].mT if _is_transposed(site) else nearest["values"])
+                self._done[site.name][expert] = {part: nearest[part] for part in self._kept}
         computer.frozen_weight(site.parameter).mark(site.weight)
         if unseen:
             logger.warning(
@@ -136,13 +140,10 @@ class ExpertQuantizer:
 
 
 def _nearest(weight: Tensor, fmt: MXFormat) -> dict[str, Tensor]:
-    """Return the scales by which a weight [out, in] is rounded to nearest, beside itself."""
+    """Return a weight [out, in] rounded to nearest, its scales, and the weight."""
     scales = block_scales(weight, fmt, torch.ones_like(weight[0]), [0])
-    return {"scales": block_layout(weight, fmt, (1,)).split(scales)[..., :1].clone(), "target": weight}
-
-
-def _for_learning(kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: kept[name] for name in _LEARNING}
+    of_blocks = block_layout(weight, fmt, (1,)).split(scales)[..., :1].clone()
+    return {"values": rounded(weight, scales, fmt), "scales": of_blocks, "target": weight}
 
 
 def _in_basis(site: QuantizedSite, matrix: Tensor) -> Tensor:

@@ -46,9 +46,8 @@ class JobPlan:
         calibration = self.recipe.algorithm("calibration") or Calibration()
         widest = max((max(weight.shape) for weight in chosen), default=0)
         inputs = (calibration.samples + calibration.held_out) * calibration.length * widest * _FLOAT * _COPIES
-        targets = sum(weight.numel() for weight in chosen) * _FLOAT
-        learned = int(_LEARNED * targets) if self.recipe.algorithm("distillation") else 0
-        return models + inputs + targets + learned
+        learned = _LEARNED * _FLOAT * sum(weight.numel() for weight in chosen)
+        return models + inputs + (int(learned) if self.recipe.algorithm("distillation") else 0)
 
     @property
     def lines(self) -> list[str]:
@@ -94,9 +93,13 @@ class QuantizationJob:
         """
         unfinished = out.with_name(f"{out.name}.unfinished")
         began = time.monotonic()
-        conversion = save(lambda: self._quantized(unfinished, resume), out)
-        record = {"seconds": round(time.monotonic() - began, 1), "peak_memory_bytes": peak_memory(), "code": self.code}
-        (out / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+        def record(folder: Path) -> None:
+            seconds = round(time.monotonic() - began, 1)
+            values = {"seconds": seconds, "peak_memory_bytes": peak_memory(), "code": self.code}
+            (folder / RECORD).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+
+        conversion = save(lambda: self._quantized(unfinished, resume), out, record)
         shutil.rmtree(unfinished, ignore_errors=True)
         return conversion
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from mxlab.model.conversion import Conversion
@@ -32,6 +34,7 @@ class LayerQuantizer:
         conversion: of the model.
         groups: the layers that share an input.
         progress: what is kept of each layer.
+        learns: whether the weights are to learn from what they were to be, which is kept then.
     """
 
     def __init__(
@@ -41,14 +44,15 @@ class LayerQuantizer:
         conversion: Conversion,
         groups: Sequence[Sequence[QuantizedSite]],
         progress: Progress,
+        learns: bool,
     ) -> None:
-        self._options, self._held_out, self._progress = options, held_out, progress
+        self._options, self._held_out, self._progress, self._learns = options, held_out, progress, learns
         self._layers = layers = {site.name: site for site in conversion.sites if site.kind == "linear"}
         self._sharing = {site.name: [layers[other.name] for other in group] for group in groups for site in group}
-        self._last: tuple[Tensor, str, InputStatistics] | None = None
+        self._last: _Seen | None = None
         self._fitted: set[str] = set()  # names of the layers whose transforms are
         self.count = sum(_is_to_be_chosen(site) for site in layers.values())
-        self.chosen: list[ChosenLayer] = []
+        self.chosen: list[ChosenLayer] = []  # that learn
 
     def visit(self, site: QuantizedSite, x: Tensor, original: Tensor) -> int:
         """Quantize the weight of a site by its inputs; return how many were: none where it cannot be or is done."""
@@ -58,14 +62,15 @@ class LayerQuantizer:
         if kept is None:
             kept = self._progress.keep(site.name, self._choose(site, x, original))
             return_freed_memory()
-        self.chosen.append(self._take_over(site, kept))
+        self._take_over(site, kept)
         return 1
 
     def round_unseen(self) -> None:
-        """Round to nearest the weights of the layers that no token of the text reached, and say which these are.
+        """Round to nearest what no token of the text has reached, and say which layers these are.
 
         A transform that was to be fitted stays the identity, unless a layer with the same input was reached.
         """
+        self._last = None
         unseen = [site for site in self._layers.values() if _is_to_be_chosen(site)]
         for site in unseen:
             round_to_nearest(site)
@@ -85,7 +90,8 @@ class LayerQuantizer:
         weight = weight_in_basis(by_outputs(site), layer.operands["prefill"], layer.input_transform)
         values, scales, target = best_rounding(site.name, weight, statistics, fmt, self._options)
         values = values.to(site.weight.dtype)
-        return {"values": values, "scales": scales, "target": target, "transform": layer.input_transform}
+        learning = {"scales": scales, "target": target} if self._learns else {}
+        return {"values": values, "transform": layer.input_transform, **learning}
 
     def _fit(self, site: QuantizedSite, transform: Wush, x: Tensor) -> None:
         """Fit the transform of all layers that share the input of ``site`` and are to be transformed so."""
@@ -104,32 +110,51 @@ class LayerQuantizer:
             room.copy_(matrices)
             self._fitted.add(other.name)
 
-    def _take_over(self, site: QuantizedSite, kept: Mapping[str, Tensor]) -> ChosenLayer:
+    def _take_over(self, site: QuantizedSite, kept: Mapping[str, Tensor]) -> None:
         """Give a layer what was chosen for it, now or before an interruption."""
-        values, scales, target = (kept[name].to(site.weight.device) for name in ("values", "scales", "target"))
         if "transform" in kept:
             self._set_transform(site, kept["transform"])
         layer, first = layer_at(site), self._alike(site)[0]
-        layer.freeze_as(values)
-        return ChosenLayer(site.name, weight_format(site), scales, target, layer, first.name)
+        layer.freeze_as(kept["values"].to(site.weight.device))
+        if self._learns:
+            chosen = ChosenLayer(site.name, weight_format(site), kept["scales"], kept["target"], layer, first.name)
+            self.chosen.append(chosen)
 
     def _statistics(self, site: QuantizedSite, layer: QuantizedLayer, x: Tensor, original: Tensor) -> InputStatistics:
         """Return the statistics of the input; layers that share it, transformed and quantized, share them."""
-        operands = layer.operands["prefill"]
-        last = self._last
-        if last is not None and last[0] is x and last[1] == operands.input_kind:
-            return last[2]
+        operands, matrices = layer.operands["prefill"], layer.input_transform
+        if self._last is not None and self._last.is_of(x, operands.input_kind, matrices):
+            return self._last.statistics
+        self._last = None  # its memory
         if not self._options.corrects:
             _, original = apart(original, self._held_out)
         made = input_statistics(
-            operands.on_activation(x, matrices=layer.input_transform),
-            operands.transformed(original, -1, layer.input_transform),
+            operands.on_activation(x, matrices=matrices),
+            operands.transformed(original, -1, matrices),
             self._held_out,
             site.name,
             self._options.corrects,
         )
-        self._last = x, operands.input_kind, made
+        self._last = _Seen(x, operands.input_kind, matrices, made)
         return made
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """An input, how it was transformed and quantized, and its statistics."""
+
+    x: Tensor
+    kind: str
+    matrices: Tensor | None
+    statistics: InputStatistics
+
+    def is_of(self, x: Tensor, kind: str, matrices: Tensor | None) -> bool:
+        """Return whether the statistics are those of an input that is treated so."""
+        if self.x is not x or self.kind != kind:
+            return False
+        if self.matrices is None or matrices is None:
+            return self.matrices is matrices
+        return torch.equal(self.matrices, matrices)
 
 
 def _is_to_be_chosen(site: QuantizedSite) -> bool:

@@ -84,21 +84,23 @@ class Learned(ABC):
 class LearnedWeight(Learned):
     """A weight that moves on its grid, by steps in units of its blocks' scales.
 
-    Its state are elements, without their scales: numbers of few bits, which bfloat16 holds.
+    Its state are elements, without their scales: numbers of few bits, which bfloat16 holds as a rule.
 
     Args:
-        chosen: the weight; its target is overwritten.
+        chosen: the weight, held in memory; its target is overwritten.
     """
 
     def __init__(self, chosen: ChosenWeight) -> None:
         super().__init__(chosen.name, _inside_cells(chosen), [chosen.weight])
         self._chosen, self._cut = chosen, chosen.blocks
+        is_short = chosen.fmt.element_bits <= 8  # bfloat16 has eight bits of precision, and float32's exponents
+        self._state = torch.bfloat16 if is_short else torch.float32
 
     def show_master(self) -> None:  # noqa: D102
         self._chosen.freeze_as(self._chosen.rounded(self.master))
 
     def state(self) -> Tensor:  # noqa: D102
-        return self._cut.join(self._cut.split(self._chosen.values.float()) / self._chosen.scales).bfloat16()
+        return self._cut.join(self._cut.split(self._chosen.values.float()) / self._chosen.scales).to(self._state)
 
     def restore(self, state: Tensor) -> None:  # noqa: D102
         values = self._cut.join(self._cut.split(state.float()) * self._chosen.scales)
@@ -173,6 +175,7 @@ def _inside_cells(chosen: ChosenWeight) -> Tensor:
     It takes the place of the target, whose memory it needs.
     """
     values, master, dtype = chosen.values.float(), chosen.target, chosen.weight.dtype
+    assert master is not None
 
     def misses(x: Tensor) -> Tensor:
         return chosen.rounded(x).to(dtype).float() != values  # the model holds values in its dtype

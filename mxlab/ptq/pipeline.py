@@ -52,15 +52,17 @@ def quantize_model(
         return apply(model, recipe)
     if MASE in recipe.algorithms:
         return mase.quantize_model(model, original, recipe, windows, progress)
-    _check(recipe)
+    _check(model, recipe)
     if (reconstruction := recipe.algorithm("reconstruction")) is not None:
         _check_reconstruction(original, recipe, windows)
     recipe = _searched(original, recipe, windows, progress)
     conversion, observed = prepare(model, recipe), prepare_to_observe(original, recipe)
     groups = layers_by_input(observed, windows.ids)
     options = recipe.algorithm("gptq") or Gptq()
-    layers = LayerQuantizer(options, windows.held_out / len(windows.ids), conversion, groups, progress)
-    experts = ExpertQuantizer(options, conversion, progress)
+    distillation = recipe.algorithm("distillation")
+    learns = reconstruction is not None or distillation is not None
+    layers = LayerQuantizer(options, windows.held_out / len(windows.ids), conversion, groups, progress, learns)
+    experts = ExpertQuantizer(options, conversion, progress, learns)
     run = partial(run_in_lockstep, conversion, observed) if options.corrects else partial(run_alone, conversion)
     with (
         torch.no_grad(),
@@ -70,9 +72,8 @@ def quantize_model(
     ):
         run(windows.ids, lambda *seen: steps.advance(layers.visit(*seen)))
     layers.round_unseen()
-    conversion, distillation = finish(conversion), recipe.algorithm("distillation")
-    learns = reconstruction is not None or distillation is not None
-    chosen: list[ChosenWeight] = [*layers.chosen, *experts.chosen] if learns else []
+    conversion = finish(conversion)
+    chosen: list[ChosenWeight] = [*layers.chosen, *experts.chosen]
     if reconstruction is not None:
         reconstruct(conversion, original, chosen, windows, reconstruction, progress)
     if distillation is not None:
@@ -91,12 +92,23 @@ def _searched(original: Any, recipe: Recipe, windows: Windows, progress: Progres
     )
 
 
-def _check(recipe: Recipe) -> None:
+def _check(model: Any, recipe: Recipe) -> None:
     if recipe.numerics != "exact":
         raise ConversionError(f"recipe {recipe.name}: gptq computes in exact numerics; take numerics out of the recipe")
     for rule in recipe.rules:
         if rule.weight is not None and not isinstance(rule.weight, MXFormat):
             raise ConversionError(f"recipe {recipe.name}: gptq has no format {rule.weight}; use a microscaling one")
+        if rule.weight is not None and rule.weight.is_random:
+            raise ConversionError(
+                f"recipe {recipe.name}: gptq chooses where a weight goes, and {rule.weight} leaves that to "
+                "chance: take rounding=even"
+            )
+    learning = [name for name in ("reconstruction", "distillation") if name in recipe.algorithms]
+    if learning and model.dtype == torch.float16:
+        raise ConversionError(
+            f"recipe {recipe.name}: gradients of {learning[0]} vanish in float16: quantize in float32 or bfloat16 "
+            "(--dtype), and cast what was saved"
+        )
 
 
 def _check_reconstruction(original: Any, recipe: Recipe, windows: Windows) -> None:

@@ -2,8 +2,8 @@
 
 A layer gets the hidden states that the quantized layers before it compute, and learns to return those that the
 unquantized model has behind it. Its weights move on their grid, starting from what was chosen before, and the
-transforms that were fitted with them; nothing that is worse on the windows held out is kept. It takes the memory of one
-layer where distillation takes that of all.
+transforms that were fitted with them; nothing that is worse on the windows held out is kept. Beside the weights it
+takes the memory of one layer, where distillation takes that of all.
 
 Sources: Li et al., "BRECQ", 2021, for blocks as the unit; Cheng et al., "Optimize Weight Rounding via Signed Gradient
 Descent", 2023 (AutoRound), for the hidden states of the quantized model as inputs.
@@ -57,6 +57,8 @@ def reconstruct(
         for layer, name in enumerate(names):
             wanted = theirs.outputs(layer)
             weights = [weight for weight in chosen if weight.name.startswith(f"{name}.")]
+            for weight in weights:
+                weight.hold_in_memory()
             _reconstruct_layer(
                 _Layer(model, ours, layer, wanted, windows.held_out),
                 weights_and_transforms(weights),
@@ -65,7 +67,7 @@ def reconstruct(
                 f"reconstruction.{name}",
             )
             for weight in weights:
-                weight.target = weight.values.float()  # so that a run that was interrupted goes on from the same
+                weight.target = None  # so that a run that was interrupted goes on from the same
             ours.hidden, theirs.hidden = ours.outputs(layer), wanted
             steps.advance()
 

@@ -5,7 +5,7 @@ the tokens, the recipe and the code. Each file is written under another name and
 tensors as they lie in memory, where safetensors would hold all of them a second time.
 
 Tensors that are kept are used from their file, which is mapped into memory: the system reads what is needed, and drops
-it where memory is short. So the weights of a large model that are done take none.
+it where memory is short. So the weights of linear layers that are done need not stay in memory.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 
 from mxlab.errors import RunError
@@ -28,7 +29,7 @@ from mxlab.ptq.calibration import Windows
 from mxlab.recipe import Recipe
 
 _RECORD = "fingerprint.json"
-_SUFFIX = ".pt"
+_SUFFIX, _PARTIAL = ".pt", ".partial"
 
 logger = logging.getLogger("mxlab")
 
@@ -42,15 +43,19 @@ def describe(model: Any, recipe: Recipe, windows: Windows, code: str) -> dict[st
         windows: the calibration text.
         code: the version of mxlab, with a digest of its files.
     """
-    numbers = fingerprints([*model.state_dict().values(), windows.ids, windows.rest])
+    numbers = fingerprints([*model.state_dict().values()])
+    tokens = b"".join(ids.cpu().numpy().tobytes() for ids in (windows.ids, windows.rest))
+    shapes = repr((windows.ids.shape, windows.rest.shape, windows.held_out)).encode()
     return {
-        "model": hashlib.sha256(repr(numbers[:-2]).encode()).hexdigest(),
+        "model": hashlib.sha256(repr(numbers).encode()).hexdigest(),
+        "config": hashlib.sha256(model.config.to_json_string().encode()).hexdigest(),
         "dtype": str(model.dtype),
         "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type,
-        "text": hashlib.sha256(repr((numbers[-2:], windows.ids.shape, windows.held_out)).encode()).hexdigest(),
+        "text": hashlib.sha256(tokens + shapes).hexdigest(),
         "recipe": recipe.to_toml(),
         "code": code,
         "torch": torch.__version__,
+        "transformers": transformers.__version__,
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
     }
@@ -72,25 +77,32 @@ class Progress:
         if folder is None:
             return
         wanted = dict(belongs_to or {})
-        if folder.exists():
-            self._keep_or_clear(folder, wanted, resume)
+        if folder.exists() and any(folder.iterdir()) and self._is_kept(folder, wanted, resume):
+            return
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / _RECORD).write_text(json.dumps(wanted, indent=1), encoding="utf-8")
+            partial = (folder / _RECORD).with_suffix(_PARTIAL)
+            partial.write_text(json.dumps(wanted, indent=1), encoding="utf-8")
+            partial.replace(folder / _RECORD)
         except OSError as e:
             raise RunError(f"cannot write to {folder}: {e}") from e
 
-    def _keep_or_clear(self, folder: Path, wanted: dict[str, Any], resume: bool) -> None:
+    def _is_kept(self, folder: Path, wanted: dict[str, Any], resume: bool) -> bool:
+        """Return whether a run can go on with what is in the folder; else clear it."""
         found = _read(folder / _RECORD)
-        if found is None:
+        if found is None and any(file.suffix != _PARTIAL for file in folder.iterdir()):
             raise RunError(f"{folder} is in the way, and holds no unfinished quantization: move it elsewhere")
+        if found is None:  # a run was killed before it had begun
+            return False
         changed = [name for name in wanted if found.get(name) != wanted[name]]
         if resume and not changed:
             logger.info("going on with the %d steps in %s", len(list(folder.glob(f"*{_SUFFIX}"))), folder)
-            return
+            return True
         reason = f"was made with another {', '.join(changed)}" if changed else "is not to be resumed (--resume)"
         logger.warning("what is in %s %s: starting over", folder, reason)
-        shutil.rmtree(folder)
+        for file in sorted(folder.iterdir(), key=lambda file: file.name == _RECORD):  # the record at last
+            shutil.rmtree(file) if file.is_dir() else file.unlink()
+        return False
 
     def load(self, step: str) -> dict[str, Tensor] | None:
         """Return the tensors of a step that is done, mapped from their file; None where it is not.
@@ -115,7 +127,7 @@ class Progress:
         if self._folder is None:
             return present
         path = self._path(self._folder, step)
-        partial = path.with_suffix(".partial")
+        partial = path.with_suffix(_PARTIAL)
         try:
             with partial.open("wb") as file:  # ours, so that a full disk is an OSError
                 torch.save({name: _alone(t) for name, t in present.items()}, file)

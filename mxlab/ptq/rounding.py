@@ -7,6 +7,7 @@ import logging
 import torch
 from torch import Tensor
 
+from mxlab.errors import ConversionError
 from mxlab.formats import MXFormat
 from mxlab.numerics.reference import block_layout
 from mxlab.ptq.correction import correct
@@ -31,6 +32,9 @@ def best_rounding(
         statistics: of the input, in the same basis.
         fmt: of the weight.
         options: dampings and corrections.
+
+    Raises:
+        ConversionError: no error is finite.
     """
     wanted = statistics.held_out_original @ weight.t()
     cut = block_layout(weight, fmt, (1,))
@@ -45,6 +49,8 @@ def best_rounding(
             error = float((statistics.held_out @ found.t() - wanted).square().sum())
             if error < least:
                 least, best, chosen = error, (found, cut.split(scales)[..., :1].clone(), target), (damping, share)
+    if least == torch.inf:
+        raise ConversionError(f"{name}: no setting leaves a finite error of its output: quantize in float32 (--dtype)")
     loss = least / float(wanted.square().sum().clamp(min=1e-30))
     logger.debug("%s: %.4f of the output held out is lost, damping %g, correction %g", name, loss, *chosen)
     return best

@@ -32,7 +32,7 @@ def block_scales(weight: Tensor, fmt: MXFormat, importance: Tensor, exponents: S
     blocks, counts = cut.split(weight), cut.split(importance.expand_as(weight))
     ruled, unit = reference.scales(blocks, fmt, weight.dtype), reference.tensor_scale(weight, fmt)
     best, least = ruled, torch.full_like(ruled, torch.inf)
-    for factor in _factors(fmt, exponents):
+    for factor in _factors(fmt, exponents):  # the rule's own first, which stays where nothing is better
         scale = held(ruled * factor, unit, fmt)
         error = (counts * (blocks - rounded(blocks, scale, fmt)).square()).sum(-1, keepdim=True)
         best = torch.where(error < least, scale, best)
@@ -41,7 +41,7 @@ def block_scales(weight: Tensor, fmt: MXFormat, importance: Tensor, exponents: S
 
 
 def _factors(fmt: MXFormat, exponents: Sequence[int]) -> list[float]:
-    factors = [2.0**exponent for exponent in exponents]
+    factors = [2.0**exponent for exponent in sorted(exponents, key=abs)]
     return [*factors, _FOUR_OR_SIX] if fmt.scale_format.is_float and len(factors) > 1 else factors
 
 

@@ -37,13 +37,14 @@ from mxlab.ptq.sites import by_outputs, layer_at, round_to_nearest, weight_in_ba
 from mxlab.ptq.streams import forward, layers_by_input
 from mxlab.recipe import Recipe
 from mxlab.recipe.algorithms import Search
-from mxlab.recipe.rule import KV_ROLES
+from mxlab.recipe.rule import KV_ROLES, Rule
 from mxlab.recipe.transform import Transform, Wush
 
 _ROWS = 512  # of an input, by which candidates are tried on a layer
 _FINALISTS = 2  # candidates for all layers of a kind that are compared in the model, beside the best of each layer
 
-Assignment = dict[str, dict[str, Any]]  # by the site's name: what its rule has in place of what the recipe gives
+# By the site's name: what its rules have in place of what the recipe gives, a transform, and by role a scale rule.
+Assignment = dict[str, dict[str, Any]]
 # What sites of a kind may have in common: by the name of each candidate, what it changes.
 Contest = dict[str, Assignment]
 
@@ -78,8 +79,22 @@ def searched(original: Any, recipe: Recipe, options: Search, ids: Tensor) -> Rec
 
 def with_changes(recipe: Recipe, assignment: Assignment) -> Recipe:
     """Return a recipe whose rules name one site each, with what is assigned to these."""
-    rules = (replace(r, **assignment[r.name]) if r.name in assignment else r for r in recipe.rules)
+    rules = (_changed(r, assignment[r.name]) if r.name in assignment else r for r in recipe.rules)
     return replace(recipe, rules=tuple(rules))
+
+
+def _changed(rule: Rule, changes: Mapping[str, Any]) -> Rule:
+    """Return a rule with another transform, and other scale rules in its own formats of the roles."""
+    formats = {role: _under(getattr(rule, role), value) for role, value in changes.items() if role != "transform"}
+    return replace(rule, **{**changes, **formats})
+
+
+def _under(fmt: Any, scale_rule: str) -> Any:
+    """Return a format with another scale rule, or as it is where it does not know that."""
+    if isinstance(fmt, MXFormat):
+        with suppress(FormatError):
+            return replace(fmt, scale_rule=scale_rule)
+    return fmt
 
 
 @dataclass(frozen=True)
@@ -155,13 +170,9 @@ def _rule_contests(sites: Sequence[QuantizedSite], kinds: Sequence[Sequence[_Gro
 
 
 def _with_rule(sites: Sequence[QuantizedSite], role: str, rule: str) -> Assignment:
-    """Return the formats of a role under another scale rule, for the sites that have a format which knows the rule."""
-    changed: Assignment = {}
-    for site in sites:
-        if isinstance(fmt := site.formats.get(role), MXFormat):
-            with suppress(FormatError):
-                changed[site.name] = {role: replace(fmt, scale_rule=rule)}
-    return changed
+    """Return another scale rule of a role, for the sites that have a format which it changes."""
+    formats = {site.name: site.formats.get(role) for site in sites}
+    return {name: {role: rule} for name, fmt in formats.items() if _under(fmt, rule) != fmt}
 
 
 def _fits(site: QuantizedSite, candidate: Transform | None) -> bool:

@@ -66,7 +66,7 @@ def input_statistics(
     weights = _weights(x)
     (x, rows), y = apart(x * weights, held_out), y * weights[len(weights) - len(y) :]
     cross = y[: len(x)].t() @ x if with_cross else None
-    return InputStatistics(x.t() @ x, cross, rows, y[len(y) - len(rows) :])
+    return InputStatistics(x.t() @ x, cross, rows.clone(), y[len(y) - len(rows) :].clone())  # not views of all rows
 
 
 def _weights(rows: Tensor) -> Tensor:

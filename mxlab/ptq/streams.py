@@ -95,7 +95,7 @@ class _Handover:
     def __init__(self) -> None:
         self._inputs: queue.Queue[tuple[str, Tensor]] = queue.Queue(maxsize=1)
         self._failure: BaseException | None = None
-        self._is_closed = False
+        self._is_closed = self._has_ended = False
 
     def run(self, original: Conversion, ids: Tensor) -> None:
         try:
@@ -105,6 +105,7 @@ class _Handover:
             pass
         except BaseException as e:
             self._failure = e
+        self._has_ended = True
 
     def take(self) -> tuple[str, Tensor]:
         while True:
@@ -113,6 +114,8 @@ class _Handover:
             except queue.Empty:
                 if self._failure is not None:
                     raise self._failure from None
+                if self._has_ended and self._inputs.empty():
+                    return "no further layer", torch.empty(0)
 
     def close(self) -> None:
         self._is_closed = True

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 
 import mxlab
 from mxlab.errors import ConversionError
+from mxlab.ptq import layers, pipeline
 from mxlab.ptq.calibration import Windows
 from mxlab.ptq.divergence import divergence
 from mxlab.ptq.pipeline import quantize_model
@@ -200,3 +201,31 @@ def test_a_layer_that_the_text_does_not_reach_is_rounded_to_nearest_and_named(li
     expected = mxlab.quantize(mxlab.numerics.hadamard.transform(x, 16, 1) if in_basis else x, FP4)
     assert torch.equal(unused.weight, expected)
     assert torch.isfinite(unused(torch.ones(1, 32))).all()
+
+
+def test_a_weight_that_is_rounded_at_random_is_refused():
+    with pytest.raises(ConversionError, match=r"leaves that to chance: take rounding=even"):
+        quantized(fmt="fp4_e2m1@16,rounding=dither")
+
+
+@pytest.mark.parametrize("name", ["reconstruction", "distillation"])
+def test_learning_in_float16_is_refused(name):
+    model = tiny().eval().half()
+    with pytest.raises(ConversionError, match=f"gradients of {name} vanish in float16"):
+        quantize_model(model, tiny().eval().half(), recipe(algorithms={"gptq": {}, name: {}}), Windows(IDS, 2, IDS))
+
+
+def test_long_elements_learn_without_being_moved_by_what_keeps_them():
+    still = {"gptq": {}, "distillation": {"steps": 1, "rate": 0, "vector_rate": 0, "transform_rate": 0}}
+    before, after = (quantized(algorithms, fmt="fp16@16", kv=None) for algorithms in ({"gptq": {}}, still))
+    for a, b in zip(before.parameters(), after.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_layers_that_are_not_known_to_share_an_input_get_statistics_of_their_own_transforms(monkeypatch):
+    seen = []
+    made = layers.input_statistics
+    monkeypatch.setattr(layers, "input_statistics", lambda *args: seen.append(args[3]) or made(*args))
+    monkeypatch.setattr(pipeline, "layers_by_input", lambda *_: [])
+    quantized(linear="wush@16")
+    assert len(seen) == 14

@@ -136,3 +136,29 @@ def test_weights_that_are_done_stay_in_their_files(tmp_path):
     layer = model.model.layers[0]
     for weight in (layer.self_attn.q_proj.weight, layer.mlp.down_proj.weight):
         assert any(holds(line, weight) for line in mapped)
+
+
+def test_a_kill_before_the_record_is_whole_leaves_a_folder_to_begin_in(tmp_path):
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "fingerprint.partial").write_text("{")
+    progress = Progress(tmp_path / "kept", {"a": 1}, resume=True)
+    progress.keep("x", {"x": torch.zeros(1)})
+    assert Progress(tmp_path / "kept", {"a": 1}, resume=True).load("x") is not None
+
+
+def test_the_record_stays_as_it_is_where_a_run_goes_on(tmp_path):
+    Progress(tmp_path / "kept", {"a": 1})
+    record = tmp_path / "kept" / "fingerprint.json"
+    record.chmod(0o444)
+    before = record.stat().st_ino
+    Progress(tmp_path / "kept", {"a": 1}, resume=True)
+    assert record.stat().st_ino == before
+
+
+def test_the_order_of_the_tokens_counts():
+    shuffled = Windows(IDS.flip(1), 2, IDS[:4])
+    described = [describe(tiny(), RECIPE, windows, "1") for windows in (WINDOWS, shuffled)]
+    assert described[0]["text"] != described[1]["text"]
+    assert {k: v for k, v in described[0].items() if k != "text"} == {
+        k: v for k, v in described[1].items() if k != "text"
+    }

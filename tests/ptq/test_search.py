@@ -9,6 +9,7 @@ from mxlab.errors import ConversionError, SpecError
 from mxlab.ptq.calibration import Windows
 from mxlab.ptq.pipeline import quantize_model
 from mxlab.ptq.search import searched
+from mxlab.recipe import Recipe
 from mxlab.recipe.algorithms import Search
 from mxlab.recipe.transform import Wush
 
@@ -100,3 +101,16 @@ def test_candidates_that_cannot_be_read_are_named():
         recipe(algorithms={"search": {"rules": ["best"]}})
     with pytest.raises(SpecError, match="must be a list of their names"):
         recipe(algorithms={"search": {"transforms": []}})
+
+
+def test_a_scale_rule_leaves_the_formats_of_the_phases_as_they_are():
+    rules = [
+        {"part": "mlp", "weight": "fp4_e2m1@16", "activation": "fp4_e2m1@16", "phase": "prefill"},
+        {"part": "mlp", "weight": "fp4_e2m1@16", "activation": "fp8_e4m3@16", "phase": "decode"},
+    ]
+    asked = Recipe.from_dict({"name": "a", "rules": rules})
+    for phase, element in (("prefill", "fp4_e2m1"), ("decode", "fp8_e4m3")):
+        given = searched(tiny().eval(), asked, Search(("none",), rules=("ceil", "rceil"), tokens=96), IDS)
+        of_phase = [rule for rule in given.rules if rule.phase == phase and rule.activation]
+        assert of_phase
+        assert all(str(rule.activation).startswith(element) for rule in of_phase)

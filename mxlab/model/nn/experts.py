@@ -136,6 +136,7 @@ class QuantizedExperts(Observable):
         if operand.is_weight and chooser is not None:
             assert self._last_input is not None
             chooser(self._last_input, x)
+            self._last_input = None  # its memory
             return x
         if operand.is_weight:
             return x if name in frozen else mx.on_weight(x, axis)

@@ -23,8 +23,9 @@ from mxlab.model.plan import QuantizedSite, make_plan
 from mxlab.model.transforms import check_fit
 from mxlab.progress import Steps
 from mxlab.ptq.mase.tables import KV_CACHE, MATMUL_TYPES, RotationTable
-from mxlab.ptq.mase.weights import Weights, freeze_as
+from mxlab.ptq.mase.weights import Weights
 from mxlab.ptq.search import with_changes
+from mxlab.ptq.sites import layer_at
 from mxlab.recipe import Recipe
 from mxlab.recipe.rule import KV_ROLES
 from mxlab.recipe.transform import Derotated
@@ -112,7 +113,7 @@ def converted(model: Any, recipe: Recipe, weights: Weights) -> Conversion:
     conversion = prepare(model, recipe)
     for site in conversion.sites:
         if site.name in weights:
-            freeze_as(site, weights[site.name])
+            layer_at(site).freeze_as(weights[site.name])
     return conversion
 
 

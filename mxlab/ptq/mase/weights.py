@@ -18,15 +18,14 @@ from mxlab.errors import ConversionError
 from mxlab.formats import MXFormat
 from mxlab.model.apply import prepare_to_observe
 from mxlab.model.conversion import Conversion
-from mxlab.model.nn.linear import QuantizedLayer
 from mxlab.model.observe import observe_inputs
 from mxlab.model.plan import QuantizedSite
 from mxlab.numerics import reference
 from mxlab.progress import Steps
-from mxlab.ptq.layers import by_outputs, weight_format
 from mxlab.ptq.mase import gptq
 from mxlab.ptq.mase.tables import GptqTable, MaseTables
 from mxlab.ptq.resume import Progress
+from mxlab.ptq.sites import by_outputs, layer_at, weight_format
 from mxlab.ptq.statistics import check_finite
 from mxlab.ptq.streams import forward
 from mxlab.recipe import Recipe, Rule
@@ -77,7 +76,7 @@ class _GptqPass:
         if kept is None:
             kept = self._progress.keep(site.name, {"values": self._quantized(site, x)})
         self.found[site.name] = kept["values"].to(site.weight.device)
-        freeze_as(site, self.found[site.name])
+        layer_at(site).freeze_as(self.found[site.name])
         self._steps.advance()
 
     def _quantized(self, site: QuantizedSite, x: Tensor) -> Tensor:
@@ -92,12 +91,6 @@ class _GptqPass:
             check_finite(rows, site.name, "take gptq = true out of its selector")
             self._last = x, rows.t() @ rows
         return self._last[1]
-
-
-def freeze_as(site: QuantizedSite, values: Tensor) -> None:
-    """Give the layer of a site the weight [out, in] that was chosen for it."""
-    assert isinstance(site.module, QuantizedLayer)
-    site.module.freeze_as(values)
 
 
 def _clipped(site: QuantizedSite) -> Tensor:
