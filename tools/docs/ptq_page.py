@@ -220,7 +220,7 @@ def draw_lambada() -> None:
         notes = [
             f"{v:.3f}" + (f"\n{1 - (values[0] - v) / lost:.0%} back" if i > 1 else "") for i, v in enumerate(values)
         ]
-        axes.bar_label(bars, notes, padding=3)
+        axes.bar_label(bars, notes, padding=4, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5})
         axes.set_ylim(0, 1.25 * max(values))
         axes.set_ylabel("accuracy, lambada_openai")
         axes.set_title("SmolLM2-135M: MXFP4 weights and KV cache, MXFP6 activations", fontsize=10)

@@ -122,8 +122,9 @@ def low_rank(setting: Setting, rank: int) -> dict[str, float]:
     conversion = conversion_of(model)
     assert conversion is not None
     bits = count = 0.0
-    for site, size in _input_sizes(setting, model, conversion).items():
-        layer = layer_at(site)
+    sizes = _input_sizes(setting, model, conversion)
+    for site in (site for site in conversion.sites if site.name in sizes):
+        layer, size = layer_at(site), sizes[site.name]
         weight = setting.original.get_submodule(site.name).weight.detach()
         wanted = weight_in_basis(weight, layer.operands["prefill"], layer.input_transform)
         u, s, v = torch.linalg.svd((wanted - layer.weight) * size, full_matrices=False)
@@ -138,18 +139,18 @@ def low_rank(setting: Setting, rank: int) -> dict[str, float]:
     return {**setting.score(model), "bits_more": bits / count}
 
 
-def _input_sizes(setting: Setting, model: Any, conversion: Conversion) -> dict[Any, Tensor]:
-    """Return the root of the mean square of each input of each linear layer, as it is multiplied."""
-    sums: dict[Any, Tensor] = {}
+def _input_sizes(setting: Setting, model: Any, conversion: Conversion) -> dict[str, Tensor]:
+    """Return by name of a linear layer the root of the mean square of each of its inputs, as they are multiplied."""
+    sums: dict[str, Tensor] = {}
 
     def see(site: Any, x: Tensor) -> None:
         layer = layer_at(site)
         seen = layer.operands["prefill"].on_activation(x, matrices=layer.input_transform)
-        sums[site] = sums.get(site, torch.zeros(())) + seen.square().mean((0, 1)) / CALIBRATED
+        sums[site.name] = sums.get(site.name, torch.zeros(())) + seen.square().mean((0, 1)) / CALIBRATED
 
     with observe_inputs(conversion, see):
         setting.calibrate(model)
-    return {site: total.sqrt().clamp(min=1e-6) for site, total in sums.items()}
+    return {name: total.sqrt().clamp(min=1e-6) for name, total in sums.items()}
 
 
 TRIALS: dict[str, tuple[Callable[[Setting, Any], dict[str, float]], tuple[Any, ...]]] = {
