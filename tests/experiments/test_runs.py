@@ -375,29 +375,40 @@ def test_what_dead_processes_left_is_removed_and_what_living_ones_write_is_kept(
     assert set(names(tmp_path)) == {*(path.name for path in living), folder.name}
 
 
+# Runs mxlab, and waits to be ended where it has converted the model and begins to score; says so by a file.
+_WAITING = """
+import logging, pathlib, sys, time
+class Waiting(logging.Handler):
+    def emit(self, record):
+        if "nothing is quantized" in record.getMessage():
+            pathlib.Path(sign).touch()
+            time.sleep(120)
+sign = sys.argv.pop(1)
+logging.getLogger("mxlab").addHandler(Waiting())
+from mxlab.cli.main import main
+main()
+"""
+
+
 @pytest.fixture
 def killed(tiny_llama: Path, tmp_path: Path) -> dict[signal.Signals, tuple[int, str, Path]]:
-    """Exit code, standard error and stage folder of three evaluations, each ended by a signal as it scores."""
-    code = "from mxlab.cli.main import main; main()"
+    """Exit code, standard error and stage folder of three evaluations, each ended by a signal as it begins to score."""
     options = ["--model", tiny_llama, "--dtype", "float32", "--batch-size", "1", "--device", "cpu"]
     started = {}
     for ending in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
-        command = [sys.executable, "-c", code, "eval", *options, "--out", tmp_path / ending.name]
-        started[ending] = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    results = {}
+        out, sign = tmp_path / ending.name, tmp_path / f"{ending.name} waits"
+        command = [sys.executable, "-c", _WAITING, sign, "eval", *options, "--out", out]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        started[ending] = process, sign, out / "baseline"
     deadline = time.monotonic() + 120
-    while len(results) < len(started):  # each as soon as it scores, whichever is first
-        for ending in started.keys() - results.keys():
-            process, stage = started[ending], tmp_path / ending.name / "baseline"
-            if any("nothing is quantized" in log.read_text() for log in stage.glob(".partial-*/output.log")):
-                process.send_signal(ending)  # waiting for its end would let the others finish
-                results[ending] = (process, stage)
-            else:
-                assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    complaints = {ending: process.communicate()[1] for ending, (process, _) in results.items()}
-    return {ending: (process.returncode, complaints[ending], stage) for ending, (process, stage) in results.items()}
+    for ending, (process, sign, _) in started.items():
+        while not sign.exists():
+            assert process.poll() is None, process.communicate()[1]
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(ending)
+    complaints = {ending: process.communicate()[1] for ending, (process, _, _) in started.items()}
+    return {ending: (process.returncode, complaints[ending], stage) for ending, (process, _, stage) in started.items()}
 
 
 def test_signals_leave_no_run_and_the_next_start_goes_on(killed, request_):
