@@ -67,12 +67,16 @@ def block_layout(x: Tensor, fmt: MXFormat, axes: tuple[int, ...]) -> Blocks:
 
 def round_to_exponent(blocks: Tensor, amax: Tensor, exponent: Tensor, fmt: MXFormat, noise: Tensor | None) -> Tensor:
     """Round blocks (..., block) to elements times 2^exponent (..., 1), or 4/3 of that under ``four_thirds``."""
+    return multiples_of_power(blocks, exponent, fmt, noise).mul_(block_scale(blocks, amax, exponent, fmt))
+
+
+def multiples_of_power(blocks: Tensor, exponent: Tensor, fmt: MXFormat, noise: Tensor | None) -> Tensor:
+    """Return the elements of blocks (..., block), whose scales have an exponent (..., 1), as multiples of these."""
     y = blocks * exp2(-exponent)
     if fmt.scale_rule == "four_thirds":
-        y /= torch.full_like(
-            y, 4 / 3
-        )  # a tensor: by a number, torch multiplies with its rounded inverse on some devices
-    return round_to_element(y, fmt, noise).mul_(block_scale(blocks, amax, exponent, fmt))
+        # A tensor: by a number, torch multiplies with its rounded inverse on some devices.
+        y /= torch.full_like(y, 4 / 3)
+    return round_to_element(y, fmt, noise)
 
 
 def shared_exponent(blocks: Tensor, amax: Tensor, fmt: MXFormat, dtype: torch.dtype) -> Tensor:
@@ -148,9 +152,18 @@ def block_scale(blocks: Tensor, amax: Tensor, exponent: Tensor, fmt: MXFormat) -
     """Return the scale of each block; NaN where the block has none; 0 where it is flushed."""
     scale = power_scale(exponent, fmt)
     if fmt.flush_fp32_subnorms:
-        scale = torch.where(floor_log2(amax) <= -127, 0.0, scale)
-    overflow = unclamped_exponent(blocks, amax, fmt) > fmt.scale_emax
-    return torch.where(overflow | ~amax.isfinite(), torch.nan, scale)
+        scale = torch.where(is_flushed(amax), 0.0, scale)
+    return torch.where(has_no_power(blocks, amax, fmt), torch.nan, scale)
+
+
+def is_flushed(amax: Tensor) -> Tensor:
+    """Return which blocks become zero where subnormal numbers do."""
+    return floor_log2(amax) <= -127
+
+
+def has_no_power(blocks: Tensor, amax: Tensor, fmt: MXFormat) -> Tensor:
+    """Return which blocks (..., 1) become NaN: they want a larger exponent than there is, or hold NaN or infinity."""
+    return (unclamped_exponent(blocks, amax, fmt) > fmt.scale_emax) | ~amax.isfinite()
 
 
 def power_scale(exponent: Tensor, fmt: MXFormat) -> Tensor:
@@ -172,8 +185,13 @@ def round_to_float_scale(blocks: Tensor, amax: Tensor, fmt: MXFormat, noise: Ten
     """
     t = tensor_scale(blocks, fmt)
     s = torch.where(amax.isfinite(), held_scale(amax, t, fmt), torch.nan)
+    return multiples_of_float(blocks, t, s, fmt, noise).mul_(t * s)
+
+
+def multiples_of_float(blocks: Tensor, t: Tensor, s: Tensor, fmt: MXFormat, noise: Tensor | None) -> Tensor:
+    """Return the elements of blocks (..., block) as multiples of t s, the scales of the tensor and of each block."""
     y = blocks * (t.reciprocal() / s) if fmt.scale_format.tensor_bits else blocks / s
-    return round_to_element(y, fmt, noise).mul_(t * s)
+    return round_to_element(y, fmt, noise)
 
 
 def held_scale(amax: Tensor, tensor_scale: Tensor, fmt: MXFormat) -> Tensor:

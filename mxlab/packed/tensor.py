@@ -1,0 +1,177 @@
+"""A tensor in the bits of a microscaling format: packed codes, a byte for each scale, and what they mean."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mxlab.errors import FormatError, SourceError
+from mxlab.formats import MXFormat
+from mxlab.numerics.blocks import Blocks
+from mxlab.numerics.codes import Codes, check_codes, decode, encode
+from mxlab.numerics.operators import check
+from mxlab.packed.bits import pack, packed_length, unpack
+
+LAYOUT = 1  # of what :meth:`MXTensor.tensors` returns
+_PARTS = ("elements", "scales", "tensor_scale")
+
+
+@dataclass(frozen=True)
+class MXTensor:
+    """A quantized tensor, stored in the bits of its format.
+
+    Attributes:
+        fmt: the format.
+        shape: of the tensor.
+        axis: along which its blocks lie, not negative.
+        dtype: of the tensor that was quantized, and of what :meth:`dequantize` returns.
+        elements: uint8 [other axes..., bytes], the codes along ``axis`` packed (:mod:`mxlab.packed.bits`).
+        scales: uint8 [other axes..., blocks].
+        tensor_scale: float32 of no dimension; 1 where the format has none.
+    """
+
+    fmt: MXFormat
+    shape: tuple[int, ...]
+    axis: int
+    dtype: torch.dtype
+    elements: Tensor
+    scales: Tensor
+    tensor_scale: Tensor
+
+    @classmethod
+    def from_float(cls, x: Tensor, fmt: MXFormat | str, axis: int = -1, seed: int = 0) -> MXTensor:
+        """Quantize a tensor in blocks along one axis.
+
+        Args:
+            x: float32, bfloat16 or float16.
+            fmt: the format, or its spelling.
+            axis: along which the blocks lie.
+            seed: of ``dither`` rounding.
+
+        Raises:
+            FormatError: a dtype, an axis or a format that cannot be.
+        """
+        parsed = MXFormat.parse(fmt)
+        check(x, "exact", "auto")
+        check_codes(parsed)
+        if not -x.ndim <= axis < x.ndim:
+            raise FormatError(f"axis is {axis}: a tensor of shape {tuple(x.shape)} has {x.ndim}; give one of them")
+        axis %= x.ndim
+        codes = encode(x.detach(), parsed, (axis,), seed)
+        elements = codes.elements.flatten(-2)[..., : x.shape[axis]]
+        return cls(
+            parsed, tuple(x.shape), axis, x.dtype, pack(elements, parsed.element_bits), codes.scales, codes.tensor_scale
+        )
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Return the values, contiguous: what :func:`mxlab.quantize` gives, bit for bit, in the tensor's own dtype."""
+        cut, length = self._cut, self.shape[self.axis]
+        elements = unpack(self.elements, self.fmt.element_bits, length)
+        blocks = Blocks((*elements.shape,), (elements.ndim - 1,), cut.block_size).split(elements)
+        return decode(Codes(blocks, self.scales, self.tensor_scale), self.fmt, cut, dtype or self.dtype)
+
+    @property
+    def _cut(self) -> Blocks:
+        return Blocks(self.shape, (self.axis,), 1 if self.fmt.scale_rule == "none" else self.fmt.block_size)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the codes and the scales take."""
+        unit = self.tensor_scale.nbytes if self.fmt.tensor_bits else 0
+        return self.elements.nbytes + self.scales.nbytes + unit
+
+    @property
+    def device(self) -> torch.device:
+        """Where the codes are."""
+        return self.elements.device
+
+    def to(self, device: torch.device | str) -> MXTensor:
+        """Return the same on another device."""
+        parts = {name: getattr(self, name).to(device) for name in _PARTS}
+        return replace(self, **parts)
+
+    def narrow(self, axis: int, start: int, length: int) -> MXTensor:
+        """Return a part along an axis, which shares the memory; not along that of the blocks.
+
+        Raises:
+            FormatError: the axis of the blocks, or a part that is not there.
+        """
+        axis %= len(self.shape)
+        if axis == self.axis:
+            raise FormatError(f"axis {axis} is that of the blocks, which cannot be cut: take another, or dequantize")
+        if not 0 <= start <= start + length <= self.shape[axis]:
+            raise FormatError(
+                f"{start} to {start + length} is not within the {self.shape[axis]} elements of axis {axis}: "
+                "give a part of them"
+            )
+        place = axis - (axis > self.axis)  # the axis of the blocks comes last in the codes
+        shape = tuple(length if i == axis else n for i, n in enumerate(self.shape))
+        parts = {name: getattr(self, name).narrow(place, start, length) for name in _PARTS[:2]}
+        return replace(self, shape=shape, **parts)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what is stored, by name: for a state dict or a safetensors file."""
+        names = _PARTS if self.fmt.tensor_bits else _PARTS[:2]
+        return {name: getattr(self, name) for name in names}
+
+    def description(self) -> dict[str, Any]:
+        """Return what else :meth:`from_tensors` needs, as plain values."""
+        return {
+            "layout": LAYOUT,
+            "format": str(self.fmt),
+            "shape": list(self.shape),
+            "axis": self.axis,
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], description: Mapping[str, Any], name: str = "") -> MXTensor:
+        """Return the tensor that was stored.
+
+        Args:
+            tensors: what :meth:`tensors` gave.
+            description: what :meth:`description` gave.
+            name: for errors.
+
+        Raises:
+            SourceError: a layout that is not known, a part that is missing, or one of another dtype or shape.
+        """
+        if description.get("layout") != LAYOUT:
+            raise SourceError(
+                f"{name} has the layout {description.get('layout')!r}, and this version of mxlab reads {LAYOUT}: "
+                "update mxlab, or pack the model again"
+            )
+        fmt = MXFormat.parse(description["format"])
+        shape, axis = tuple(description["shape"]), description["axis"]
+        made = cls(
+            fmt,
+            shape,
+            axis,
+            getattr(torch, description["dtype"]),
+            *(tensors.get(part, torch.ones(())) for part in _PARTS),
+        )
+        made._check(tensors, name)
+        return made
+
+    def _check(self, tensors: Mapping[str, Tensor], name: str) -> None:
+        rest = tuple(n for i, n in enumerate(self.shape) if i != self.axis)
+        length, size = self.shape[self.axis], self._cut.block_size
+        blocks = -(-length // size) if size else min(length, 1)
+        wanted: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+            "elements": (torch.uint8, (*rest, packed_length(length, self.fmt.element_bits))),
+            "scales": (torch.uint8, (*rest, blocks)),
+        }
+        if self.fmt.tensor_bits:
+            wanted["tensor_scale"] = torch.float32, ()
+        for part, (dtype, shape) in wanted.items():
+            found = tensors.get(part)
+            if found is None or (found.dtype, tuple(found.shape)) != (dtype, shape):
+                has = "is missing" if found is None else f"is {found.dtype} {tuple(found.shape)}"
+                raise SourceError(
+                    f"{name}: {part} {has}, and {self.fmt} of shape {self.shape} wants {dtype} {shape}: the file is "
+                    "damaged, or of another model; fetch or pack it again"
+                )
