@@ -377,7 +377,8 @@ def test_what_dead_processes_left_is_removed_and_what_living_ones_write_is_kept(
 
 # Runs mxlab, and waits to be ended where it has converted the model and begins to score; says so by a file.
 _WAITING = """
-import logging, pathlib, sys, time
+import logging, pathlib, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs behind a shell ignores it
 class Waiting(logging.Handler):
     def emit(self, record):
         if "nothing is quantized" in record.getMessage():
