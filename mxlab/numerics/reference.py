@@ -58,8 +58,13 @@ def round_elementwise(x: Tensor, element: ElementFormat, rounding: Rounding, sub
 
 
 def block_layout(x: Tensor, fmt: MXFormat, axes: tuple[int, ...]) -> Blocks:
-    """Return where the blocks of ``x`` lie. An exponent for every element is a block of one."""
-    return Blocks(tuple(x.shape), axes, 1 if fmt.scale_rule == "none" else fmt.block_size)
+    """Return where the blocks of ``x`` lie."""
+    return layout_of_shape(tuple(x.shape), fmt, axes)
+
+
+def layout_of_shape(shape: tuple[int, ...], fmt: MXFormat, axes: tuple[int, ...]) -> Blocks:
+    """Return where the blocks of a tensor of ``shape`` lie. An exponent for every element is a block of one."""
+    return Blocks(shape, axes, 1 if fmt.scale_rule == "none" else fmt.block_size)
 
 
 # Scales that are powers of two

@@ -12,8 +12,9 @@ from torch import Tensor
 from mxlab.errors import FormatError, SourceError
 from mxlab.formats import MXFormat
 from mxlab.numerics.blocks import Blocks
-from mxlab.numerics.codes import Codes, check_codes, decode, encode
+from mxlab.numerics.codes import Codes, decode, encode
 from mxlab.numerics.operators import check
+from mxlab.numerics.reference import block_layout, layout_of_shape
 from mxlab.packed.bits import pack, packed_length, unpack
 
 LAYOUT = 1  # of what :meth:`MXTensor.tensors` returns
@@ -57,7 +58,6 @@ class MXTensor:
         """
         parsed = MXFormat.parse(fmt)
         check(x, "exact", "auto")
-        check_codes(parsed)
         if not -x.ndim <= axis < x.ndim:
             raise FormatError(f"axis is {axis}: a tensor of shape {tuple(x.shape)} has {x.ndim}; give one of them")
         axis %= x.ndim
@@ -69,14 +69,13 @@ class MXTensor:
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return the values, contiguous: what :func:`mxlab.quantize` gives, bit for bit, in the tensor's own dtype."""
-        cut, length = self._cut, self.shape[self.axis]
-        elements = unpack(self.elements, self.fmt.element_bits, length)
-        blocks = Blocks((*elements.shape,), (elements.ndim - 1,), cut.block_size).split(elements)
-        return decode(Codes(blocks, self.scales, self.tensor_scale), self.fmt, cut, dtype or self.dtype)
+        elements = unpack(self.elements, self.fmt.element_bits, self.shape[self.axis])
+        blocks = block_layout(elements, self.fmt, (elements.ndim - 1,)).split(elements)
+        return decode(Codes(blocks, self.scales, self.tensor_scale), self.fmt, self._cut, dtype or self.dtype)
 
     @property
     def _cut(self) -> Blocks:
-        return Blocks(self.shape, (self.axis,), 1 if self.fmt.scale_rule == "none" else self.fmt.block_size)
+        return layout_of_shape(self.shape, self.fmt, (self.axis,))
 
     @property
     def nbytes(self) -> int:

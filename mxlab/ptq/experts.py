@@ -26,7 +26,7 @@ from mxlab.ptq.chosen import ChosenExperts
 from mxlab.ptq.resume import Progress
 from mxlab.ptq.rounding import best_rounding
 from mxlab.ptq.scales import block_scales, rounded
-from mxlab.ptq.sites import weight_format
+from mxlab.ptq.sites import weight_format, weight_in_basis
 from mxlab.ptq.statistics import input_statistics
 from mxlab.recipe.algorithms import Gptq
 
@@ -149,7 +149,7 @@ def _nearest(weight: Tensor, fmt: MXFormat) -> dict[str, Tensor]:
 def _in_basis(site: QuantizedSite, matrix: Tensor) -> Tensor:
     """Return the matrix of an expert as float32 [out, in], in the basis of its transform."""
     by_outputs = matrix.mT if _is_transposed(site) else matrix
-    return _experts_at(site).operands(site.parameter).transformed(by_outputs.float(), -1)
+    return weight_in_basis(by_outputs.float(), _experts_at(site).operands(site.parameter), None)
 
 
 def _is_transposed(site: QuantizedSite) -> bool:

@@ -43,7 +43,7 @@ def describe(model: Any, recipe: Recipe, windows: Windows, code: str) -> dict[st
         windows: the calibration text.
         code: the version of mxlab, with a digest of its files.
     """
-    numbers = fingerprints([*model.state_dict().values()])
+    numbers = fingerprints(list(model.state_dict().values()))
     tokens = b"".join(ids.cpu().numpy().tobytes() for ids in (windows.ids, windows.rest))
     shapes = repr((windows.ids.shape, windows.rest.shape, windows.held_out)).encode()
     return {

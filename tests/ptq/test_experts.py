@@ -123,10 +123,8 @@ def quantum(weight):
 def test_experts_that_are_rounded_to_nearest_are_on_the_scales_by_which_they_learn():
     ids = IDS[:2, :1]
     for dtype in (torch.float32, torch.bfloat16):
-        model, _original = (build("mixtral").to(dtype) for _ in range(2))
-        asked, _windows = recipe({"gptq": {}}), Windows(ids, 1, ids)
-        conversion, options = prepare(model, asked), Gptq()
-        quantizer = ExpertQuantizer(options, conversion, Progress(), learns=True)
+        model = build("mixtral").to(dtype)
+        quantizer = ExpertQuantizer(Gptq(), prepare(model, recipe()), Progress(), learns=True)
         with torch.no_grad(), quantizer.choosing(lambda _: None):
             model(input_ids=ids)
         for chosen in quantizer.chosen:

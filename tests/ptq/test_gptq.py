@@ -177,6 +177,7 @@ def test_windows_are_drawn_by_the_seed_without_overlap():
     assert torch.equal(drawn[0].ids, drawn[1].ids)
     assert not torch.equal(drawn[0].ids, drawn[2].ids)
     assert len(drawn[0].ids.unique()) == 800
+    assert drawn[0].ids.shape == (6 + drawn[0].held_out, 100)
 
 
 def test_a_text_that_is_too_short():

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from ptq_trial import Setting
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from mxlab.numerics import hadamard
 from mxlab.ptq.divergence import logits_of, mean_divergence
@@ -27,9 +28,7 @@ def permutation(setting: Setting, _: float) -> dict[str, float]:
         )
         for n, layer in enumerate(layers)
     ]
-    setting.calibrate(setting.original)
-    for hook in hooks:
-        hook.remove()
+    _observe(setting, hooks)
 
     @torch.no_grad()
     def permute(model: Any) -> None:
@@ -40,6 +39,13 @@ def permutation(setting: Setting, _: float) -> dict[str, float]:
             mlp.down_proj.weight.copy_(mlp.down_proj.weight[:, order].clone())
 
     return _quantized_after(setting, permute)
+
+
+def _observe(setting: Setting, hooks: Sequence[RemovableHandle]) -> None:
+    """Have the hooks see the unquantized model read the calibration text, and remove them."""
+    setting.calibrate(setting.original)
+    for hook in hooks:
+        hook.remove()
 
 
 def _spread(mass: Tensor, size: int) -> Tensor:
@@ -69,9 +75,7 @@ def smoothing(setting: Setting, power: float) -> dict[str, float]:
         )
         for key, norm in norms
     ]
-    setting.calibrate(setting.original)
-    for hook in hooks:
-        hook.remove()
+    _observe(setting, hooks)
 
     @torch.no_grad()
     def smooth(model: Any) -> None:

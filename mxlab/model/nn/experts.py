@@ -89,10 +89,7 @@ class QuantizedExperts(Observable):
 
     def freeze_as(self, parameter: str, values: Tensor) -> None:
         """Take ``values``, of the shape of that parameter, for what it is quantized to."""
-        weight = self.weight(parameter)
-        with torch.no_grad():
-            weight.data = values.contiguous().to(weight.dtype)
-        self._frozen[parameter].mark(weight)
+        self._frozen[parameter].freeze_as(self.weight(parameter), values)
 
     def freeze(self) -> None:
         """Quantize the weights, as far as they can be."""

@@ -145,6 +145,12 @@ class FrozenWeight:
             weight.data = self._operands.on_weight(weight.detach(), self._axis)
         self.mark(weight)
 
+    def freeze_as(self, weight: nn.Parameter, values: Tensor) -> None:
+        """Take ``values``, of the shape of the weight, for what it is quantized to."""
+        with torch.no_grad():
+            weight.data = values.contiguous().to(weight.dtype)
+        self.mark(weight)
+
     def mark(self, weight: Tensor) -> None:
         """Take the present values for quantized ones, whatever was trained before."""
         self._mark, self.is_master = TensorVersion(weight), False
@@ -244,10 +250,7 @@ class QuantizedWeight(nn.Module):
 
     def freeze_as(self, values: Tensor) -> None:
         """Take ``values`` [out, in] for what the weight is quantized to in the basis of its transform."""
-        with torch.no_grad():
-            values = values.t() if self.input_axis == 0 else values
-            self.weight.data = values.contiguous().to(self.weight.dtype)
-        self.frozen.mark(self.weight)
+        self.frozen.freeze_as(self.weight, values.t() if self.input_axis == 0 else values)
 
     def versions(self) -> list[tuple[TensorVersion, Tensor]]:
         """Return the weight beside what recognises the values that it was quantized to, or copied from."""
