@@ -7,6 +7,7 @@ why. It takes addresses instead of tensors, and so does not depend on the versio
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -27,7 +28,7 @@ else:
 LARGEST_MATRIX = 128  # that :func:`transform` multiplies by
 
 # Passed as integers: converting an enum takes time in every call.
-_DTYPES = {} if MISSING else {getattr(torch, dtype.name): dtype.value for dtype in _native.Dtype}
+DTYPES = {} if MISSING else {getattr(torch, dtype.name): dtype.value for dtype in _native.Dtype}
 
 
 class _Native(Compiled):
@@ -40,7 +41,7 @@ class _Native(Compiled):
         self, x: Tensor, out: Tensor, noise: Tensor | None, fmt: MXFormat, numerics: Numerics, layout: Layout
     ) -> None:
         addresses = x.data_ptr(), out.data_ptr(), address(noise)
-        _quantize_plan(str(fmt), numerics).run(*addresses, _DTYPES[x.dtype], *layout, torch.get_num_threads())
+        _quantize_plan(str(fmt), numerics).run(*addresses, DTYPES[x.dtype], *layout, torch.get_num_threads())
 
     def _run_elementwise(
         self,
@@ -54,7 +55,7 @@ class _Native(Compiled):
     ) -> None:
         addresses = x.data_ptr(), out.data_ptr(), address(noise)
         plan = _round_plan(element, rounding, subnormals, numerics)
-        plan.run(*addresses, _DTYPES[x.dtype], x.numel(), torch.get_num_threads())
+        plan.run(*addresses, DTYPES[x.dtype], x.numel(), torch.get_num_threads())
 
     def transform(self, x: Tensor, matrices: Tensor) -> Tensor:
         """Return the blocks of rows times matrices, as :func:`mxlab.numerics.transforms.transform`; x is not empty."""
@@ -63,7 +64,7 @@ class _Native(Compiled):
         size, length = matrices.shape[-1], x.shape[-1]
         addresses = rows.data_ptr(), out.data_ptr(), matrices.data_ptr()
         shape = rows.numel() // length, length
-        _native.transform(*addresses, _DTYPES[x.dtype], size, matrices.ndim == 2, *shape, torch.get_num_threads())
+        _native.transform(*addresses, DTYPES[x.dtype], size, matrices.ndim == 2, *shape, torch.get_num_threads())
         return out if rows is x else torch.empty_like(x).copy_(out)
 
     def transform_quantize(self, x: Tensor, matrices: Tensor, fmt: MXFormat, seed: int, numerics: Numerics) -> Tensor:
@@ -82,7 +83,7 @@ class _Native(Compiled):
         addresses = x.data_ptr(), out.data_ptr(), address(noise), matrices.data_ptr()
         shape = layout.outer, layout.axis, layout.block
         _quantize_plan(str(fmt), numerics).run_transformed(
-            *addresses, _DTYPES[x.dtype], matrices.shape[-1], matrices.ndim == 2, *shape, torch.get_num_threads()
+            *addresses, DTYPES[x.dtype], matrices.shape[-1], matrices.ndim == 2, *shape, torch.get_num_threads()
         )
 
 
@@ -126,22 +127,51 @@ def instruction_set() -> str:
     return _native.instruction_set()
 
 
+def product_plan(
+    activation: MXFormat, largest_input: int, weight: MXFormat, integers: Sequence[int]
+) -> _native.ProductPlan:
+    """Return what multiplies activations by packed weights: see :mod:`mxlab.numerics.kernels.products`.
+
+    Args:
+        activation: the format of the activation.
+        largest_input: the largest magnitude of its elements, as a multiple of the smallest.
+        weight: the format of the weight.
+        integers: what each code of it is, as a multiple of the smallest element.
+    """
+    offset = -min(integers)
+    return _native.ProductPlan(
+        _format(activation),
+        _native.Scaling[scaling(activation)],
+        _native.Rounding[activation.rounding],
+        largest_input,
+        weight.element_bits,
+        weight.grid.is_int,
+        offset,
+        max(map(abs, integers)),
+        [integer + offset for integer in integers],
+        weight.elements_per_scale,
+    )
+
+
 @functools.cache
 def _quantize_plan(fmt: str, numerics: Numerics) -> _native.QuantizePlan:
     parsed = MXFormat.parse(fmt)
-    kernel_format = _native.Format(
-        _element(parsed.grid, parsed.limits[1]),
-        parsed.scale_emax,
-        parsed.flush_fp32_subnorms,
-        carry(parsed),
-        _element(parsed.scale_grid),
-        parsed.scale_format.tensor_bits > 0,
-    )
     return _native.QuantizePlan(
-        kernel_format,
+        _format(parsed),
         _native.Scaling[scaling(parsed)],
         _native.Rounding[parsed.rounding],
         _native.Numerics[numerics],
+    )
+
+
+def _format(fmt: MXFormat) -> _native.Format:
+    return _native.Format(
+        _element(fmt.grid, fmt.limits[1]),
+        fmt.scale_emax,
+        fmt.flush_fp32_subnorms,
+        carry(fmt),
+        _element(fmt.scale_grid),
+        fmt.scale_format.tensor_bits > 0,
     )
 
 

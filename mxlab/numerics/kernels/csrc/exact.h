@@ -102,13 +102,19 @@ MX_INLINE Scale floating_scale(u32 amax, const Format& f) {
     return {divides(f) ? 1.0f : 1.0f / t / s, amax >= EXPONENT ? float_of(QUIET_NAN) : t * s};
 }
 
-// Quantize an element of a block with a floating-point scale.
+// Round an element of a block with a floating-point scale to the element's grid.
 template <Rounding R>
-MX_INLINE float quantize_floating(float x, const Scale& s, const Element& el, int divides, float noise) {
+MX_INLINE Rounded round_floating(float x, const Scale& s, const Element& el, int divides, float noise) {
     const float scaled = x * s.down / (divides != 0 ? s.up : 1.0f);
     const int y = static_cast<int>(bits_of(scaled) & MAGNITUDE);
     const float limited = float_of(static_cast<u32>(smaller(y, static_cast<int>(bits_of(el.max)))));
-    const Rounded r = round_magnitude<R>(limited, el, noise);
+    return round_magnitude<R>(limited, el, noise);
+}
+
+// Quantize it.
+template <Rounding R>
+MX_INLINE float quantize_floating(float x, const Scale& s, const Element& el, int divides, float noise) {
+    const Rounded r = round_floating<R>(x, s, el, divides, noise);
     return r.integer * power_of_two(-el.mantissa_bits) * r.binade * with_sign_of(s.up, x) + 0.0f;
 }
 

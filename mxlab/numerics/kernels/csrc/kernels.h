@@ -53,6 +53,11 @@ struct Transform {
     bool is_shared;
 };
 
+// Of dot.h.
+struct DotShape;
+struct DotMethod;
+struct DotInput;
+
 // The kernels of one instruction set.
 struct Kernels {
     const char* name;
@@ -74,6 +79,9 @@ struct Kernels {
     void (*transform)(const Buffers&, const Transform&, int64_t first, int64_t last);  // units are rows
     int64_t (*settle_units)(const Settling&);
     void (*settle)(const Settling&, const Element&, Rounding, int64_t first, int64_t last);
+    // Rows of an activation as integers; `offset` is that of the weights that they are multiplied by. Not for dither.
+    void (*encode)(const Buffers&, const Format&, Scaling, Rounding, const DotShape&, const DotMethod&, int offset,
+                   const DotInput& out, int64_t first, int64_t last);
 };
 
 extern const Kernels portable_kernels, avx2_kernels, avx512_kernels;  // the latter two on x86-64 only

@@ -16,15 +16,13 @@
 
 #include "exact.h"
 #include "kernels.h"
+#include "module.h"
 #include "threads.h"
 
 namespace nb = nanobind;
 
 namespace mx {
 namespace {
-
-// Elements of a job that is done before another thread has woken up.
-constexpr int64_t WORTH_A_THREAD = 1 << 15;
 
 // Return the kernels that this processor can run, the fastest last.
 std::vector<const Kernels*> available_kernels() {
@@ -56,12 +54,31 @@ void use(const std::string& name) {
     throw std::invalid_argument("this processor has no kernels for " + name);
 }
 
+}  // namespace
+
+const Kernels& active_kernels() { return *active; }
+
 Buffers buffers(uintptr_t source, uintptr_t target, uintptr_t noise, int dtype) {
     return {reinterpret_cast<const void*>(source), reinterpret_cast<void*>(target),
             reinterpret_cast<const float*>(noise), static_cast<Dtype>(dtype)};
 }
 
 int useful(int threads, int64_t elements) { return elements < WORTH_A_THREAD ? 1 : threads; }
+
+Format with_tensor_scale(Format format, const Buffers& b, int64_t count, int threads) {
+    if (format.tensor_scale == 0.0f) return format;
+    std::atomic<u32> largest{0};
+    parallel_for(useful(threads, count), count, WORTH_A_THREAD / 2, [&](int64_t first, int64_t last) {
+        const u32 found = active->largest_finite(b, first, last);
+        u32 before = largest.load();
+        while (before < found && !largest.compare_exchange_weak(before, found)) {
+        }
+    });
+    format.tensor_scale = portable::exact::tensor_scale(largest, format);
+    return format;
+}
+
+namespace {
 
 // Return the buffers from an element on; source and target are the same.
 Buffers rows_from(const Buffers& b, int64_t first) {
@@ -187,25 +204,13 @@ class QuantizePlan {
     void quantize(const Buffers& b, const Layout& layout, int threads) {
         const int64_t count = layout.outer * layout.axis * layout.inner;
         const Job job(*this, *active, b.dtype);
-        Format format = format_;
-        if (format.tensor_scale != 0.0f) format.tensor_scale = tensor_scale(b, count, threads);
+        const Format format = with_tensor_scale(format_, b, count, threads);
         parallel_for(useful(threads, count), job.kernels.quantize_units(layout), 2,
                      [&](int64_t first, int64_t last) { job.run(b, layout, format, first, last); });
     }
 
     const u32* table_for(Dtype dtype) {
         return tables_.get(dtype, [&](u32* t) { active->microxcaling_table(t, dtype, format_.element, rounding_); });
-    }
-
-    float tensor_scale(const Buffers& b, int64_t count, int threads) const {
-        std::atomic<u32> largest{0};
-        parallel_for(useful(threads, count), count, WORTH_A_THREAD / 2, [&](int64_t first, int64_t last) {
-            const u32 found = active->largest_finite(b, first, last);
-            u32 before = largest.load();
-            while (before < found && !largest.compare_exchange_weak(before, found)) {
-            }
-        });
-        return portable::exact::tensor_scale(largest, format_);
     }
 
     Format format_;
@@ -304,6 +309,7 @@ NB_MODULE(_native, m) {
         .def(nb::init<const Element&, Rounding, bool, Numerics>(), nb::arg("element"), nb::arg("rounding"),
              nb::arg("subnormals"), nb::arg("numerics"))
         .def("run", &RoundPlan::run);
+    bind_products(m);
     m.def("uniform", &uniform);
     m.def("transform", &run_transform);
     m.def("settle", &settle);

@@ -18,6 +18,11 @@ struct Exact {
     MX_INLINE float element(float x, const Scale& s, const Format& f, float noise) {
         return exact::quantize<R>(x, s, f.element, noise);
     }
+    // The element as a multiple of the smallest one, and what that is under the scale: an integer and its unit.
+    MX_INLINE float integer(float x, const Scale& s, const Format& f) {
+        return exact::quantize<R>(x, {s.down, 1.0f / f.element.min_normal}, f.element, 0.0f);
+    }
+    MX_INLINE float unit(const Scale& s, const Format& f) { return s.up * f.element.min_normal; }
     MX_INLINE float in_range(float result) { return saturated<T>(result); }
     MX_INLINE float alone(float x, const Element& el, bool subnormals, float noise) {
         return exact::round_alone<T, R>(x, el, subnormals, noise);
@@ -29,6 +34,9 @@ template <class T, Rounding R>
 struct Asymmetric : Exact<T, R> {
     MX_INLINE float element(float x, const Scale& s, const Format& f, float noise) {
         return exact::quantize_asymmetric<R>(x, s, f.element, noise);
+    }
+    MX_INLINE float integer(float x, const Scale& s, const Format& f) {
+        return exact::quantize_asymmetric<R>(x, {s.down, 1.0f / f.element.min_normal}, f.element, 0.0f);
     }
 };
 
@@ -44,6 +52,13 @@ struct Floating : Exact<T, R> {
     MX_INLINE Scale scale(u32 amax, const Format& f) { return exact::floating_scale(amax, f); }
     MX_INLINE float element(float x, const Scale& s, const Format& f, float noise) {
         return exact::quantize_floating<R>(x, s, f.element, exact::divides(f), noise);
+    }
+    MX_INLINE float integer(float x, const Scale& s, const Format& f) {
+        const exact::Rounded r = exact::round_floating<R>(x, s, f.element, exact::divides(f), 0.0f);
+        return with_sign_of(r.integer * (r.binade * (1.0f / f.element.min_normal)), x);
+    }
+    MX_INLINE float unit(const Scale& s, const Format& f) {
+        return s.up * (power_of_two(-f.element.mantissa_bits) * f.element.min_normal);
     }
 };
 
