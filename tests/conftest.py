@@ -86,3 +86,20 @@ def mxlab(restored, monkeypatch, capfd):
         return caught.value.code or 0, printed.out, printed.err
 
     return call
+
+
+def _instruction_sets() -> list[str]:
+    from mxlab.numerics.kernels import native
+
+    return native._native.instruction_sets() if native.MISSING is None else []
+
+
+@pytest.fixture(params=_instruction_sets())
+def instruction_set(request):
+    """One instruction set of the native kernels after the other, of those that this processor has."""
+    from mxlab.numerics.kernels import native
+
+    before = native.instruction_set()
+    native._native.use(request.param)
+    yield request.param
+    native._native.use(before)

@@ -23,6 +23,8 @@ from mxlab.cli.options import (
     RecipeOption,
     ReferenceOption,
     SetOption,
+    Storage,
+    StorageOption,
     StrideOption,
     TasksOption,
     TextOption,
@@ -53,6 +55,7 @@ def evaluate(
     batch_size: BatchSizeOption = None,
     dtype: DtypeOption = Dtype.auto,
     device: DeviceOption = "auto",
+    storage: StorageOption = Storage.grid,
     data_dir: DataDirOption = None,
     max_length: MaxLengthOption = None,
     as_json: JsonOption = False,
@@ -73,6 +76,7 @@ def evaluate(
             batch_size=batch_size,
             dtype=dtype.value,
             device=device,
+            storage=storage.value,
             max_length=max_length,
         )
         of_text = text_settings(text, window, stride, windows, compare, bos, reference)

@@ -22,6 +22,13 @@ class Dtype(StrEnum):
     float16 = "float16"
 
 
+class Storage(StrEnum):
+    """How quantized weights are kept."""
+
+    grid = "grid"
+    packed = "packed"
+
+
 _MODEL = "A hub name, a folder, or smollm2 (embedded)."
 _RECIPE = "A shipped recipe's name, or a TOML file."
 _recipes = shipped_names("recipe")
@@ -71,6 +78,10 @@ MaxLengthOption = Annotated[
 ]
 DtypeOption = Annotated[
     Dtype, typer.Option("--dtype", help="What the model computes in; auto: the fastest the device computes natively.")
+]
+StorageOption = Annotated[
+    Storage,
+    typer.Option("--storage", help="How quantized weights are kept: grid, in the dtype; packed, in their bits."),
 ]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:0, ...")]
 DataDirOption = Annotated[

@@ -10,6 +10,7 @@ from typing import Any
 
 from mxlab.checks import check_choice, check_int
 from mxlab.errors import RunError, SpecError
+from mxlab.model.apply import Storage, check_storage
 from mxlab.model.conversion import Conversion
 from mxlab.recipe import Recipe
 from mxlab.sources import models
@@ -43,6 +44,7 @@ class EvaluationRequest:
             computes natively.
         device: auto, cpu, cuda, cuda:0, ...
         batch_size: rows or windows that go through the model at once.
+        storage: how the quantized weights are kept, ``grid`` or ``packed``; see :func:`mxlab.apply`.
         data_dir: a folder with the data; None for the hub.
 
     Raises:
@@ -54,12 +56,14 @@ class EvaluationRequest:
     dtype: str = AUTO
     device: str = "auto"
     batch_size: int = 16
+    storage: Storage = "grid"
     data_dir: Path | None = None
 
     def __post_init__(self) -> None:
         for name in ("model", "device"):
             check_name(name, getattr(self, name))
         check_int("batch_size", self.batch_size, 1, None, "a whole number, 1 or more")
+        check_storage(self.storage)
         object.__setattr__(self, "dtype", models.dtype_name(self.dtype))
         check_choice("dtype", self.dtype, (AUTO, *DTYPES))
 
@@ -80,6 +84,7 @@ class EvaluationRequest:
             "revision": models.revision(self.model),
             "dtype": choose_dtype(self.dtype, choose_device(self.device)),
             "batch_size": self.batch_size,
+            **({"storage": self.storage} if self.storage != "grid" else {}),  # runs of before it are still found
         }
 
     def evaluate(self, folder: Path, load: LoadModel) -> Outcome:

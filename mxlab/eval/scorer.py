@@ -14,7 +14,7 @@ from torch import Tensor
 from mxlab.errors import SpecError
 from mxlab.eval.metrics import TokenScores
 from mxlab.eval.windows import Predict, Window, score_windows
-from mxlab.model.apply import apply
+from mxlab.model.apply import Storage, apply
 from mxlab.model.conversion import Conversion
 from mxlab.recipe import Recipe
 
@@ -40,6 +40,7 @@ class Scorer:
         batch_size: windows that go through the model at once.
         reference: logits of the unquantized model, to compare with; None for no comparison.
         bos: a token to put before each window, which is not scored; None for none.
+        storage: how quantized weights are kept; see :func:`mxlab.apply`.
     """
 
     def __init__(
@@ -50,8 +51,10 @@ class Scorer:
         batch_size: int,
         reference: Predict | None = None,
         bos: int | None = None,
+        storage: Storage = "grid",
     ) -> None:
         self._lend_model, self._ids, self._windows = lend_model, ids, windows
+        self._storage: Storage = storage
         self._batch_size, self._reference, self._bos = batch_size, reference, bos
 
     def score(self, recipe: Recipe, on_conversion: Callable[[Conversion], Any] | None = None) -> Score:
@@ -68,7 +71,7 @@ class Scorer:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(_SEED)
             model = self._lend_model()
-            conversion = apply(model, recipe)
+            conversion = apply(model, recipe, self._storage)
             if on_conversion is not None:
                 on_conversion(conversion)
             predict = Predictor(model, self._bos)

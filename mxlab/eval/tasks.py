@@ -90,7 +90,7 @@ def evaluate_tasks(request: TaskRequest, folder: Path, load: LoadModel = models.
     with Steps("loading tasks"):
         tasks = load_tasks(request.tasks, request.data_dir)
     loaded = request.load(load)
-    conversion = apply(loaded.model, request.recipe)
+    conversion = apply(loaded.model, request.recipe, request.storage)
     clamps = count_scale_clamps(conversion)
     lm = _TimedHFLM(
         pretrained=loaded.model,

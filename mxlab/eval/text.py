@@ -118,7 +118,7 @@ def evaluate_text(request: TextRequest, folder: Path, load: LoadModel = models.l
     windows = sliding_windows(len(ids), request.window, request.stride, request.windows)
     reference = Predictor(load_reference(request, loaded.model, load), bos) if request.compare else None
     clamps: dict[str, Counter[str]] = {}
-    scorer = Scorer(lambda: loaded.model, ids, windows, request.batch_size, reference, bos)
+    scorer = Scorer(lambda: loaded.model, ids, windows, request.batch_size, reference, bos, request.storage)
     score = scorer.score(request.recipe, lambda conversion: clamps.update(count_scale_clamps(conversion)))
     check_rules_acted(score.conversion)
     results = {text.name: _results(score.tokens)}

@@ -11,13 +11,13 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
 from mxlab import environment
 from mxlab.compat.recipes import load_any_recipe
-from mxlab.errors import ConversionError
+from mxlab.errors import ConversionError, SpecError
 from mxlab.formats import NumberFormat
 from mxlab.model import saved, sites
 from mxlab.model.conversion import Conversion
@@ -29,6 +29,7 @@ from mxlab.model.nn.guard import WeightGuard
 from mxlab.model.nn.injection import Injection
 from mxlab.model.nn.linear import QuantizedLayer
 from mxlab.model.nn.operands import LinearOperands
+from mxlab.model.nn.packed import PackedLayer, pack, packable_format
 from mxlab.model.nn.phase import PassPhase
 from mxlab.model.nn.shared_input import SharedInput
 from mxlab.model.nn.weights import TensorVersion, make_room_for_transform
@@ -42,6 +43,8 @@ from mxlab.recipe.mx_specs import injected_options
 from mxlab.recipe.recipe import MASE
 from mxlab.recipe.transform import Transform
 
+Storage = Literal["grid", "packed"]
+STORAGES: tuple[Storage, ...] = ("grid", "packed")
 logger = logging.getLogger("mxlab")
 
 # What asks for an algorithm in a file of MASE's (mxlab.compat.mase).
@@ -52,7 +55,7 @@ _KEYS_OF_MASE = {
 }
 
 
-def apply(model: nn.Module, recipe: Recipe | str | Path) -> Conversion:
+def apply(model: nn.Module, recipe: Recipe | str | Path, storage: Storage = "grid") -> Conversion:
     """Convert ``model`` in place, as ``recipe`` says, and quantize its weights (of a model in evaluation mode).
 
     Weights of a model that was saved under the recipe are not quantized again. One converted under it is left alone.
@@ -60,28 +63,35 @@ def apply(model: nn.Module, recipe: Recipe | str | Path) -> Conversion:
     Args:
         model: a loaded Hugging Face model.
         recipe: a Recipe, the name of a shipped one (``"ex1"``), or a TOML file.
+        storage: how the weights of linear layers are kept. ``grid``: in the dtype of the model, where they can be
+            trained. ``packed``: in the bits of their format, multiplied in integers where that can be; such a weight
+            has no parameter any more.
 
     Raises:
-        SpecError: no such recipe.
+        SpecError: no such recipe or storage.
         ConversionError: the model was converted under another recipe or is a quantized checkpoint, a rule matches
-            nothing, a module cannot serve a role, or a weight is not finite. The model is then unchanged.
+            nothing, a module cannot serve a role or be packed, or a weight is not finite. The model is then unchanged.
     """
     chosen = load_any_recipe(recipe)
+    check_storage(storage)
     if (present := saved.conversion_of(model)) is not None:
         saved.check_same(present.recipe, chosen)
+        if storage == "packed":
+            check_packable(present.sites)
+            pack_weights(present.sites)
         return present
     is_new = saved.carried_config(model) is None
-    if is_new and chosen.algorithms:
-        _refuse_algorithms(chosen)
-    plan = _checked_plan(model, chosen)
     if is_new:
-        _refuse_fitted(chosen)
+        refuse_calibrated(chosen)
+    plan = _checked_plan(model, chosen)
     plan.check_finite()
+    if storage == "packed":
+        check_packable(plan.sites)
     versions = saved.frozen_versions(saved.carried_config(model))
     # Counted first: once quantized, a block whose scale was clamped may be all zeros.
     clamps = count_weight_clamps([site for site in plan.sites if not _is_frozen(site, versions)])
     conversion = _install(plan, clamps=clamps, remarks=_meta_remarks(plan))
-    freeze(plan.sites)
+    (pack_weights if storage == "packed" else freeze)(plan.sites)
     logger.info(conversion.summary())
     conversion.write_inventory(environment.inventory_file())
     return conversion
@@ -150,7 +160,10 @@ def _checked_plan(model: nn.Module, recipe: Recipe) -> Plan:
     return make_plan(model, recipe)
 
 
-def _refuse_fitted(recipe: Recipe) -> None:
+def refuse_calibrated(recipe: Recipe) -> None:
+    """Raise ConversionError where a recipe asks for what only a calibration text gives."""
+    if recipe.algorithms:
+        _refuse_algorithms(recipe)
     for rule in recipe.rules:
         if rule.is_fitted:
             what = "k_offset" if rule.k_offset else str(rule.transform)
@@ -257,6 +270,31 @@ def freeze(found: Sequence[QuantizedSite]) -> None:
             module.freeze()
         elif isinstance(experts := override_of(module), QuantizedExperts):
             experts.freeze()
+
+
+def check_storage(storage: str) -> None:
+    """Raise SpecError unless ``storage`` names one."""
+    if storage not in STORAGES:
+        raise SpecError(f"storage is {storage!r}: it must be one of {', '.join(STORAGES)}")
+
+
+def check_packable(found: Sequence[QuantizedSite]) -> None:
+    """Raise ConversionError at the first weight that cannot be packed."""
+    for site in found:
+        if site.kind == "experts" and "weight" in site.roles:
+            raise ConversionError(
+                f"{site.name}: experts cannot be packed; leave them out by a rule without weight, or use storage='grid'"
+            )
+        if site.kind == "linear" and "weight" in site.roles:
+            packable_format(site.by_phase.values(), site.name)
+
+
+def pack_weights(found: Sequence[QuantizedSite]) -> None:
+    """Pack the weights of converted linear layers, one after the other."""
+    for site in track([s for s in found if s.kind == "linear" and "weight" in s.roles], "packing weights"):
+        if not isinstance(site.module, PackedLayer):
+            assert isinstance(site.module, QuantizedLayer)
+            pack(site.module, site.name)
 
 
 def _check_experts(plan: Plan) -> None:

@@ -66,7 +66,8 @@ class Conversion:
         parameters = list(self.model.parameters())
         bits = sum(p.numel() * p.element_size() * 8 for p in parameters if id(p) not in in_place)
         bits += sum(site.storage_bits() for site in self.linears) + self._fitted_bits()
-        return bits / max(sum(p.numel() for p in parameters), 1)
+        packed = sum(prod(site.shape) for site in self.linears if site.is_packed and site.tied_to is None)
+        return bits / max(sum(p.numel() for p in parameters) + packed, 1)
 
     @property
     def bits_per_weight(self) -> float | None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mxlab.errors import ConversionError
 from mxlab.formats import NumberFormat
 from mxlab.model.matching import RuleMatcher
+from mxlab.model.nn.packed import PackedLayer
 from mxlab.model.sites import Site
 from mxlab.model.transforms import transform_of
 from mxlab.numerics import DTYPES
@@ -84,7 +85,12 @@ class QuantizedSite(Site):
 
     def stored_parameters(self) -> list[Tensor]:
         """Return the parameters whose storage is counted in the bits of a format instead of those of their dtype."""
-        return [self.weight] if self.is_in_place else []
+        return [self.weight] if self.is_in_place and not self.is_packed else []
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether the weight is stored in the bits of its format, and no parameter any more."""
+        return isinstance(self.module, PackedLayer)
 
     def storage_bits(self) -> int:
         """Return what the quantized weight takes, in each of its formats."""

@@ -8,17 +8,20 @@ that have the fingerprint are on the grid already and stay, others are quantized
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
-from mxlab.errors import ConversionError
+from mxlab.errors import ConversionError, SourceError
 from mxlab.model.conversion import Conversion
 from mxlab.model.nn.experts import QuantizedExperts
 from mxlab.model.nn.forward import override_of
+from mxlab.model.nn.linear import QuantizedLayer
+from mxlab.model.nn.packed import check_numbers, make_packed, packable_format
 from mxlab.model.nn.weights import FrozenWeight, QuantizedWeight, TensorVersion
 from mxlab.model.plan import QuantizedSite
+from mxlab.packed import MXTensor
 from mxlab.recipe import Recipe
 from mxlab.recipe.carried import METHOD
 
@@ -56,9 +59,11 @@ def quantization_config(conversion: Conversion, state: Mapping[str, Tensor]) -> 
     """Return the ``quantization_config`` of a converted model whose weights are saved as ``state`` has them."""
     frozen = {}
     for site, name, weight in _weights(conversion):
-        if site.is_in_place and weight.is_frozen(getattr(site.module, site.parameter)) and name in state:
+        if site.is_in_place and name in state and weight.is_frozen(getattr(site.module, site.parameter)):
             frozen[name] = recorded(state[name])
-    return {"quant_method": METHOD, "recipe": conversion.recipe.to_dict(), "frozen": frozen}
+    packed = {site.name: site.module.packed.description() for site in conversion.linears if _is_packed(site)}
+    found = {"quant_method": METHOD, "recipe": conversion.recipe.to_dict(), "frozen": frozen}
+    return found | ({"packed": packed} if packed else {})
 
 
 def recorded(weight: Tensor) -> list[Any]:
@@ -94,6 +99,46 @@ def expect_frozen(conversion: Conversion, versions: Mapping[str, TensorVersion])
     for _, name, weight in _weights(conversion):
         if name in versions:
             weight.expect(versions[name])
+
+
+def make_packed_room(conversion: Conversion, descriptions: Mapping[str, Any]) -> None:
+    """Make the layers of a model on the meta device packed ones, for the weights that a saved model has.
+
+    Args:
+        conversion: of the model, before its weights are loaded.
+        descriptions: what :meth:`mxlab.packed.MXTensor.description` gave, by the name of the layer.
+
+    Raises:
+        ConversionError: a layer that is not there, is not quantized, or has another format or shape by the recipe.
+        SourceError: a layout that is not known.
+    """
+    sites = {site.name: site for site in conversion.linears if isinstance(site.module, QuantizedLayer)}
+    for name, description in descriptions.items():
+        empty = MXTensor.empty(description, f"{name}.weight", "meta")
+        site = sites.get(name)
+        if site is None or site.shape != empty.shape or packable_format(site.by_phase.values(), name) != empty.fmt:
+            wanted = "no quantized layer" if site is None else f"{site.shape} of {site.formats.get('weight')}"
+            raise ConversionError(
+                f"{name} is packed as {empty.shape} of {empty.fmt}, and by the model and its recipe is {wanted}: "
+                "config.json does not fit the model; save it anew"
+            )
+        make_packed(site.module, empty)
+
+
+def check_packed(conversion: Conversion) -> None:
+    """Raise SourceError where a packed weight that was loaded is missing, or holds scales that are no numbers."""
+    for site in conversion.linears:
+        if _is_packed(site):
+            if site.module.packed.device.type == "meta":
+                raise SourceError(
+                    f"{site.name}: the packed weight is not in the files of the model: they are incomplete; fetch or "
+                    "save it again"
+                )
+            check_numbers(site.module.packed, site.name)
+
+
+def _is_packed(site: QuantizedSite) -> TypeGuard[Any]:
+    return site.is_packed
 
 
 def check_same(present: Recipe, wanted: Recipe) -> None:

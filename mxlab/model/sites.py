@@ -15,6 +15,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from mxlab.model.nn.linear import is_linear_layer
+from mxlab.model.nn.packed import shape_of_weight
 from mxlab.model.structure import Structure, own_matrices, stacked_weights
 from mxlab.recipe.rule import Part
 
@@ -108,7 +109,7 @@ def multiplied_parameters(module: nn.Module, part: str) -> tuple[str, ...]:
 
 
 def _linear(name: str, module: nn.Linear | Conv1D, part: Part | Literal[""], layer: int | None) -> Site:
-    axis, shape = 0 if isinstance(module, Conv1D) else -1, tuple(module.weight.shape)
+    axis, shape = 0 if isinstance(module, Conv1D) else -1, shape_of_weight(module)
     if is_linear_layer(module):
         return Site(name, module, "linear", part, layer, "weight", axis, shape)
     if part == "router":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,8 +13,9 @@ from torch import Tensor
 from mxlab.errors import FormatError, SourceError
 from mxlab.formats import MXFormat
 from mxlab.numerics.blocks import Blocks
-from mxlab.numerics.codes import Codes, decode, encode
-from mxlab.numerics.operators import check
+from mxlab.numerics.codes import Codes, check_codes, codes_of_values, decode, encode, scale_values
+from mxlab.numerics.kernels import packing
+from mxlab.numerics.operators import DTYPES, check
 from mxlab.numerics.reference import block_layout, layout_of_shape
 from mxlab.packed.bits import pack, packed_length, unpack
 
@@ -61,21 +63,71 @@ class MXTensor:
         if not -x.ndim <= axis < x.ndim:
             raise FormatError(f"axis is {axis}: a tensor of shape {tuple(x.shape)} has {x.ndim}; give one of them")
         axis %= x.ndim
+        check_codes(parsed)
+        if packing.can_pack(x, parsed):
+            parts = packing.pack(x.detach().movedim(axis, -1).contiguous(), parsed)
+            return cls(parsed, tuple(x.shape), axis, x.dtype, *parts)
         codes = encode(x.detach(), parsed, (axis,), seed)
         elements = codes.elements.flatten(-2)[..., : x.shape[axis]]
         return cls(
             parsed, tuple(x.shape), axis, x.dtype, pack(elements, parsed.element_bits), codes.scales, codes.tensor_scale
         )
 
+    @classmethod
+    def from_values(cls, values: Tensor, fmt: MXFormat | str, axis: int = -1) -> MXTensor:
+        """Store values that are on the grid of a format already, such as :func:`mxlab.quantize` or GPTQ gives them.
+
+        Scales are found anew, each the smallest that holds its block, so that :meth:`dequantize` gives these values.
+
+        Args:
+            values: float32, bfloat16 or float16.
+            fmt: the format, or its spelling; its scale rule and rounding do not matter.
+            axis: along which the blocks lie.
+
+        Raises:
+            FormatError: values that are not on the grid, or scales that cannot be found: those of a tensor with a scale
+                of its own are known only while it is quantized.
+        """
+        made = cls.from_float(values, fmt, axis)
+        if not made._has(values) and not made.fmt.scale_format.is_float:
+            codes = codes_of_values(values.detach(), made.fmt, (made.axis,))
+            elements = codes.elements.flatten(-2)[..., : values.shape[axis]]
+            made = replace(made, elements=pack(elements, made.fmt.element_bits), scales=codes.scales)
+        if not made._has(values):
+            raise FormatError(
+                f"a tensor of shape {made.shape} does not hold values of {made.fmt} along axis {made.axis}, or its "
+                "scales cannot be told from them: pack what is quantized, by MXTensor.from_float"
+            )
+        return made
+
+    def _has(self, values: Tensor) -> bool:
+        return torch.equal(torch.nan_to_num(self.dequantize()), torch.nan_to_num(values.detach()))
+
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return the values, contiguous: what :func:`mxlab.quantize` gives, bit for bit, in the tensor's own dtype."""
-        elements = unpack(self.elements, self.fmt.element_bits, self.shape[self.axis])
+        length, wanted = self.shape[self.axis], dtype or self.dtype
+        if packing.can_unpack(self.elements, self.fmt):
+            codes = self.elements.contiguous(), self.scales.contiguous(), self.tensor_scale
+            return packing.unpack(*codes, self.fmt, length, wanted).movedim(-1, self.axis).contiguous()
+        elements = unpack(self.elements, self.fmt.element_bits, length)
         blocks = block_layout(elements, self.fmt, (elements.ndim - 1,)).split(elements)
-        return decode(Codes(blocks, self.scales, self.tensor_scale), self.fmt, self._cut, dtype or self.dtype)
+        return decode(Codes(blocks, self.scales, self.tensor_scale), self.fmt, self._cut, wanted)
 
     @property
     def _cut(self) -> Blocks:
         return layout_of_shape(self.shape, self.fmt, (self.axis,))
+
+    @cached_property
+    def units(self) -> tuple[Tensor, tuple[float, float]]:
+        """What the codes of scales stand for, times the smallest element, and the ends of those that occur.
+
+        float32 [256]; the smallest and the largest that is neither 0 nor NaN, 1 where there is none.
+        """
+        units = scale_values(self.fmt).to(self.device) * self.tensor_scale * self.fmt.grid.min
+        found = units[self.scales.unique().long()]
+        found = found[found > 0]
+        ends = (float(found.min()), float(found.max())) if found.numel() else (1.0, 1.0)
+        return units, ends
 
     @property
     def nbytes(self) -> int:
@@ -139,24 +191,43 @@ class MXTensor:
         Raises:
             SourceError: a layout that is not known, a part that is missing, or one of another dtype or shape.
         """
+        made = cls._described(description, {part: tensors.get(part, torch.ones(())) for part in _PARTS}, name)
+        made._check(tensors, name)
+        return made
+
+    @classmethod
+    def empty(cls, description: Mapping[str, Any], name: str = "", device: torch.device | str = "cpu") -> MXTensor:
+        """Return a tensor of that description whose codes are yet to come.
+
+        Raises:
+            SourceError: a layout that is not known, or a description that is none.
+        """
+        made = cls._described(description, dict.fromkeys(_PARTS, torch.ones(())), name)
+        wanted = made._wanted()
+        parts = {part: torch.empty(shape, dtype=dtype, device=device) for part, (dtype, shape) in wanted.items()}
+        return replace(made, **parts)
+
+    @classmethod
+    def _described(cls, description: Mapping[str, Any], parts: Mapping[str, Tensor], name: str) -> MXTensor:
         if description.get("layout") != LAYOUT:
             raise SourceError(
                 f"{name} has the layout {description.get('layout')!r}, and this version of mxlab reads {LAYOUT}: "
                 "update mxlab, or pack the model again"
             )
-        fmt = MXFormat.parse(description["format"])
-        shape, axis = tuple(description["shape"]), description["axis"]
-        made = cls(
-            fmt,
-            shape,
-            axis,
-            getattr(torch, description["dtype"]),
-            *(tensors.get(part, torch.ones(())) for part in _PARTS),
-        )
-        made._check(tensors, name)
-        return made
+        try:
+            fmt, shape = MXFormat.parse(description["format"]), tuple(map(int, description["shape"]))
+            axis, dtype = int(description["axis"]), getattr(torch, description["dtype"])
+            if not 0 <= axis < len(shape) or dtype not in DTYPES or min(shape) < 0:
+                raise ValueError(f"axis {axis}, shape {shape}, {dtype}")
+        except (AttributeError, KeyError, TypeError, ValueError, FormatError) as e:
+            raise SourceError(
+                f"{name} is described as {dict(description)}, which is no packed tensor ({e}): the file is damaged; "
+                "fetch or pack it again"
+            ) from None
+        return cls(fmt, shape, axis, dtype, **parts)
 
-    def _check(self, tensors: Mapping[str, Tensor], name: str) -> None:
+    def _wanted(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Return the dtype and the shape of each part."""
         rest = tuple(n for i, n in enumerate(self.shape) if i != self.axis)
         length, size = self.shape[self.axis], self._cut.block_size
         blocks = -(-length // size) if size else min(length, 1)
@@ -164,9 +235,10 @@ class MXTensor:
             "elements": (torch.uint8, (*rest, packed_length(length, self.fmt.element_bits))),
             "scales": (torch.uint8, (*rest, blocks)),
         }
-        if self.fmt.tensor_bits:
-            wanted["tensor_scale"] = torch.float32, ()
-        for part, (dtype, shape) in wanted.items():
+        return wanted | ({"tensor_scale": (torch.float32, ())} if self.fmt.tensor_bits else {})
+
+    def _check(self, tensors: Mapping[str, Tensor], name: str) -> None:
+        for part, (dtype, shape) in self._wanted().items():
             found = tensors.get(part)
             if found is None or (found.dtype, tuple(found.shape)) != (dtype, shape):
                 has = "is missing" if found is None else f"is {found.dtype} {tuple(found.shape)}"

@@ -76,13 +76,16 @@ class QuantizedLayer(Observable, QuantizedWeight):
         mx, bias = self.operands[phase], self.bias
         self._note("weight", phase)
         self._show("weight", "activation", x)
-        inputs, weight = self._quantized_input(x, mx), self._quantized_weight(mx)
         if bias is None or mx.adds_bias_apart:
-            y = mx.on_product(self._product(inputs, weight, None), bias)
+            y = mx.on_product(self._quantized_product(x, mx, None), bias)
         else:
-            y = mx.on_product(self._product(inputs, weight, mx.on_bias(bias)), None)
+            y = mx.on_product(self._quantized_product(x, mx, mx.on_bias(bias)), None)
         self._show("weight", "output", y)
         return mx.on_output(y)
+
+    def _quantized_product(self, x: Tensor, mx: LinearOperands, bias: Tensor | None) -> Tensor:
+        """Quantize both operands, and return their product [..., out]."""
+        return self._product(self._quantized_input(x, mx), self._quantized_weight(mx), bias)
 
     def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Multiply [..., in] in the dtype that this processor is fast in, and round [..., out] once to that of ``x``.
@@ -145,7 +148,7 @@ def convert(layer: nn.Module, *args: Any, **kwargs: Any) -> QuantizedLayer:
 def is_linear_layer(layer: nn.Module) -> bool:
     """Return whether a layer computes what a ``torch.nn.Linear`` or a ``Conv1D`` does, whatever its class is called."""
     kind = type(layer)
-    if kind in (nn.Linear, Conv1D, MxLinear, MxConv1D):
+    if kind in (nn.Linear, Conv1D) or issubclass(kind, QuantizedLayer):
         return True
     if not isinstance(layer, nn.Linear) or len(layer._parameters) > 2 or layer._buffers or layer._modules:
         return False

@@ -99,7 +99,11 @@ class LinearOperands:
 
     def on_transformed_weight(self, weight: Tensor, axis: int = -1) -> Tensor:
         """Return a weight that is in the basis of the transform already as the matmul sees it."""
-        return self._quantized(self._rounded(weight, self.elementwise.weight_rounding), self.weight, axis)
+        return self._quantized(self.weight_before_grid(weight), self.weight, axis)
+
+    def weight_before_grid(self, weight: Tensor) -> Tensor:
+        """Return a weight in the basis of the transform as it is quantized: rounded element-wise."""
+        return self._rounded(weight, self.elementwise.weight_rounding)
 
     def on_activation(
         self, x: Tensor, out: Tensor | None = None, axis: int = -1, matrices: Tensor | None = None
@@ -107,14 +111,16 @@ class LinearOperands:
         """Return the input [..., in] as the matmul sees it; in ``out``, if that is given and x is quantized."""
         transform, fmt = self.transform, self.activation
         if isinstance(transform, Derotated) and fmt is not None:
-            on_grid = self._on_grid(hadamard.transform(x, transform.size, axis), axis)
+            rotated = self._rounded(hadamard.transform(x, transform.size, axis), self.elementwise.output_rounding)
+            on_grid = self._quantized(rotated, fmt, axis)
             return hadamard.transform(on_grid, transform.size, axis, inverse=True)
         if isinstance(transform, Hadamard | Wush) and fmt is not None and x.dtype in self.untouched:
             return self._transformed_and_quantized(x, transform, fmt, axis, matrices, out)
-        return self._on_grid(self.transformed(x, axis, matrices), axis, out)
+        return self._quantized(self.before_grid(x, axis, matrices), self.activation, axis, out)
 
-    def _on_grid(self, x: Tensor, axis: int, out: Tensor | None = None) -> Tensor:
-        return self._quantized(self._rounded(x, self.elementwise.output_rounding), self.activation, axis, out)
+    def before_grid(self, x: Tensor, axis: int = -1, matrices: Tensor | None = None) -> Tensor:
+        """Return the input [..., in] as it is quantized: transformed, and rounded element-wise."""
+        return self._rounded(self.transformed(x, axis, matrices), self.elementwise.output_rounding)
 
     def on_bias(self, bias: Tensor) -> Tensor:
         """Return the bias [out] as it is added."""

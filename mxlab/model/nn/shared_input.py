@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 # Bytes of a workspace. Small memory is recycled at once: for a token it would only be work.
 _SMALLEST, _LARGEST = 2**16, 2**26
+
+
+Result = TypeVar("Result")
 
 
 class _Workspace(threading.local):
@@ -54,14 +57,14 @@ class SharedInput:
 
     def __init__(self) -> None:
         self._is_open = False
-        self._last: tuple[Tensor, Hashable, Tensor, Tensor | None] | None = None
+        self._last: tuple[Tensor, Hashable, Any, Tensor | None] | None = None
 
     def install(self, parent: nn.Module) -> None:
         """Remember inputs during the calls of ``parent``."""
         parent.register_forward_pre_hook(self._begin)
         parent.register_forward_hook(self._end, always_call=True)
 
-    def get(self, x: Tensor, kind: Hashable, function: Callable[[Tensor, Tensor | None], Tensor]) -> Tensor:
+    def get(self, x: Tensor, kind: Hashable, function: Callable[[Tensor, Tensor | None], Result]) -> Result:
         """Return ``function(x, out)``, ``out`` being memory for the result or None.
 
         It is not computed again for the same unchanged tensor and an equal ``kind``. The result is good until the next

@@ -1,6 +1,7 @@
 # The extension module of csrc/module.cpp. Tensors are passed as addresses; an address of 0 for `noise` means none.
 # `dtype` is the value of a Dtype.
 
+from collections.abc import Sequence
 from enum import Enum
 
 class Dtype(Enum):
@@ -74,6 +75,76 @@ class RoundPlan:
     def __init__(self, element: Element, rounding: Rounding, subnormals: bool, numerics: Numerics) -> None: ...
     def run(self, source: int, target: int, noise: int, dtype: int, count: int, threads: int, /) -> None: ...
 
+class ProductPlan:
+    def __init__(
+        self,
+        activation: Format,
+        scaling: Scaling,
+        rounding: Rounding,
+        largest_input: int,
+        bits: int,
+        is_int: bool,
+        offset: int,
+        largest_weight: int,
+        bytes: Sequence[int],
+        block: int,
+    ) -> None: ...
+    def bytes(self, rows: int, inputs: int, /) -> int: ...
+    def encode(self, source: int, dtype: int, rows: int, inputs: int, memory: int, threads: int, /) -> None: ...
+    def multiply(
+        self,
+        memory: int,
+        rows: int,
+        inputs: int,
+        elements: int,
+        scales: int,
+        scale_of: int,
+        outputs: int,
+        row_bytes: int,
+        smallest: float,
+        largest: float,
+        target: int,
+        bias: int,
+        dtype: int,
+        threads: int,
+        /,
+    ) -> bool: ...
+
+def pack(
+    source: int,
+    dtype: int,
+    elements: int,
+    scales: int,
+    rows: int,
+    length: int,
+    block: int,
+    row_bytes: int,
+    bits: int,
+    nan_scale: int,
+    format: Format,
+    scaling: Scaling,
+    rounding: Rounding,
+    threads: int,
+    /,
+) -> float: ...
+def unpack(
+    elements: int,
+    scales: int,
+    scale_of: int,
+    rows: int,
+    length: int,
+    block: int,
+    row_bytes: int,
+    bits: int,
+    is_int: bool,
+    offset: int,
+    integers: Sequence[int],
+    value_of: int,
+    target: int,
+    dtype: int,
+    threads: int,
+    /,
+) -> None: ...
 def transform(
     source: int,
     target: int,

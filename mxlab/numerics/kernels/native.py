@@ -153,6 +153,60 @@ def product_plan(
     )
 
 
+def pack(
+    x: Tensor, fmt: MXFormat, elements: Tensor, scales: Tensor, shape: tuple[int, int, int, int], nan_scale: int
+) -> float:
+    """Quantize rows and pack their codes: see :mod:`mxlab.numerics.kernels.packing`.
+
+    Args:
+        x: contiguous, rows of the length.
+        fmt: a format that has kernels, of at most eight bits, and does not draw random numbers.
+        elements: where the codes go, uint8.
+        scales: where the scales go, uint8.
+        shape: rows, length, elements of a block, bytes of a row.
+        nan_scale: the code of a scale that is not a number.
+
+    Returns:
+        The scale of the tensor, 1 where the format has none.
+    """
+    rules = _format(fmt), _native.Scaling[scaling(fmt)], _native.Rounding[fmt.rounding]
+    addresses = elements.data_ptr(), scales.data_ptr()
+    return _native.pack(
+        x.data_ptr(), DTYPES[x.dtype], *addresses, *shape, fmt.element_bits, nan_scale, *rules, torch.get_num_threads()
+    )
+
+
+def unpack(
+    elements: Tensor,
+    scales: Tensor,
+    scale_of: Tensor,
+    out: Tensor,
+    shape: tuple[int, int, int],
+    fmt: MXFormat,
+    integers: Sequence[int] | None,
+    values: Tensor,
+) -> None:
+    """Write the values of packed codes into ``out``, rows of the length, contiguous.
+
+    Args:
+        elements: uint8 [rows, bytes], contiguous.
+        scales: uint8 [rows, blocks], contiguous.
+        scale_of: float32 [256], what each code of a scale stands for.
+        out: float32, bfloat16 or float16.
+        shape: rows, length, elements of a block.
+        fmt: the format.
+        integers: what each code is as a multiple of the smallest element, if those are small; ``scale_of`` is for that.
+        values: float32 [256], what each code is where there are none.
+    """
+    offset = -min(integers) if integers else 0
+    addresses = elements.data_ptr(), scales.data_ptr(), scale_of.data_ptr()
+    whole = [integer + offset for integer in integers or ()]
+    codes = fmt.element_bits, fmt.grid.is_int, offset, whole, values.data_ptr()
+    _native.unpack(
+        *addresses, *shape, elements.shape[-1], *codes, out.data_ptr(), DTYPES[out.dtype], torch.get_num_threads()
+    )
+
+
 @functools.cache
 def _quantize_plan(fmt: str, numerics: Numerics) -> _native.QuantizePlan:
     parsed = MXFormat.parse(fmt)

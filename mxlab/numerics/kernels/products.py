@@ -18,6 +18,7 @@ from mxlab.numerics.codes import element_values
 from mxlab.numerics.kernels import native
 from mxlab.numerics.kernels.compiled import address
 
+_ALIGNMENT = 64  # of its memory
 _LARGEST_INTEGER = 127  # of an operand; a weight that is fixed-point may be -128
 _MOST_CODES = 1536  # that are unpacked at once: MOST_CODES in dot.h; as 16-bit words half of it
 
@@ -60,16 +61,22 @@ class IntegerProduct:
         largest = max(map(abs, activation.limits)) / activation.grid.min
         self._plan = native.product_plan(activation, int(largest), weight, whole.tolist())
 
-    def encode(self, x: Tensor) -> Tensor:
-        """Return a contiguous activation [..., inputs] as integers and scales: bytes that :meth:`multiply` takes."""
+    def encode(self, x: Tensor, memory: Tensor | None = None) -> Tensor:
+        """Return a contiguous activation [..., inputs] as integers and scales: bytes that :meth:`multiply` takes.
+
+        They are put into ``memory``, contiguous, if that is given and large enough.
+        """
         inputs = x.shape[-1]
         rows = x.numel() // inputs
-        memory = torch.empty(self._plan.bytes(rows, inputs) + 64, dtype=torch.uint8)
-        start = -memory.data_ptr() % 64
+        size = self._plan.bytes(rows, inputs) + _ALIGNMENT
+        if memory is None or memory.nbytes < size:
+            memory = torch.empty(size, dtype=torch.uint8)
+        bytes_ = memory.view(-1).view(torch.uint8)
+        bytes_ = bytes_[-bytes_.data_ptr() % _ALIGNMENT :]
         self._plan.encode(
-            x.data_ptr(), native.DTYPES[x.dtype], rows, inputs, memory.data_ptr() + start, torch.get_num_threads()
+            x.data_ptr(), native.DTYPES[x.dtype], rows, inputs, bytes_.data_ptr(), torch.get_num_threads()
         )
-        return memory[start:]
+        return bytes_
 
     def multiply(
         self,

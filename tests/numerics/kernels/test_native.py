@@ -27,17 +27,6 @@ def test_the_native_kernels_are_built():
     assert native.MISSING is None
 
 
-INSTRUCTION_SETS = native._native.instruction_sets() if native.MISSING is None else []
-
-
-@pytest.fixture(params=INSTRUCTION_SETS)
-def instruction_set(request):
-    before = native.instruction_set()
-    native._native.use(request.param)
-    yield request.param
-    native._native.use(before)
-
-
 def hard(dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
     """(48, 192): ordinary numbers, every magnitude, ties, subnormals, all bit patterns, zeros, NaN and infinities."""
     g = torch.Generator().manual_seed(seed)

@@ -3,6 +3,7 @@
 
 #include "tiles.h"
 #include "unpack.h"
+#include "values.h"
 
 namespace mx {
 namespace MX_ISA {
@@ -91,6 +92,6 @@ void multiply(const DotWeight& w, const DotElement& e, const DotMethod& m, const
 #define MX_TEXT_(isa) #isa
 #define MX_TEXT(isa) MX_TEXT_(isa)
 
-const DotKernels MX_NAME(MX_ISA) = {MX_TEXT(MX_ISA), MX_ISA::method, MX_ISA::multiply};
+const DotKernels MX_NAME(MX_ISA) = {MX_TEXT(MX_ISA), MX_ISA::method, MX_ISA::multiply, MX_ISA::values};
 
 }  // namespace mx

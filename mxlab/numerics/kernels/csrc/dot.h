@@ -11,8 +11,8 @@
 
 namespace mx {
 
-constexpr int64_t PANEL = 16;        // outputs that are computed together
-constexpr int64_t CODES_READ = 32;   // codes of a row that are unpacked together
+constexpr int64_t PANEL = 16;         // outputs that are computed together
+constexpr int64_t CODES_READ = 32;    // codes of a row that are unpacked together
 constexpr int64_t MOST_CODES = 1536;  // of a row, that are unpacked before they are multiplied: 16 rows fit the cache
 
 // The weight [outputs, inputs], rows of codes packed bit by bit: the layout of mxlab/packed/bits.py.
@@ -64,6 +64,14 @@ struct DotOutput {
     Dtype dtype;
 };
 
+// Where the values of a packed tensor go: rows of `length`, in blocks of `block`.
+struct Unpacking {
+    void* target;
+    Dtype dtype;
+    const float* value_of;  // [256]: the element of each code, or null where DotElement has the integers
+    int64_t length, block;
+};
+
 struct DotKernels {
     const char* name;
     // `weight` and `input` are the largest magnitudes of the integers.
@@ -71,6 +79,8 @@ struct DotKernels {
     // Outputs [panel * PANEL, (panel + 1) * PANEL) of rows [first, last).
     void (*multiply)(const DotWeight&, const DotElement&, const DotMethod&, const DotShape&, const DotInput&,
                      const DotOutput&, int64_t panel, int64_t first, int64_t last);
+    // The values of rows [first, last).
+    void (*values)(const DotWeight&, const DotElement&, const Unpacking&, int64_t first, int64_t last);
 };
 
 extern const DotKernels portable_dot, avx2_dot, avx512vnni_dot;  // the latter two on x86-64 only

@@ -52,23 +52,55 @@ MX_INLINE Rounded round_magnitude(float a, const Element& el, float noise) {
     return {integer, float_of(static_cast<u32>(field))};
 }
 
-// Quantize an element of a block. Its magnitude is limited first, which is safe: the largest element is on the grid,
-// and where NaN becomes a number the scale of the block is NaN. Only the last product can round.
+// Round an element of a block to the element's grid. Its magnitude is limited first, which is safe: the largest element
+// is on the grid, and where NaN becomes a number the scale of the block is NaN.
 template <Rounding R>
-MX_INLINE float quantize(float x, const Scale& s, const Element& el, float noise) {
+MX_INLINE Rounded round_limited(float x, const Scale& s, const Element& el, float noise) {
     const int y = static_cast<int>(bits_of(x * s.down) & MAGNITUDE);
     const float limited = float_of(static_cast<u32>(smaller(y, static_cast<int>(bits_of(el.max)))));
-    const Rounded r = round_magnitude<R>(limited, el, noise);
+    return round_magnitude<R>(limited, el, noise);
+}
+
+// Quantize it. Only the last product can round.
+template <Rounding R>
+MX_INLINE float quantize(float x, const Scale& s, const Element& el, float noise) {
+    const Rounded r = round_limited<R>(x, s, el, noise);
     return multiply_add(r.integer * with_sign_of(s.up, x), r.binade, 0.0f);  // + 0: a zero result is +0
 }
 
-// Quantize an element of a format whose elements lie in [-1, 1), under a scale no smaller than the largest magnitude:
-// only positive values need a limit. As signed integers, the bits of negative numbers are below those of all others.
+// Round an element of a format whose elements lie in [-1, 1), under a scale no smaller than the largest magnitude: only
+// positive values need a limit. As signed integers, the bits of negative numbers are below those of all others.
+template <Rounding R>
+MX_INLINE Rounded round_asymmetric(float x, const Scale& s, const Element& el, float noise) {
+    const int y = smaller(static_cast<int>(bits_of(x * s.down)), static_cast<int>(bits_of(el.max)));
+    return round_magnitude<R>(float_of(static_cast<u32>(y) & MAGNITUDE), el, noise);
+}
+
+// Quantize it.
 template <Rounding R>
 MX_INLINE float quantize_asymmetric(float x, const Scale& s, const Element& el, float noise) {
-    const int y = smaller(static_cast<int>(bits_of(x * s.down)), static_cast<int>(bits_of(el.max)));
-    const Rounded r = round_magnitude<R>(float_of(static_cast<u32>(y) & MAGNITUDE), el, noise);
+    const Rounded r = round_asymmetric<R>(x, s, el, noise);
     return multiply_add(r.integer * with_sign_of(s.up, x), r.binade, 0.0f);
+}
+
+// Return a rounded element as a multiple of the smallest one.
+MX_INLINE float integer(const Rounded& r, const Element& el, float x) {
+    return with_sign_of(r.integer * (r.binade * (1.0f / el.min_normal)), x);
+}
+
+// Return the code of a rounded element: OCP MX v1.0, section 5.3; fixed-point ones in two's complement. Codes without
+// their sign count up from 0; a zero has no sign.
+MX_INLINE u32 code(const Rounded& r, const Element& el, int bits, float x) {
+    const int binades = static_cast<int>(bits_of(r.binade) >> 23) - static_cast<int>(bits_of(el.min_normal) >> 23);
+    const u32 count = static_cast<u32>(static_cast<int>(r.integer)) + (static_cast<u32>(binades) << el.mantissa_bits);
+    const u32 negative = count != 0 ? bits_of(x) >> 31 : 0u;
+    const u32 whole = (negative != 0 ? 0u - count : count) & ((1u << bits) - 1u);
+    return el.is_int != 0 ? whole : count | negative << (bits - 1);
+}
+
+// Return the code of a power-of-two scale that is a number.
+MX_INLINE u32 code(const Scale& s, const Format& f) {
+    return static_cast<u32>(127 - static_cast<int>(bits_of(s.down) >> 23) + f.scale_emax);
 }
 
 // Return the scale of twice the size, for a power-of-two scale; `up` is NaN where that exceeds the range.
@@ -89,16 +121,21 @@ MX_INLINE float tensor_scale(u32 amax, const Format& f) {
     return t > 0x1p-117f ? t : 0x1p-117f;
 }
 
+// Round the floating-point scale of a block, given the float32 bits of its largest magnitude; it is never zero.
+MX_INLINE Rounded round_scale(u32 amax, const Format& f) {
+    const u32 wanted = bits_of(float_of(amax) / f.element.max / (divides(f) ? 1.0f : f.tensor_scale));
+    const int limited = smaller(static_cast<int>(wanted), static_cast<int>(bits_of(f.scale.max)));
+    const Rounded r = round_magnitude<Rounding::even>(float_of(static_cast<u32>(limited)), f.scale, 0.0f);
+    return {r.integer > 0.0f ? r.integer : 1.0f, r.binade};
+}
+
 // Return the floating-point scale of a block, given the float32 bits of its largest magnitude. `up` multiplies elements
 // on their way back. `down` is its inverse, taken in two steps, if the tensor has a scale of its own; without one,
 // elements are divided by `up`, and `down` is 1.
 MX_INLINE Scale floating_scale(u32 amax, const Format& f) {
     const float t = divides(f) ? 1.0f : f.tensor_scale;
-    const u32 wanted = bits_of(float_of(amax) / f.element.max / t);
-    const int limited = smaller(static_cast<int>(wanted), static_cast<int>(bits_of(f.scale.max)));
-    const Rounded r = round_magnitude<Rounding::even>(float_of(static_cast<u32>(limited)), f.scale, 0.0f);
-    const float units = r.integer > 0.0f ? r.integer : 1.0f;  // never zero
-    const float s = units * power_of_two(-f.scale.mantissa_bits) * r.binade;
+    const Rounded r = round_scale(amax, f);
+    const float s = r.integer * power_of_two(-f.scale.mantissa_bits) * r.binade;
     return {divides(f) ? 1.0f : 1.0f / t / s, amax >= EXPONENT ? float_of(QUIET_NAN) : t * s};
 }
 

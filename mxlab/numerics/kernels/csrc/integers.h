@@ -1,5 +1,7 @@
-// Rows of an activation as integers times scales, for the products of dot.h.
+// Rows as integers times scales, for the products of dot.h, and as packed codes.
 #pragma once
+
+#include <vector>
 
 #include "dot.h"
 #include "elements.h"
@@ -14,8 +16,10 @@ MX_NOINLINE void find_integers(const Format& given, const typename Op::T::Stored
                                int64_t n) {
     const Format f = given;
     MX_INDEPENDENT
-    for (int64_t i = 0; i < n; ++i)
-        out[i] = static_cast<Code>(static_cast<int32_t>(Op::integer(Op::T::load(x[i]), s, f)));
+    for (int64_t i = 0; i < n; ++i) {
+        const float v = Op::T::load(x[i]);
+        out[i] = static_cast<Code>(static_cast<int32_t>(exact::integer(Op::rounded(v, s, f), f.element, v)));
+    }
 }
 
 // Turn `count` blocks of `n` elements into integers; they lie `n` apart, and the codes too.
@@ -82,21 +86,99 @@ void encode(const Buffers& b, const Format& format, const DotShape& shape, const
     }
 }
 
+// Call f with the operation of a type and a rounding.
+template <class T, Rounding R, class F>
+void with_scaling(Scaling scaling, F f) {
+    if (scaling == Scaling::floating) return f(Floating<T, R>{});
+    if (scaling == Scaling::searched) return f(Searched<T, R>{});
+    f(Exact<T, R>{});
+}
+
+// Call f with the operation, for the roundings that draw no random numbers.
+template <class F>
+void with_operation(Dtype dtype, Scaling scaling, Rounding rounding, F f) {
+    with_dtype(dtype, [&](auto t) {
+        using T = decltype(t);
+        if (scaling == Scaling::asymmetric) return f(Asymmetric<T, Rounding::even>{});
+        if (rounding == Rounding::nearest) return with_scaling<T, Rounding::nearest>(scaling, f);
+        if (rounding == Rounding::nearest_zero) return with_scaling<T, Rounding::nearest_zero>(scaling, f);
+        if (rounding == Rounding::even) return with_scaling<T, Rounding::even>(scaling, f);
+        if (rounding == Rounding::floor) return with_scaling<T, Rounding::floor>(scaling, f);
+    });
+}
+
 void encode(const Buffers& b, const Format& f, Scaling scaling, Rounding rounding, const DotShape& shape,
             const DotMethod& m, int offset, const DotInput& out, int64_t first, int64_t last) {
-    const auto run = [&](auto op) { encode<decltype(op)>(b, f, shape, m, offset, out, first, last); };
-    with_dtype(b.dtype, [&](auto t) {
-        using T = decltype(t);
-        if (scaling == Scaling::asymmetric) return run(Asymmetric<T, Rounding::even>{});
-        with_rounding(rounding, [&](auto r) {
-            constexpr Rounding R = decltype(r)::value;
-            if constexpr (R != Rounding::dither) {
-                if (scaling == Scaling::floating) return run(Floating<T, R>{});
-                if (scaling == Scaling::searched) return run(Searched<T, R>{});
-                run(Exact<T, R>{});
-            }
-        });
-    });
+    with_operation(b.dtype, scaling, rounding,
+                   [&](auto op) { encode<decltype(op)>(b, f, shape, m, offset, out, first, last); });
+}
+
+template <class Op>
+MX_NOINLINE void find_codes(const Format& given, int bits, const typename Op::T::Stored* x, const Scale& s,
+                            uint8_t* out, int64_t n) {
+    const Format f = given;
+    MX_INDEPENDENT
+    for (int64_t i = 0; i < n; ++i) {
+        const float v = Op::T::load(x[i]);
+        out[i] = static_cast<uint8_t>(exact::code(Op::rounded(v, s, f), f.element, bits, v));
+    }
+}
+
+// The same for `count` blocks of `n` elements; those of a block without a number are 0.
+template <class Op>
+void find_block_codes(const Computed<Op>& op, const Packing& p, const typename Op::T::Stored* x, int64_t count,
+                      int64_t n, uint8_t* codes, uint8_t* scales) {
+    u32 amax[BLOCKS];
+    float down[BLOCKS], up[BLOCKS];
+    for (int64_t b = 0; b < count; ++b) amax[b] = largest<typename Op::T>(x + b * n, n);
+    find_scales<Op>(op.format, amax, down, up, count);
+    if constexpr (Op::SEARCHES) search_rows(op, x, count, n, down, up);
+    for (int64_t b = 0; b < count; ++b) {
+        const Scale s{down[b], up[b]};
+        const bool is_number = up[b] == up[b];
+        scales[b] = static_cast<uint8_t>(is_number ? Op::scale_code(s, amax[b], op.format) : p.nan_scale);
+        if (is_number && up[b] != 0.0f)
+            find_codes<Op>(op.format, p.bits, x + b * n, s, codes + b * n, n);
+        else
+            for (int64_t i = 0; i < n; ++i) codes[b * n + i] = 0;
+    }
+}
+
+MX_NOINLINE void pack_four_bits(const uint8_t* codes, uint8_t* out, int64_t pairs) {
+    for (int64_t i = 0; i < pairs; ++i) out[i] = static_cast<uint8_t>(codes[2 * i] | codes[2 * i + 1] << 4);
+}
+
+// Put codes one behind the other, the first in the lowest bits; `codes` has eight zeros behind its end.
+MX_NOINLINE void pack_bits(const uint8_t* codes, int64_t n, int bits, uint8_t* out) {
+    if (bits == 4) return pack_four_bits(codes, out, (n + 1) / 2);
+    for (int64_t i = 0; i < n; i += 8) {
+        u64 eight = 0;
+        for (int k = 0; k < 8; ++k) eight |= static_cast<u64>(codes[i + k]) << (k * bits);
+        const int64_t left = (n * bits + 7) / 8 - i / 8 * bits, bytes = left < bits ? left : bits;
+        for (int64_t k = 0; k < bytes; ++k) out[i / 8 * bits + k] = static_cast<uint8_t>(eight >> (8 * k));
+    }
+}
+
+template <class Op>
+void pack_rows(const Buffers& b, const Format& format, const Packing& p, int64_t first, int64_t last) {
+    const Computed<Op> op(format, nullptr);
+    const int64_t blocks = (p.length + p.block - 1) / p.block, whole = p.length / p.block, left = p.length % p.block;
+    std::vector<uint8_t> codes(static_cast<std::size_t>(p.length) + 8, 0);
+    for (int64_t row = first; row < last; ++row) {
+        const auto* const x = static_cast<const typename Op::T::Stored*>(b.source) + row * p.length;
+        uint8_t* const scales = p.scales + row * blocks;
+        for (int64_t k = 0; k < whole; k += BLOCKS)
+            find_block_codes(op, p, x + k * p.block, whole - k < BLOCKS ? whole - k : BLOCKS, p.block,
+                             codes.data() + k * p.block, scales + k);
+        if (left > 0)
+            find_block_codes(op, p, x + whole * p.block, 1, left, codes.data() + whole * p.block, scales + whole);
+        pack_bits(codes.data(), p.length, p.bits, p.elements + row * p.row_bytes);
+    }
+}
+
+void pack(const Buffers& b, const Format& f, Scaling scaling, Rounding rounding, const Packing& p, int64_t first,
+          int64_t last) {
+    with_operation(b.dtype, scaling, rounding, [&](auto op) { pack_rows<decltype(op)>(b, f, p, first, last); });
 }
 
 }  // namespace

@@ -118,7 +118,7 @@ const Kernels MX_NAME(MX_ISA) = {
     MX_TEXT(MX_ISA),         MX_ISA::quantize_units, MX_ISA::quantize_exact,     MX_ISA::quantize_microxcaling,
     MX_ISA::largest_finite,  MX_ISA::round_alone,    MX_ISA::microxcaling_table, MX_ISA::look_up,
     MX_ISA::uniform_numbers, MX_ISA::transform,      MX_ISA::settle_units,       MX_ISA::settle,
-    MX_ISA::encode,
+    MX_ISA::encode,          MX_ISA::pack,
 };
 
 }  // namespace mx

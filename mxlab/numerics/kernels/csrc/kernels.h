@@ -53,6 +53,14 @@ struct Transform {
     bool is_shared;
 };
 
+// Rows of `length` elements as packed codes, the layout of mxlab/packed/bits.py, and a byte for the scale of each
+// block.
+struct Packing {
+    uint8_t *elements, *scales;
+    int64_t length, block, row_bytes;
+    int bits, nan_scale;
+};
+
 // Of dot.h.
 struct DotShape;
 struct DotMethod;
@@ -82,6 +90,8 @@ struct Kernels {
     // Rows of an activation as integers; `offset` is that of the weights that they are multiplied by. Not for dither.
     void (*encode)(const Buffers&, const Format&, Scaling, Rounding, const DotShape&, const DotMethod&, int offset,
                    const DotInput& out, int64_t first, int64_t last);
+    // Rows as packed codes. Not for dither.
+    void (*pack)(const Buffers&, const Format&, Scaling, Rounding, const Packing&, int64_t first, int64_t last);
 };
 
 extern const Kernels portable_kernels, avx2_kernels, avx512_kernels;  // the latter two on x86-64 only

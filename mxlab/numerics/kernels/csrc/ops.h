@@ -18,11 +18,13 @@ struct Exact {
     MX_INLINE float element(float x, const Scale& s, const Format& f, float noise) {
         return exact::quantize<R>(x, s, f.element, noise);
     }
-    // The element as a multiple of the smallest one, and what that is under the scale: an integer and its unit.
-    MX_INLINE float integer(float x, const Scale& s, const Format& f) {
-        return exact::quantize<R>(x, {s.down, 1.0f / f.element.min_normal}, f.element, 0.0f);
+    // What the element is rounded to, as a number of the element format.
+    MX_INLINE exact::Rounded rounded(float x, const Scale& s, const Format& f) {
+        return exact::round_limited<R>(x, s, f.element, 0.0f);
     }
+    // What the smallest element is under the scale.
     MX_INLINE float unit(const Scale& s, const Format& f) { return s.up * f.element.min_normal; }
+    MX_INLINE u32 scale_code(const Scale& s, u32, const Format& f) { return exact::code(s, f); }
     MX_INLINE float in_range(float result) { return saturated<T>(result); }
     MX_INLINE float alone(float x, const Element& el, bool subnormals, float noise) {
         return exact::round_alone<T, R>(x, el, subnormals, noise);
@@ -35,8 +37,8 @@ struct Asymmetric : Exact<T, R> {
     MX_INLINE float element(float x, const Scale& s, const Format& f, float noise) {
         return exact::quantize_asymmetric<R>(x, s, f.element, noise);
     }
-    MX_INLINE float integer(float x, const Scale& s, const Format& f) {
-        return exact::quantize_asymmetric<R>(x, {s.down, 1.0f / f.element.min_normal}, f.element, 0.0f);
+    MX_INLINE exact::Rounded rounded(float x, const Scale& s, const Format& f) {
+        return exact::round_asymmetric<R>(x, s, f.element, 0.0f);
     }
 };
 
@@ -53,12 +55,14 @@ struct Floating : Exact<T, R> {
     MX_INLINE float element(float x, const Scale& s, const Format& f, float noise) {
         return exact::quantize_floating<R>(x, s, f.element, exact::divides(f), noise);
     }
-    MX_INLINE float integer(float x, const Scale& s, const Format& f) {
-        const exact::Rounded r = exact::round_floating<R>(x, s, f.element, exact::divides(f), 0.0f);
-        return with_sign_of(r.integer * (r.binade * (1.0f / f.element.min_normal)), x);
+    MX_INLINE exact::Rounded rounded(float x, const Scale& s, const Format& f) {
+        return exact::round_floating<R>(x, s, f.element, exact::divides(f), 0.0f);
     }
     MX_INLINE float unit(const Scale& s, const Format& f) {
         return s.up * (power_of_two(-f.element.mantissa_bits) * f.element.min_normal);
+    }
+    MX_INLINE u32 scale_code(const Scale&, u32 amax, const Format& f) {
+        return exact::code(exact::round_scale(amax, f), f.scale, 9, 0.0f);
     }
 };
 

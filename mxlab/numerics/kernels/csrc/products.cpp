@@ -113,18 +113,21 @@ class ProductPlan {
         constexpr int64_t ROWS = 192, WORK = 1 << 16;
         const int64_t panels = (outputs + PANEL - 1) / PANEL, pieces = (rows + ROWS - 1) / ROWS;
         const int64_t grain = std::max<int64_t>(1, WORK / (std::min(rows, ROWS) * inputs * PANEL));
-        parallel_for(useful(threads, rows * inputs * outputs), panels * pieces, grain, [&](int64_t first, int64_t last) {
-            for (int64_t unit = first; unit < last; ++unit) {
-                const int64_t row = unit / panels * ROWS;
-                header.kernels->multiply(w, element_, header.method, s, in, out, unit % panels, row,
-                                         std::min(rows, row + ROWS));
-            }
-        });
+        parallel_for(useful(threads, rows * inputs * outputs), panels * pieces, grain,
+                     [&](int64_t first, int64_t last) {
+                         for (int64_t unit = first; unit < last; ++unit) {
+                             const int64_t row = unit / panels * ROWS;
+                             header.kernels->multiply(w, element_, header.method, s, in, out, unit % panels, row,
+                                                      std::min(rows, row + ROWS));
+                         }
+                     });
         return true;
     }
 
    private:
-    DotMethod method(const DotKernels& dot) const { return dot.method(element_, largest_weight_, largest_input_, block_); }
+    DotMethod method(const DotKernels& dot) const {
+        return dot.method(element_, largest_weight_, largest_input_, block_);
+    }
 
     DotShape shape(int64_t rows, int64_t inputs) const {
         int64_t padded = (inputs + block_ - 1) / block_ * block_;
@@ -150,9 +153,52 @@ class ProductPlan {
     DotElement element_;
 };
 
+int64_t rows_together(int64_t length) {
+    return std::max<int64_t>(1, WORTH_A_THREAD / 2 / std::max<int64_t>(length, 1));
+}
+
+// Quantize rows, and pack their codes; return the scale of the tensor, 1 where the format has none.
+float pack(uintptr_t source, int dtype, uintptr_t elements, uintptr_t scales, int64_t rows, int64_t length,
+           int64_t block, int64_t row_bytes, int bits, int nan_scale, const Format& given, Scaling scaling,
+           Rounding rounding, int threads) {
+    const nb::gil_scoped_release release;
+    const Kernels& kernels = active_kernels();
+    const Buffers b = buffers(source, 0, 0, dtype);
+    const Format format = with_tensor_scale(given, b, rows * length, threads);
+    const Packing p{reinterpret_cast<uint8_t*>(elements),
+                    reinterpret_cast<uint8_t*>(scales),
+                    length,
+                    block,
+                    row_bytes,
+                    bits,
+                    nan_scale};
+    parallel_for(useful(threads, rows * length), rows, rows_together(length),
+                 [&](int64_t first, int64_t last) { kernels.pack(b, format, scaling, rounding, p, first, last); });
+    return format.tensor_scale == 0.0f ? 1.0f : format.tensor_scale;
+}
+
+// Write the values of packed rows. `integers` are those of the codes, each plus `offset`, or empty: then `value_of` has
+// what each code stands for.
+void unpack(uintptr_t elements, uintptr_t scales, uintptr_t scale_of, int64_t rows, int64_t length, int64_t block,
+            int64_t row_bytes, int bits, bool is_int, int offset, const std::vector<int>& integers, uintptr_t value_of,
+            uintptr_t target, int dtype, int threads) {
+    const nb::gil_scoped_release release;
+    const DotWeight w{reinterpret_cast<const uint8_t*>(elements), reinterpret_cast<const uint8_t*>(scales),
+                      reinterpret_cast<const float*>(scale_of), rows, row_bytes};
+    DotElement e{bits, is_int, offset, {}};
+    for (size_t i = 0; i < integers.size() && i < 256; ++i) e.bytes[i] = static_cast<uint8_t>(integers[i]);
+    const Unpacking u{reinterpret_cast<void*>(target), static_cast<Dtype>(dtype),
+                      integers.empty() ? reinterpret_cast<const float*>(value_of) : nullptr, length, block};
+    const DotKernels& kernels = active_dot();
+    parallel_for(useful(threads, rows * length), rows, rows_together(length),
+                 [&](int64_t first, int64_t last) { kernels.values(w, e, u, first, last); });
+}
+
 }  // namespace
 
 void bind_products(nb::module_& m) {
+    m.def("pack", &pack);
+    m.def("unpack", &unpack);
     nb::class_<ProductPlan>(m, "ProductPlan")
         .def(nb::init<const Format&, Scaling, Rounding, int, int, bool, int, int, const std::vector<int>&, int64_t>(),
              nb::arg("activation"), nb::arg("scaling"), nb::arg("rounding"), nb::arg("largest_input"), nb::arg("bits"),

@@ -20,9 +20,7 @@ struct Tile {
 
 #if defined(__AVX512VNNI__)
 
-DotMethod method(const DotElement&, int, int, int64_t block) {
-    return {Starts::whole, static_cast<int>(block / 4), 1};
-}
+DotMethod method(const DotElement&, int, int, int64_t block) { return {Starts::whole, static_cast<int>(block / 4), 1}; }
 
 template <int R>
 MX_NOINLINE void multiply_tile(const Tile& t, const DotMethod&, float* sums) {
@@ -117,7 +115,8 @@ struct Sums {
             const __m256 own = _mm256_set1_ps(t.scales[r * t.scale_stride + block]);
 #pragma GCC unroll 2
             for (int h = 0; h < 2; ++h)
-                value[r][h] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(whole[r][h]), _mm256_mul_ps(own, scale[h]), value[r][h]);
+                value[r][h] =
+                    _mm256_fmadd_ps(_mm256_cvtepi32_ps(whole[r][h]), _mm256_mul_ps(own, scale[h]), value[r][h]);
         }
     }
 };
@@ -205,9 +204,7 @@ void multiply_rows(const Tile& t, const DotMethod& m, int64_t rows, float* sums)
 
 #else
 
-DotMethod method(const DotElement&, int, int, int64_t block) {
-    return {Starts::whole, static_cast<int>(block / 4), 1};
-}
+DotMethod method(const DotElement&, int, int, int64_t block) { return {Starts::whole, static_cast<int>(block / 4), 1}; }
 
 constexpr int64_t rows_done(int64_t) { return 1; }
 
@@ -221,7 +218,8 @@ void multiply_rows(const Tile& t, const DotMethod&, int64_t, float* sums) {
             for (int64_t c = 0; c < PANEL; ++c)
                 for (int64_t i = 0; i < 4; ++i) whole[c] += panel[c * 4 + i] * codes[i];
         for (int64_t c = 0; c < PANEL; ++c)
-            sums[c] = __builtin_fmaf(static_cast<float>(whole[c]), t.scales[b] * t.weight_scales[b * PANEL + c], sums[c]);
+            sums[c] =
+                __builtin_fmaf(static_cast<float>(whole[c]), t.scales[b] * t.weight_scales[b * PANEL + c], sums[c]);
     }
 }
 

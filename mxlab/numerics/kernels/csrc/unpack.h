@@ -53,8 +53,8 @@ MX_INLINE Bytes of_six_bits(const uint8_t* packed, const DotElement& e) {
     const auto at = [](const uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); };
     const auto table = [&](int i) { return _mm256_broadcastsi128_si256(at(e.bytes + 16 * i)); };
     // Three bytes hold four codes: first they get a word of their own, then every code a byte.
-    const __m256i spread = _mm256_broadcastsi128_si256(
-        _mm_setr_epi8(0, 1, 2, -1, 3, 4, 5, -1, 6, 7, 8, -1, 9, 10, 11, -1));
+    const __m256i spread =
+        _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 2, -1, 3, 4, 5, -1, 6, 7, 8, -1, 9, 10, 11, -1));
     const __m256i word = _mm256_shuffle_epi8(_mm256_set_m128i(at(packed + 12), at(packed)), spread);
     const auto moved = [&](int by, int mask) {
         return _mm256_and_si256(_mm256_slli_epi32(word, by), _mm256_set1_epi32(mask));
@@ -62,8 +62,10 @@ MX_INLINE Bytes of_six_bits(const uint8_t* packed, const DotElement& e) {
     const __m256i code = _mm256_or_si256(_mm256_or_si256(moved(0, 0x3F), moved(2, 0x3F00)),
                                          _mm256_or_si256(moved(4, 0x3F0000), moved(6, 0x3F000000)));
     const __m256i by_four = _mm256_slli_epi32(code, 3), by_five = _mm256_slli_epi32(code, 2);  // into the top bit
-    const __m256i low = _mm256_blendv_epi8(_mm256_shuffle_epi8(table(0), code), _mm256_shuffle_epi8(table(1), code), by_four);
-    const __m256i high = _mm256_blendv_epi8(_mm256_shuffle_epi8(table(2), code), _mm256_shuffle_epi8(table(3), code), by_four);
+    const __m256i low =
+        _mm256_blendv_epi8(_mm256_shuffle_epi8(table(0), code), _mm256_shuffle_epi8(table(1), code), by_four);
+    const __m256i high =
+        _mm256_blendv_epi8(_mm256_shuffle_epi8(table(2), code), _mm256_shuffle_epi8(table(3), code), by_four);
     return _mm256_blendv_epi8(low, high, by_five);
 }
 
