@@ -10,6 +10,7 @@ from mxlab import _moved, _registration
 
 if TYPE_CHECKING:
     from mxlab.formats import ElementFormat, MXFormat
+    from mxlab.hf.quantizer import MXConfig
     from mxlab.model.apply import apply
     from mxlab.model.conversion import Conversion
     from mxlab.numerics import quantize, quantize_, round_elementwise
@@ -22,6 +23,7 @@ __version__ = "0.1.0"
 _HOME = {
     "Conversion": "mxlab.model.conversion",
     "ElementFormat": "mxlab.formats",
+    "MXConfig": "mxlab.hf.quantizer",
     "MXFormat": "mxlab.formats",
     "MxSpecs": "mxlab.recipe.mx_specs",
     "Recipe": "mxlab.recipe",
@@ -35,6 +37,7 @@ _HOME = {
 __all__ = [
     "Conversion",
     "ElementFormat",
+    "MXConfig",
     "MXFormat",
     "MxSpecs",
     "Recipe",

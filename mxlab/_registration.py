@@ -22,7 +22,7 @@ def install() -> None:
 
 
 def _register() -> None:
-    import_module("mxlab.hf.quantizer").register()
+    import_module("mxlab.hf.quantizer")  # which registers, also where it is what imports transformers
 
 
 class _RegistryFinder(MetaPathFinder):

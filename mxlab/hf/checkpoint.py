@@ -9,7 +9,7 @@ from typing import Any
 
 from mxlab import rundir
 from mxlab.errors import RunError
-from mxlab.model.apply import apply
+from mxlab.model.apply import Storage, apply
 from mxlab.model.conversion import Conversion
 from mxlab.progress import Steps
 from mxlab.recipe import Recipe
@@ -18,8 +18,10 @@ from mxlab.sources import models
 _SHARD = "1GB"  # of a file of weights, which safetensors holds in memory whole while it is written
 
 
-def save_converted(model: str, recipe: Recipe, dtype: str, out: Path) -> Conversion:
+def save_converted(model: str, recipe: Recipe, dtype: str, out: Path, storage: Storage = "grid") -> Conversion:
     """Load ``model`` on the CPU, apply ``recipe``, and :func:`save` it into the new folder ``out``.
+
+    Its weights are kept as ``storage`` says; see :func:`mxlab.apply`.
 
     Raises:
         RunError: as :func:`save`.
@@ -28,7 +30,7 @@ def save_converted(model: str, recipe: Recipe, dtype: str, out: Path) -> Convers
 
     def convert() -> tuple[Conversion, Any]:
         loaded = models.load_model(model, dtype, "cpu")
-        return apply(loaded.model, recipe), loaded.tokenizer
+        return apply(loaded.model, recipe, storage), loaded.tokenizer
 
     return save(convert, out)
 

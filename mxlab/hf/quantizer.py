@@ -2,8 +2,8 @@
 
 ``from_pretrained(name, quantization_config=MXConfig("ex1"))`` quantizes a model while it is loaded, a tensor at a time,
 so that its weights are never all in memory in high precision; ``save_pretrained`` writes what is packed, and
-``from_pretrained`` reads it back. :func:`register` is called when transformers' own registry is imported
-(:mod:`mxlab._registration`).
+``from_pretrained`` reads it back. This module is imported when the registry of transformers is, and registers the
+method there (:mod:`mxlab._registration`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from mxlab.errors import ConversionError
+from mxlab.errors import ConversionError, MxlabError
 from mxlab.recipe import Recipe
 from mxlab.recipe.carried import METHOD, carried_recipe
 
@@ -60,6 +60,10 @@ class MxlabQuantizer(HfQuantizer):
     requires_calibration = False
     quantization_config: Any
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._failures: list[MxlabError] = []  # that transformers would only count
+
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         """Give the modules room for what a saved model has, or is to have."""
         from mxlab.model.apply import make_room, prepare
@@ -80,12 +84,14 @@ class MxlabQuantizer(HfQuantizer):
         from mxlab.model.apply import apply
         from mxlab.model.saved import check_packed
 
+        if self._failures:
+            raise self._failures[0]
         if self.pre_quantized:
             model.config.quantization_config = self.quantization_config.to_dict()
         elif hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
         conversion = apply(model.eval(), self._recipe, self.quantization_config.storage)
-        check_packed(conversion)
+        check_packed(conversion, self.quantization_config.packed)
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
         return model
@@ -105,7 +111,7 @@ class MxlabQuantizer(HfQuantizer):
     def _is_packed(self) -> bool:
         return self.quantization_config.storage == "packed"
 
-    def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         """Return whether a weight is packed as soon as it is loaded."""
         if self.pre_quantized or not self._is_packed:
             return False
@@ -121,10 +127,15 @@ class MxlabQuantizer(HfQuantizer):
         """Return what packs a weight (transformers 5)."""
         from transformers.core_model_loading import ConversionOps
 
+        failures = self._failures
+
         class Pack(ConversionOps):
             def convert(self, input_dict: Any, *_: Any, model: Any = None, missing_keys: Any = None, **__: Any) -> Any:
                 for name, value in input_dict.items():
-                    _pack(model, name, value[0] if isinstance(value, list) else value)
+                    try:
+                        _pack(model, name, value[0] if isinstance(value, list) else value)
+                    except MxlabError as e:
+                        failures.append(e)
                     if missing_keys is not None:
                         missing_keys.discard(name)
                 return {}
@@ -166,7 +177,5 @@ def _pack(model: Any, name: str, weight: Tensor) -> None:
     pack(layer, module)
 
 
-def register() -> None:
-    """Tell transformers of the method."""
-    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = MXConfig
-    auto.AUTO_QUANTIZER_MAPPING[METHOD] = MxlabQuantizer
+auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = MXConfig
+auto.AUTO_QUANTIZER_MAPPING[METHOD] = MxlabQuantizer
