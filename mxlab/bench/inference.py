@@ -82,18 +82,24 @@ class ForwardWorkload(TextWorkload):
 
     def _quantized(self, plain: Any) -> dict[tuple[str, str], Any]:
         """Return copies by recipe and numerics, all held at the same time, so that they can take turns."""
-        return {
+        found = {
             (name, numerics): subjects.converted(plain, subjects.variant(name, numerics))
             for name in self.recipes
             for numerics in self.numerics
         }
+        packed = {
+            (name, subjects.PACKED): subjects.converted(plain, subjects.variant(name, "exact"), "packed")
+            for name in self.recipes
+            if "exact" in self.numerics
+        }
+        return found | packed
 
     def _contenders(
         self, plain: Any, quantized: dict[tuple[str, str], Any], dtype: str, ids: Tensor
     ) -> list[Contender]:
         found = [Contender(BASELINE, partial(_forward, plain, ids), {"recipe": "baseline"})]
         for (recipe, numerics), model in quantized.items():
-            call, target = partial(_forward, model, ids), self._target(recipe, dtype)
+            call, target = partial(_forward, model, ids), self._target(recipe, dtype, numerics)
             found.append(Contender(numerics, call, {"recipe": recipe}, target))
         if mxpackage.is_there() and self.place.type == "cpu":
             for name in self.recipes:
@@ -101,9 +107,10 @@ class ForwardWorkload(TextWorkload):
                 found += [other] if other else []
         return found
 
-    def _target(self, recipe: str, dtype: str) -> targets.Target | None:
-        setting = {"model": self.model, "device": self.place.type, "dtype": dtype}
-        return targets.model_target("forward", recipe, **setting, batch=self.batch, threads=self.threads)
+    def _target(self, recipe: str, dtype: str, contender: str) -> targets.Target | None:
+        setting = {"model": self.model, "device": self.place.type, "dtype": dtype, "batch": self.batch}
+        storage = "packed" if contender == subjects.PACKED else "grid"
+        return targets.model_target("forward", recipe, **setting, threads=self.threads, storage=storage)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,9 +151,13 @@ class GenerateWorkload(TextWorkload):
                         Contender(
                             numerics,
                             partial(_generate, quantized, ids, self.tokens),
-                            target=self._target(name, dtype),
+                            target=self._target(name, dtype, "grid"),
                         ),
                     ]
+                    if numerics == "exact":
+                        packed = subjects.converted(subject.model, subjects.variant(name, numerics), "packed")
+                        call, target = partial(_generate, packed, ids, self.tokens), self._target(name, dtype, "packed")
+                        contenders.append(Contender(subjects.PACKED, call, target=target))
                     yield Case(
                         f"generating, {name} {numerics} {dtype}",
                         {**columns, "recipe": name},
@@ -158,8 +169,8 @@ class GenerateWorkload(TextWorkload):
     def _figures(self, _: str, seconds: Spread, __: Spread | None) -> dict[str, float]:
         return {"ms/token": seconds.median * 1000 / self.tokens}
 
-    def _target(self, recipe: str, dtype: str) -> targets.Target | None:
-        setting = {"model": self.model, "device": self.place.type, "dtype": dtype}
+    def _target(self, recipe: str, dtype: str, storage: str) -> targets.Target | None:
+        setting = {"model": self.model, "device": self.place.type, "dtype": dtype, "storage": storage}
         return targets.model_target("generate", recipe, **setting, tokens=self.tokens, threads=self.threads)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mxlab.bench import mxpackage
 from mxlab.bench.results import BASELINE
-from mxlab.bench.subjects import variant
+from mxlab.bench.subjects import PACKED, variant
 from mxlab.bench.timing import Contender
 from mxlab.bench.workload import Case, Workload, check_count, check_dtypes, check_numerics, parse_shape
 from mxlab.compat.recipes import load_any_recipe
@@ -21,6 +21,7 @@ from mxlab.errors import SpecError
 from mxlab.formats import Numerics
 from mxlab.model.apply import linear_operands
 from mxlab.model.nn.linear import MxLinear
+from mxlab.model.nn.packed import pack
 from mxlab.recipe import Recipe, Rule
 from mxlab.recipe.rule import PHASES
 
@@ -73,6 +74,10 @@ class LinearWorkload(Workload):
         x = torch.randn(1, tokens, width, dtype=dtype, device=self.place)
         found = [Contender(BASELINE, _on(plain, x))]
         found += [Contender(name, _on(_quantized(plain, self.recipe, name), x)) for name in self.numerics]
+        if "exact" in self.numerics:
+            packed = _quantized(plain, self.recipe, "exact")
+            pack(packed, _NAME)
+            found.append(Contender(PACKED, _on(packed, x)))
         if mxpackage.is_there() and self.place.type == "cpu":
             recipe = load_any_recipe(self.recipe)
             alone = Recipe("linear", (_rule(recipe),), elementwise=recipe.elementwise)

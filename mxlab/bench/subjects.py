@@ -14,12 +14,13 @@ from torch import Tensor
 from mxlab.bench.workload import LAMBADA, RANDOM
 from mxlab.compat.recipes import load_any_recipe
 from mxlab.errors import SourceError
-from mxlab.model.apply import apply
+from mxlab.model.apply import Storage, apply
 from mxlab.recipe import Recipe
 from mxlab.sources import models
 from mxlab.sources import tasks as data
 from mxlab.sources.texts import PASSAGES_FILE
 
+PACKED = "packed"  # a contender: exact numerics, with packed weights
 _RANDOM_LENGTH = 128
 
 
@@ -86,9 +87,9 @@ def variant(name: str, numerics: str) -> Recipe:
     return replace(load_any_recipe(name), numerics=numerics)
 
 
-def converted(model: Any, recipe: Recipe) -> Any:
+def converted(model: Any, recipe: Recipe, storage: Storage = "grid") -> Any:
     """Return a quantized copy of ``model``, which is not changed."""
-    return apply(copy.deepcopy(model), recipe).model
+    return apply(copy.deepcopy(model), recipe, storage).model
 
 
 def _random_model(shape: dict[str, Any], dtype: torch.dtype, device: torch.device) -> Any:

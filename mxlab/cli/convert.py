@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from mxlab.cli.console import loading_libraries, print_table, print_text, progress, start_logging
-from mxlab.cli.options import Dtype, DtypeOption, ModelArgument, RecipeArgument, SetOption
+from mxlab.cli.options import Dtype, DtypeOption, ModelArgument, RecipeArgument, SetOption, Storage, StorageOption
 from mxlab.cli.recipes import chosen_recipe
 from mxlab.errors import SpecError
 
@@ -24,6 +24,7 @@ def convert(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be quantized.")] = False,
     set_: SetOption = None,
     dtype: DtypeOption = Dtype.auto,
+    storage: StorageOption = Storage.grid,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Where the converted model goes.")] = None,
 ) -> None:
     """Quantize a model's weights as a recipe says and save it, with recipe.toml and inventory.json."""
@@ -41,7 +42,7 @@ def convert(
         if out is None:
             conversion = prepare(skeleton(model, dtype.value), chosen)
         else:
-            conversion = save_converted(model, chosen, dtype.value, out)
+            conversion = save_converted(model, chosen, dtype.value, out, storage.value)
     print_inventory(conversion)
 
 

@@ -32,6 +32,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "convert": (
         "mxlab convert --dry-run smollm2 mine.toml",
         "mxlab convert smollm2 tier_c --out smollm2-tier-c",
+        "mxlab convert smollm2 ex1 --storage packed --out smollm2-mxfp4",
     ),
     "quantize": (
         "mxlab quantize smollm2 --recipe mxfp4_w4a4kv4_gptq --data-dir DATA --out smollm2-gptq",

@@ -9,7 +9,16 @@ import typer
 
 from mxlab.cli.console import loading_libraries, print_text, progress, start_logging
 from mxlab.cli.convert import print_inventory
-from mxlab.cli.options import DataDirOption, DeviceOption, Dtype, DtypeOption, ModelArgument, SetOption
+from mxlab.cli.options import (
+    DataDirOption,
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    ModelArgument,
+    SetOption,
+    Storage,
+    StorageOption,
+)
 from mxlab.cli.recipes import chosen_recipe
 from mxlab.compat.recipes import is_of_mase
 from mxlab.errors import SpecError
@@ -25,6 +34,7 @@ def quantize(
     set_: SetOption = None,
     dtype: DtypeOption = Dtype.float32,
     device: DeviceOption = "auto",
+    storage: StorageOption = Storage.grid,
     data_dir: DataDirOption = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on where an interrupted run of the same command was.")
@@ -49,7 +59,7 @@ def quantize(
             from mxlab.experiments.provenance import code_version
             from mxlab.ptq.job import QuantizationJob
 
-        job = QuantizationJob(model, chosen, code_version(), dtype.value, device, data_dir)
+        job = QuantizationJob(model, chosen, code_version(), dtype.value, device, data_dir, storage.value)
         if out is None:
             plan = job.plan()
             conversion, lines = plan.conversion, plan.lines

@@ -21,6 +21,7 @@ from mxlab.model.nn.linear import QuantizedLayer
 from mxlab.model.nn.packed import check_numbers, make_packed, packable_format
 from mxlab.model.nn.weights import FrozenWeight, QuantizedWeight, TensorVersion
 from mxlab.model.plan import QuantizedSite
+from mxlab.numerics.fingerprints import fingerprint
 from mxlab.packed import MXTensor
 from mxlab.recipe import Recipe
 from mxlab.recipe.carried import METHOD
@@ -61,7 +62,7 @@ def quantization_config(conversion: Conversion, state: Mapping[str, Tensor]) -> 
     for site, name, weight in _weights(conversion):
         if site.is_in_place and name in state and weight.is_frozen(getattr(site.module, site.parameter)):
             frozen[name] = recorded(state[name])
-    packed = {site.name: site.module.packed.description() for site in conversion.linears if _is_packed(site)}
+    packed = {site.name: _described(site.module.packed) for site in conversion.linears if _is_packed(site)}
     found = {"quant_method": METHOD, "recipe": conversion.recipe.to_dict(), "frozen": frozen}
     return found | ({"packed": packed} if packed else {})
 
@@ -125,16 +126,25 @@ def make_packed_room(conversion: Conversion, descriptions: Mapping[str, Any]) ->
         make_packed(site.module, empty)
 
 
-def check_packed(conversion: Conversion) -> None:
-    """Raise SourceError where a packed weight that was loaded is missing, or holds scales that are no numbers."""
+def check_packed(conversion: Conversion, descriptions: Mapping[str, Any]) -> None:
+    """Raise SourceError where a packed weight that was loaded is not what was saved.
+
+    Where a file lacks a tensor, transformers takes memory as it is; that is found here, too.
+    """
     for site in conversion.linears:
-        if _is_packed(site):
-            if site.module.packed.device.type == "meta":
+        if site.name in descriptions and _is_packed(site):
+            check_numbers(site.module.packed.fmt, site.module.packed.scales, site.name)
+            if _described(site.module.packed) != dict(descriptions[site.name]):
                 raise SourceError(
-                    f"{site.name}: the packed weight is not in the files of the model: they are incomplete; fetch or "
-                    "save it again"
+                    f"{site.name}: the packed weight in the files of the model is not what was saved: they are damaged "
+                    "or incomplete; fetch or save it again"
                 )
-            check_numbers(site.module.packed, site.name)
+
+
+def _described(weight: MXTensor) -> dict[str, Any]:
+    """Return what stands in the table ``packed`` of a weight: its description, and fingerprints of what is stored."""
+    found = {part: fingerprint(tensor) for part, tensor in weight.tensors().items()}
+    return {**weight.description(), "fingerprints": found}
 
 
 def _is_packed(site: QuantizedSite) -> TypeGuard[Any]:

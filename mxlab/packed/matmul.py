@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +35,9 @@ class IntegerActivation:
     memory: Tensor
 
     @classmethod
-    def from_float(cls, x: Tensor, fmt: MXFormat, weight: MXFormat, memory: Tensor | None = None) -> IntegerActivation:
+    def from_float(
+        cls, x: Tensor, fmt: MXFormat, weight: MXFormat, memory: Tensor | None = None, rounder: Any = None
+    ) -> IntegerActivation:
         """Quantize an activation to ``fmt``, to be multiplied by weights of the format ``weight``.
 
         Args:
@@ -42,6 +45,7 @@ class IntegerActivation:
             fmt: the format of the activation.
             weight: the format of the weights.
             memory: what may be written to, contiguous; new memory is taken where it is too small.
+            rounder: what rounds each value first (:func:`mxlab.numerics.kernels.native.rounder`).
 
         Raises:
             FormatError: there is an :func:`obstacle`.
@@ -49,7 +53,7 @@ class IntegerActivation:
         product, reason = integer_product(weight, fmt), obstacle(x, fmt, weight)
         if product is None or reason:
             raise FormatError(f"no product in integers: {reason}; multiply the values instead")
-        return cls(x.shape, x.dtype, fmt, weight, product.encode(x.contiguous(), memory))
+        return cls(x.shape, x.dtype, fmt, weight, product.encode(x.contiguous(), memory, rounder))
 
 
 def obstacle(x: Tensor, fmt: MXFormat, weight: MXFormat) -> str | None:
@@ -65,24 +69,24 @@ def obstacle(x: Tensor, fmt: MXFormat, weight: MXFormat) -> str | None:
     return products.obstacle(weight, fmt)
 
 
-def multiply(x: IntegerActivation, weight: MXTensor, bias: Tensor | None = None) -> Tensor | None:
+def multiply(x: IntegerActivation, weight: MXTensor, bias: Tensor | None = None, rounder: Any = None) -> Tensor | None:
     """Return the product [..., outputs], in the dtype of the activation.
 
     Args:
         x: the activation [..., inputs].
         weight: [outputs, inputs] with its blocks along the last axis, or [inputs, outputs] along the first.
         bias: [outputs], or None.
+        rounder: what rounds each result.
 
     Returns:
         None where a product of two scales might be no normal number of float32: multiply the values instead.
     """
     product = integer_product(x.weight, x.fmt)
     assert product is not None
-    outputs, inputs = weight.elements.shape[0], x.shape[-1]
-    out = torch.empty(*x.shape[:-1], outputs, dtype=x.dtype)
+    inputs = x.shape[-1]
+    out = torch.empty(*x.shape[:-1], weight.elements.shape[0], dtype=x.dtype)
     rows = math.prod(x.shape[:-1])
-    parts = weight.elements, weight.scales, *weight.units
-    return out if product.multiply(x.memory, rows, inputs, *parts, bias, out) else None
+    return out if product.multiply(x.memory, rows, inputs, weight.rows, bias, out, rounder) else None
 
 
 def linear(x: Tensor, weight: MXTensor, activation: MXFormat | str | None = None, bias: Tensor | None = None) -> Tensor:

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mxlab.errors import FormatError, SourceError
@@ -15,6 +16,7 @@ from mxlab.formats import MXFormat
 from mxlab.numerics.blocks import Blocks
 from mxlab.numerics.codes import Codes, check_codes, codes_of_values, decode, encode, scale_values
 from mxlab.numerics.kernels import packing
+from mxlab.numerics.kernels.products import PackedRows
 from mxlab.numerics.operators import DTYPES, check
 from mxlab.numerics.reference import block_layout, layout_of_shape
 from mxlab.packed.bits import pack, packed_length, unpack
@@ -118,16 +120,26 @@ class MXTensor:
         return layout_of_shape(self.shape, self.fmt, (self.axis,))
 
     @cached_property
-    def units(self) -> tuple[Tensor, tuple[float, float]]:
-        """What the codes of scales stand for, times the smallest element, and the ends of those that occur.
-
-        float32 [256]; the smallest and the largest that is neither 0 nor NaN, 1 where there is none.
-        """
-        units = scale_values(self.fmt).to(self.device) * self.tensor_scale * self.fmt.grid.min
-        found = units[self.scales.unique().long()]
+    def rows(self) -> PackedRows:
+        """The tensor as the kernels of products take it."""
+        fmt, elements, scales = self.fmt, self.elements.contiguous(), self.scales.contiguous()
+        scale_of = scale_values(fmt).to(self.device) * self.tensor_scale * fmt.grid.min
+        found = scale_of[scales[self._holds_numbers()].unique().long()]
         found = found[found > 0]
         ends = (float(found.min()), float(found.max())) if found.numel() else (1.0, 1.0)
-        return units, ends
+        is_shift = not fmt.scale_format.is_float and fmt.scale_bits == 8
+        return PackedRows(elements, scales, scale_of, ends, fmt.grid.min if is_shift else 0.0)
+
+    def _holds_numbers(self) -> Tensor:
+        """Return, for each block, whether one of its codes is not 0."""
+        bits = self._cut.block_size * self.fmt.element_bits
+        if bits and bits % 8 == 0:
+            codes = F.pad(self.elements, (0, self.scales.shape[-1] * (bits // 8) - self.elements.shape[-1]))
+        else:
+            codes = unpack(self.elements, self.fmt.element_bits, self.shape[self.axis])
+            size = self._cut.block_size or codes.shape[-1]
+            codes = F.pad(codes, (0, self.scales.shape[-1] * size - codes.shape[-1]))
+        return codes.unflatten(-1, (self.scales.shape[-1], -1)).amax(-1) > 0
 
     @property
     def nbytes(self) -> int:
@@ -192,7 +204,7 @@ class MXTensor:
             SourceError: a layout that is not known, a part that is missing, or one of another dtype or shape.
         """
         made = cls._described(description, {part: tensors.get(part, torch.ones(())) for part in _PARTS}, name)
-        made._check(tensors, name)
+        made.check_parts(tensors, name)
         return made
 
     @classmethod
@@ -237,9 +249,12 @@ class MXTensor:
         }
         return wanted | ({"tensor_scale": (torch.float32, ())} if self.fmt.tensor_bits else {})
 
-    def _check(self, tensors: Mapping[str, Tensor], name: str) -> None:
+    def check_parts(self, tensors: Mapping[str, Tensor], name: str, are_all: bool = True) -> None:
+        """Raise SourceError where a part of such a tensor has another dtype or shape, or (``are_all``) is missing."""
         for part, (dtype, shape) in self._wanted().items():
             found = tensors.get(part)
+            if found is None and not are_all:
+                continue
             if found is None or (found.dtype, tuple(found.shape)) != (dtype, shape):
                 has = "is missing" if found is None else f"is {found.dtype} {tuple(found.shape)}"
                 raise SourceError(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mxlab.hf.checkpoint import save
-from mxlab.model.apply import prepare
+from mxlab.model.apply import Storage, apply, prepare
 from mxlab.model.conversion import Conversion
 from mxlab.ptq import mase
 from mxlab.ptq.calibration import Windows, sample
@@ -73,6 +73,7 @@ class QuantizationJob:
         dtype: of the model.
         device: auto, cpu, cuda, ...
         data_dir: a folder with the calibration text; None for the hub.
+        storage: how the quantized weights are saved; see :func:`mxlab.apply`.
     """
 
     model: str
@@ -81,6 +82,7 @@ class QuantizationJob:
     dtype: str = "float32"
     device: str = "auto"
     data_dir: Path | None = None
+    storage: Storage = "grid"
 
     def run(self, out: Path, *, resume: bool = False) -> Conversion:
         """Save the quantized model into the new folder ``out``.
@@ -128,4 +130,5 @@ class QuantizationJob:
         progress = Progress(unfinished, describe(loaded.model, self.recipe, windows, self.code), resume)
         is_spread = getattr(loaded.model, "hf_device_map", None) is not None
         original = load_model(self.model, self.dtype, self.device if is_spread else str(loaded.model.device))
-        return quantize_model(loaded.model, original.model, self.recipe, windows, progress), loaded.tokenizer
+        conversion = quantize_model(loaded.model, original.model, self.recipe, windows, progress)
+        return apply(conversion.model, conversion.recipe, self.storage), loaded.tokenizer

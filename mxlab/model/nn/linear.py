@@ -73,15 +73,19 @@ class QuantizedLayer(Observable, QuantizedWeight):
     def forward(self, x: Tensor) -> Tensor:
         """Compute [..., out] from [..., in]."""
         phase = self.phase.current
-        mx, bias = self.operands[phase], self.bias
+        mx = self.operands[phase]
         self._note("weight", phase)
         self._show("weight", "activation", x)
-        if bias is None or mx.adds_bias_apart:
-            y = mx.on_product(self._quantized_product(x, mx, None), bias)
-        else:
-            y = mx.on_product(self._quantized_product(x, mx, mx.on_bias(bias)), None)
+        y = self._computed(x, mx)
         self._show("weight", "output", y)
         return mx.on_output(y)
+
+    def _computed(self, x: Tensor, mx: LinearOperands) -> Tensor:
+        """Quantize both operands; return their product with the bias, both rounded element-wise."""
+        bias = self.bias
+        if bias is None or mx.adds_bias_apart:
+            return mx.on_product(self._quantized_product(x, mx, None), bias)
+        return mx.on_product(self._quantized_product(x, mx, mx.on_bias(bias)), None)
 
     def _quantized_product(self, x: Tensor, mx: LinearOperands, bias: Tensor | None) -> Tensor:
         """Quantize both operands, and return their product [..., out]."""

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from mxlab.errors import ConversionError, FormatError, SourceError
-from mxlab.formats import MXFormat, NumberFormat
+from mxlab.formats import MXFormat, NumberFormat, elementwise_format
 from mxlab.model.nn.linear import MxConv1D, MxLinear, QuantizedLayer
 from mxlab.model.nn.operands import LinearOperands
 from mxlab.model.nn.weights import TensorVersion
 from mxlab.numerics.codes import scale_values
+from mxlab.numerics.kernels import native
+from mxlab.numerics.kernels.products import IntegerProduct, integer_product
 from mxlab.packed import MXTensor
-from mxlab.packed.matmul import IntegerActivation, multiply, obstacle
+from mxlab.packed.matmul import obstacle
 from mxlab.recipe.transform import Derotated
 
 PARTS = {"elements": "weight_elements", "scales": "weight_scales", "tensor_scale": "weight_tensor_scale"}
@@ -31,7 +33,8 @@ class PackedLayer(QuantizedLayer):
 
     weight_elements: Tensor
     weight_scales: Tensor
-    _made: tuple[Any, MXTensor]
+    _made: tuple[tuple[int, ...], MXTensor]  # what the buffers were when it was made, and it
+    _ways: dict[tuple[int, torch.dtype], _Way | None]
 
     @property
     def weight(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -44,15 +47,11 @@ class PackedLayer(QuantizedLayer):
     @property
     def packed(self) -> MXTensor:
         """The weight as it is stored; it shares the memory of the buffers."""
-        present = tuple(
-            (buffer.data_ptr(), 0 if buffer.is_inference() else buffer._version)
-            for name in PARTS.values()
-            if (buffer := self._buffers.get(name)) is not None
-        )
-        before, made = self._made
-        if before != present or made.elements is not self.weight_elements:
+        versions, made = self._made
+        elements, scales = self._buffers["weight_elements"], self._buffers["weight_scales"]
+        if made.elements is not elements or made.scales is not scales or versions != _versions(elements, scales):
             made = MXTensor.from_tensors(self._parts(), made.description(), type(self).__name__)
-            self._made = present, made
+            self._made = _versions(elements, scales), made
         return made
 
     @property
@@ -67,6 +66,12 @@ class PackedLayer(QuantizedLayer):
         """Raise ConversionError: the weight has been packed."""
         raise ConversionError("the weight is packed: quantize it before it is packed (storage='grid')")
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Add a parameter; raises ConversionError for the weight, which has been packed."""
+        if name == "weight":
+            raise ConversionError("the weight is packed: load the unquantized model to change it")
+        super().register_parameter(name, param)
+
     def versions(self) -> list[tuple[TensorVersion, Tensor]]:
         """Return nothing: there is no parameter that others could write to."""
         return []
@@ -74,45 +79,62 @@ class PackedLayer(QuantizedLayer):
     def _parts(self) -> dict[str, Tensor]:
         return {part: tensor for part, name in PARTS.items() if (tensor := self._buffers.get(name)) is not None}
 
+    def _computed(self, x: Tensor, mx: LinearOperands) -> Tensor:
+        way, bias = self._way(x, mx), self.bias
+        is_apart = bias is not None and mx.adds_bias_apart
+        if way is None or is_apart or (way.rounder is None and x.dtype not in mx.untouched):
+            return super()._computed(x, mx)
+        y = self._integer_product(x, mx, way, None if bias is None else mx.on_bias(bias))
+        return super()._computed(x, mx) if y is None else y
+
     def _quantized_product(self, x: Tensor, mx: LinearOperands, bias: Tensor | None) -> Tensor:
-        packed = self.packed
-        if (product := self._integer_product(x, mx, packed, bias)) is not None:
-            return product
-        return self._product(self._quantized_input(x, mx), packed.dequantize(x.dtype), bias)
+        way = self._way(x, mx)
+        if way is not None and (y := self._integer_product(x, mx, way._replace(rounder=None), bias)) is not None:
+            return y
+        return self._product(self._quantized_input(x, mx), self.packed.dequantize(x.dtype), bias)
 
-    def _integer_product(self, x: Tensor, mx: LinearOperands, packed: MXTensor, bias: Tensor | None) -> Tensor | None:
-        """Return the product; None where it cannot be computed in integers."""
-        fmt = mx.activation
-        if not isinstance(fmt, MXFormat) or mx.numerics != "exact" or isinstance(mx.transform, Derotated):
+    def _way(self, x: Tensor, mx: LinearOperands) -> _Way | None:
+        """Return how the product is computed in integers; None where it cannot be."""
+        if x.device.type != "cpu" or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
             return None
-        needs_gradient = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
-        if needs_gradient or torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
+        bias = self.bias
+        if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
             return None
-        if (bias is not None and bias.dtype != x.dtype) or obstacle(x, fmt, packed.fmt) is not None:
+        if not x.numel() or (bias is not None and bias.dtype != x.dtype):
             return None
-        return multiply(self._integer_input(x, mx, fmt, packed.fmt), packed, bias)
+        kind = id(mx), x.dtype
+        if kind not in self._ways:
+            self._ways[kind] = _way(mx, self._made[1].fmt, x)
+        return self._ways[kind]
 
-    def _integer_input(self, x: Tensor, mx: LinearOperands, fmt: MXFormat, weight: MXFormat) -> IntegerActivation:
-        matrices = self.input_transform
+    def _integer_product(self, x: Tensor, mx: LinearOperands, way: _Way, bias: Tensor | None) -> Tensor | None:
+        """Return the product; None where a product of two scales might be no normal number of float32."""
+        matrices, packed = self.input_transform, self.packed
         number = None if matrices is None else self._number_of_transform(matrices)
 
-        def encode(x: Tensor, out: Tensor | None) -> IntegerActivation:
-            return IntegerActivation.from_float(mx.before_grid(x, matrices=matrices), fmt, weight, out)
+        def encode(x: Tensor, out: Tensor | None) -> Tensor:
+            given = mx.before_grid(x, matrices=matrices) if way.rounder is None else mx.transformed(x, -1, matrices)
+            return way.product.encode(given.contiguous(), out, way.rounder)
 
-        return self.shared.get(x, ("integers", mx.input_kind, weight, number), encode)
+        coded = self.shared.get(x, (way.kind, number), encode)
+        y = torch.empty(*x.shape[:-1], packed.elements.shape[0], dtype=x.dtype)
+        inputs = x.shape[-1]
+        is_done = way.product.multiply(coded, x.numel() // inputs, inputs, packed.rows, bias, y, way.rounder)
+        return y if is_done else None
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
         found = {part: state_dict[prefix + name] for part, name in PARTS.items() if prefix + name in state_dict}
-        if found:
-            description = self._made[1].description()
-            check_numbers(MXTensor.from_tensors(found, description, f"{prefix}weight"), f"{prefix}weight")
+        made = self._made[1]
+        made.check_parts(found, f"{prefix}weight", are_all=False)  # torch itself misses what is not there
+        if "scales" in found:
+            check_numbers(made.fmt, found["scales"], f"{prefix}weight")
         nn.Module._load_from_state_dict(self, state_dict, prefix, *args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self).copy()
+        return {**vars(self), "_ways": {}}
 
 
 class PackedLinear(PackedLayer, MxLinear):
@@ -121,6 +143,34 @@ class PackedLinear(PackedLayer, MxLinear):
 
 class PackedConv1D(PackedLayer, MxConv1D):
     """A ``Conv1D`` of transformers whose weight is packed."""
+
+
+class _Way(NamedTuple):
+    """How a layer's product is computed in integers."""
+
+    product: IntegerProduct
+    rounder: Any  # what rounds element-wise in the kernels; None where nothing is rounded, or they cannot
+    kind: str  # equal where the same input becomes the same integers
+
+
+def _way(mx: LinearOperands, weight: MXFormat, x: Tensor) -> _Way | None:
+    fmt = mx.activation
+    if not isinstance(fmt, MXFormat) or mx.numerics != "exact" or isinstance(mx.transform, Derotated):
+        return None
+    product = None if obstacle(x, fmt, weight) else integer_product(weight, fmt)
+    return None if product is None else _Way(product, _rounder(mx, fmt, x.dtype), f"{mx.input_kind} for {weight}")
+
+
+def _rounder(mx: LinearOperands, fmt: MXFormat, dtype: torch.dtype) -> Any:
+    used = mx.elementwise
+    element = elementwise_format(used.bfloat, used.fp)
+    if element is None or dtype in mx.untouched or fmt.tensor_bits or used.output_rounding == "dither":
+        return None
+    return native.rounder(element, used.output_rounding, used.subnormals)
+
+
+def _versions(*tensors: Tensor | None) -> tuple[int, ...]:
+    return tuple(0 if x is None or x.is_inference() else x._version for x in tensors)
 
 
 def pack(layer: QuantizedLayer, name: str) -> None:
@@ -164,7 +214,8 @@ def make_packed(layer: Any, packed: MXTensor) -> None:
     vars(layer)["_copies"] = {}
     for part, tensor in packed.tensors().items():
         layer.register_buffer(PARTS[part], tensor)
-    vars(layer)["_made"] = None, packed
+    vars(layer)["_ways"] = {}
+    vars(layer)["_made"] = _versions(packed.elements, packed.scales), packed
 
 
 def shape_of_weight(layer: nn.Linear | Conv1D) -> tuple[int, ...]:
@@ -197,13 +248,12 @@ def packable_format(formats_by_phase: Iterable[Mapping[str, NumberFormat | None]
     return fmt
 
 
-def check_numbers(weight: MXTensor, name: str) -> None:
+def check_numbers(fmt: MXFormat, scales: Tensor, name: str) -> None:
     """Raise SourceError where a scale of a weight is not a number."""
-    if weight.device.type == "meta":
+    if scales.device.type == "meta":
         return
-    bad = int(scale_values(weight.fmt).to(weight.device)[weight.scales.long()].isnan().sum())
+    bad = int(scale_values(fmt).to(scales.device)[scales.long()].isnan().sum())
     if bad:
         raise SourceError(
-            f"{name}: {bad} scales have codes that {weight.fmt} has no number for: the file is damaged; fetch or pack "
-            "it again"
+            f"{name}: {bad} scales have codes that {fmt} has no number for: the file is damaged; fetch or pack it again"
         )

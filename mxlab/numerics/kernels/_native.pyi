@@ -75,6 +75,9 @@ class RoundPlan:
     def __init__(self, element: Element, rounding: Rounding, subnormals: bool, numerics: Numerics) -> None: ...
     def run(self, source: int, target: int, noise: int, dtype: int, count: int, threads: int, /) -> None: ...
 
+class Rounder:
+    def __init__(self, element: Element, rounding: Rounding, subnormals: bool) -> None: ...
+
 class ProductPlan:
     def __init__(
         self,
@@ -90,7 +93,9 @@ class ProductPlan:
         block: int,
     ) -> None: ...
     def bytes(self, rows: int, inputs: int, /) -> int: ...
-    def encode(self, source: int, dtype: int, rows: int, inputs: int, memory: int, threads: int, /) -> None: ...
+    def encode(
+        self, source: int, dtype: int, rows: int, inputs: int, rounder: Rounder | None, memory: int, threads: int, /
+    ) -> None: ...
     def multiply(
         self,
         memory: int,
@@ -99,6 +104,7 @@ class ProductPlan:
         elements: int,
         scales: int,
         scale_of: int,
+        unit: float,
         outputs: int,
         row_bytes: int,
         smallest: float,
@@ -106,6 +112,7 @@ class ProductPlan:
         target: int,
         bias: int,
         dtype: int,
+        rounder: Rounder | None,
         threads: int,
         /,
     ) -> bool: ...

@@ -208,6 +208,12 @@ def unpack(
 
 
 @functools.cache
+def rounder(element: ElementFormat, rounding: Rounding, subnormals: bool) -> _native.Rounder:
+    """Return what rounds the values of an activation, or of a product, one by one; not for ``dither``."""
+    return _native.Rounder(_element(element), _native.Rounding[rounding], subnormals)
+
+
+@functools.cache
 def _quantize_plan(fmt: str, numerics: Numerics) -> _native.QuantizePlan:
     parsed = MXFormat.parse(fmt)
     return _native.QuantizePlan(

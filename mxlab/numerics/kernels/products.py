@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ _LARGEST_INTEGER = 127  # of an operand; a weight that is fixed-point may be -12
 _MOST_CODES = 1536  # that are unpacked at once: MOST_CODES in dot.h; as 16-bit words half of it
 
 
+@functools.cache
 def obstacle(weight: MXFormat, activation: MXFormat) -> str | None:
     """Return why two formats cannot be multiplied in integers; None where they can."""
     if native.MISSING:
@@ -61,34 +63,38 @@ class IntegerProduct:
         largest = max(map(abs, activation.limits)) / activation.grid.min
         self._plan = native.product_plan(activation, int(largest), weight, whole.tolist())
 
-    def encode(self, x: Tensor, memory: Tensor | None = None) -> Tensor:
+    def encode(self, x: Tensor, memory: Tensor | None = None, rounder: Any = None) -> Tensor:
         """Return a contiguous activation [..., inputs] as integers and scales: bytes that :meth:`multiply` takes.
 
-        They are put into ``memory``, contiguous, if that is given and large enough.
+        They are put into ``memory``, contiguous, if that is given and large enough. With what
+        :func:`mxlab.numerics.kernels.native.rounder` gives, each value is rounded first.
         """
         inputs = x.shape[-1]
         rows = x.numel() // inputs
         size = self._plan.bytes(rows, inputs) + _ALIGNMENT
         if memory is None or memory.nbytes < size:
             memory = torch.empty(size, dtype=torch.uint8)
-        bytes_ = memory.view(-1).view(torch.uint8)
-        bytes_ = bytes_[-bytes_.data_ptr() % _ALIGNMENT :]
+        start = memory.data_ptr()
         self._plan.encode(
-            x.data_ptr(), native.DTYPES[x.dtype], rows, inputs, bytes_.data_ptr(), torch.get_num_threads()
+            x.data_ptr(),
+            native.DTYPES[x.dtype],
+            rows,
+            inputs,
+            rounder,
+            start + -start % _ALIGNMENT,
+            torch.get_num_threads(),
         )
-        return bytes_
+        return memory
 
     def multiply(
         self,
         coded: Tensor,
         rows: int,
         inputs: int,
-        elements: Tensor,
-        scales: Tensor,
-        scale_of: Tensor,
-        ends: tuple[float, float],
+        weight: PackedRows,
         bias: Tensor | None,
         out: Tensor,
+        rounder: Any = None,
     ) -> bool:
         """Write the product [rows, outputs] into ``out``.
 
@@ -96,32 +102,46 @@ class IntegerProduct:
             coded: what :meth:`encode` gave for an activation [rows, inputs].
             rows: of it.
             inputs: of it.
-            elements: uint8 [outputs, bytes], packed codes.
-            scales: uint8 [outputs, blocks], codes.
-            scale_of: float32 [256], what each stands for, times the smallest element.
-            ends: the smallest and the largest that occurs, 0 not counted.
+            weight: the weight.
             bias: [outputs], of the dtype of ``out``, contiguous, or None.
             out: contiguous; float32, bfloat16 or float16.
+            rounder: with it, each result is rounded.
 
         Returns:
             Whether it was done: not where a product of two scales might be no normal number of float32.
         """
-        outputs, row_bytes = elements.shape
+        start = coded.data_ptr()
         return self._plan.multiply(
-            coded.data_ptr(),
+            start + -start % _ALIGNMENT,
             rows,
             inputs,
-            elements.data_ptr(),
-            scales.data_ptr(),
-            scale_of.data_ptr(),
-            outputs,
-            row_bytes,
-            *ends,
+            *weight.arguments,
             out.data_ptr(),
             address(bias),
             native.DTYPES[out.dtype],
+            rounder,
             torch.get_num_threads(),
         )
+
+
+class PackedRows:
+    """A packed weight [outputs, inputs] as the kernels take it; good as long as its tensors stay where they are.
+
+    Args:
+        elements: uint8 [outputs, bytes], contiguous: packed codes.
+        scales: uint8 [outputs, blocks], contiguous: codes.
+        scale_of: float32 [256], what each stands for, times the smallest element.
+        ends: the smallest and the largest of them that a block has which is not all zeros.
+        unit: those are 2^(code - 127) times this; 0 where they are not.
+    """
+
+    def __init__(
+        self, elements: Tensor, scales: Tensor, scale_of: Tensor, ends: tuple[float, float], unit: float
+    ) -> None:
+        self._kept = elements, scales, scale_of
+        addresses = elements.data_ptr(), scales.data_ptr(), scale_of.data_ptr()
+        outputs, row_bytes = elements.shape
+        self.arguments = (*addresses, unit, outputs, row_bytes, *ends)
 
 
 @functools.cache

@@ -216,15 +216,10 @@ def test_observers_see_what_they_see_on_the_grid():
 
 
 def test_layers_of_one_parent_share_the_integers_of_their_input(monkeypatch):
-    from mxlab.model.nn import packed as module
+    from mxlab.numerics.kernels.products import IntegerProduct
 
-    made = []
-    original = module.IntegerActivation.from_float.__func__
-    monkeypatch.setattr(
-        module.IntegerActivation,
-        "from_float",
-        classmethod(lambda cls, *args: made.append(1) or original(cls, *args)),
-    )
+    made, original = [], IntegerProduct.encode
+    monkeypatch.setattr(IntegerProduct, "encode", lambda *args: made.append(1) or original(*args))
     found = packed(tiny(), recipe())
     logits(found)
     assert len(made) == 8  # of 14 layers: q, k and v share one, gate and up another

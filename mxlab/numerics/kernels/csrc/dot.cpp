@@ -1,6 +1,7 @@
 // Products of activations with packed weights, compiled once per instruction set, with MX_ISA its name: see dot.h.
 #include "dot.h"
 
+#include "one_row.h"
 #include "tiles.h"
 #include "unpack.h"
 #include "values.h"
@@ -55,14 +56,21 @@ void add_products(const DotMethod& m, const DotShape& s, const DotInput& in, int
     }
 }
 
-void find_weight_scales(const DotWeight& w, const DotShape& s, int64_t output, int64_t first_block, int64_t count,
-                        float* out) {
-    const int64_t blocks = s.blocks();
-    for (int64_t c = 0; c < PANEL; ++c)
-        for (int64_t b = 0; b < count; ++b) {
-            const bool exists = output + c < w.outputs && first_block + b < blocks;
-            out[b * PANEL + c] = exists ? w.scale_of[w.scales[(output + c) * blocks + first_block + b]] : 0.0f;
-        }
+DotMethod method(const DotElement& e, int weight, int input, const DotShape& s) {
+    const DotMethod of_one_row = method_of_one_row(e, weight, input, s);
+    return of_one_row.is_one_row ? of_one_row : method_of_tiles(e, weight, input, s.block);
+}
+
+// Multiply one row by a panel.
+void multiply_row(const DotWeight& w, const DotElement& e, const DotMethod& m, const DotShape& s, const DotInput& in,
+                  int64_t output, float* sums) {
+    alignas(64) float scales[MOST_CODES / CODES_READ * PANEL];
+    const int64_t together = codes_at_once(s, 1);
+    for (int64_t k = 0; k < s.padded; k += together) {
+        const int64_t count = s.padded - k < together ? s.padded - k : together;
+        find_weight_scales(w, s, output, k / s.block, count / s.block, scales);
+        add_one_row(w, e, m, s, in, output, k, count, scales, sums);
+    }
 }
 
 void multiply(const DotWeight& w, const DotElement& e, const DotMethod& m, const DotShape& s, const DotInput& in,
@@ -71,6 +79,12 @@ void multiply(const DotWeight& w, const DotElement& e, const DotMethod& m, const
     alignas(64) float scales[MOST_CODES / 4 * PANEL];
     alignas(64) float sums[MOST_SUMS][PANEL];
     const int64_t output = panel * PANEL, together = codes_at_once(s, m.code_bytes);
+    if (m.is_one_row) {
+        std::memset(sums, 0, sizeof sums[0]);
+        multiply_row(w, e, m, s, in, output, sums[0]);
+        with_dtype(out.dtype, [&](auto t) { store_rows<decltype(t)>(sums, out, 0, 1, output, w.outputs); });
+        return;
+    }
     for (int64_t row = first; row < last; row += MOST_SUMS) {
         const int64_t rows = last - row < MOST_SUMS ? last - row : MOST_SUMS;
         std::memset(sums, 0, rows * sizeof sums[0]);

@@ -20,6 +20,7 @@ struct DotWeight {
     const uint8_t* elements;  // [outputs, row_bytes]
     const uint8_t* scales;    // [outputs, blocks], codes
     const float* scale_of;    // [256]: what each stands for, times the unit of the integers
+    float unit;               // those are 2^(code - 127) times this, but for blocks of zeros; or 0
     int64_t outputs, row_bytes;
 };
 
@@ -41,8 +42,11 @@ enum class Starts {
 // How an instruction set multiplies a pair of formats.
 struct DotMethod {
     Starts starts;
-    int steps;       // fours of elements that are summed between two starts
-    int code_bytes;  // of an activation: 1 or 2
+    int steps;        // fours of elements that are summed between two starts
+    int code_bytes;   // of an activation: 1 or 2
+    bool is_one_row;  // by one_row.h
+    bool is_apart;    // of 32 codes of an activation, those of even elements come first
+    int levels;       // of one_row.h: how often sums may be added up in 16 bits
 };
 
 // Rows of an activation, cut into blocks of `block` elements; `padded` codes a row, 0 from the last input on.
@@ -75,7 +79,7 @@ struct Unpacking {
 struct DotKernels {
     const char* name;
     // `weight` and `input` are the largest magnitudes of the integers.
-    DotMethod (*method)(const DotElement&, int weight, int input, int64_t block);
+    DotMethod (*method)(const DotElement&, int weight, int input, const DotShape&);
     // Outputs [panel * PANEL, (panel + 1) * PANEL) of rows [first, last).
     void (*multiply)(const DotWeight&, const DotElement&, const DotMethod&, const DotShape&, const DotInput&,
                      const DotOutput&, int64_t panel, int64_t first, int64_t last);

@@ -68,6 +68,18 @@ MX_NOINLINE void find_starts(const int8_t* codes, int64_t padded, const DotMetho
     }
 }
 
+// Put the codes of even elements before those of odd ones, in each 32.
+MX_NOINLINE void put_apart(int8_t* codes, int64_t padded) {
+    for (int64_t k = 0; k < padded; k += CODES_READ) {
+        int8_t found[CODES_READ];
+        for (int64_t i = 0; i < CODES_READ; ++i) found[i] = codes[k + i];
+        for (int64_t i = 0; i < CODES_READ / 2; ++i) {
+            codes[k + i] = found[2 * i];
+            codes[k + CODES_READ / 2 + i] = found[2 * i + 1];
+        }
+    }
+}
+
 template <class Op>
 void encode(const Buffers& b, const Format& format, const DotShape& shape, const DotMethod& m, int offset,
             const DotInput& out, int64_t first, int64_t last) {
@@ -83,6 +95,7 @@ void encode(const Buffers& b, const Format& format, const DotShape& shape, const
         int8_t* const codes = static_cast<int8_t*>(out.codes) + row * shape.padded;
         encode_row(op, shape, x, codes, scales);
         if (per_row > 0) find_starts(codes, shape.padded, m, offset, out.starts + row * per_row);
+        if (m.is_apart) put_apart(codes, shape.padded);
     }
 }
 

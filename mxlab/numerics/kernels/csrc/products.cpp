@@ -54,6 +54,17 @@ struct Parts {
     }
 };
 
+// Rounds values one by one.
+struct Rounder {
+    Element element;
+    Rounding rounding;
+    bool subnormals;
+
+    void round(const Kernels& kernels, const Buffers& b, int64_t first, int64_t last) const {
+        kernels.round_alone(b, element, Numerics::exact, rounding, subnormals, first, last);
+    }
+};
+
 // Multiplies activations of one format by weights of another.
 class ProductPlan {
    public:
@@ -72,22 +83,33 @@ class ProductPlan {
     // Return how many bytes an activation takes.
     int64_t bytes(int64_t rows, int64_t inputs) const {
         const DotShape s = shape(rows, inputs);
-        return Parts(s, method(active_dot())).end;
+        return Parts(s, method(active_dot(), s)).end;
     }
 
-    // Turn an activation into integers.
-    void encode(uintptr_t source, int dtype, int64_t rows, int64_t inputs, uintptr_t memory, int threads) const {
+    // Turn an activation into integers, each value rounded first, if that is asked for.
+    void encode(uintptr_t source, int dtype, int64_t rows, int64_t inputs, const Rounder* rounder, uintptr_t memory,
+                int threads) const {
         const nb::gil_scoped_release release;
         const Kernels& kernels = active_kernels();
         const DotKernels& dot = active_dot();
         const DotShape s = shape(rows, inputs);
-        const DotMethod m = method(dot);
+        const DotMethod m = method(dot, s);
         const Buffers b = buffers(source, 0, 0, dtype);
         const Format format = with_tensor_scale(format_, b, rows * inputs, threads);
+        const int64_t bytes = inputs * (b.dtype == Dtype::float32 ? 4 : 2);
         const DotInput out = Parts(s, m).at(reinterpret_cast<char*>(memory), m);
         parallel_for(useful(threads, rows * inputs), rows, std::max<int64_t>(1, WORTH_A_THREAD / 4 / inputs),
                      [&](int64_t first, int64_t last) {
-                         kernels.encode(b, format, scaling_, rounding_, s, m, element_.offset, out, first, last);
+                         if (!rounder)
+                             return kernels.encode(b, format, scaling_, rounding_, s, m, element_.offset, out, first,
+                                                   last);
+                         std::vector<char> rounded(static_cast<size_t>(bytes));
+                         for (int64_t row = first; row < last; ++row) {
+                             const char* const x = static_cast<const char*>(b.source) + row * bytes;
+                             rounder->round(kernels, {x, rounded.data(), nullptr, b.dtype}, 0, inputs);
+                             kernels.encode({rounded.data() - row * bytes, nullptr, nullptr, b.dtype}, format, scaling_,
+                                            rounding_, s, m, element_.offset, out, row, row + 1);
+                         }
                      });
         const auto [smallest, largest] = range(out.scales, rows * (s.padded / s.block));
         new (reinterpret_cast<void*>(memory)) Header{&dot, m, smallest, largest};
@@ -96,8 +118,8 @@ class ProductPlan {
     // Multiply an activation by a weight whose scales that are not 0 lie in [smallest, largest]. Return false where the
     // product of two scales might be no normal number, and nothing was done.
     bool multiply(uintptr_t memory, int64_t rows, int64_t inputs, uintptr_t elements, uintptr_t scales,
-                  uintptr_t scale_of, int64_t outputs, int64_t row_bytes, float smallest, float largest,
-                  uintptr_t target, uintptr_t bias, int dtype, int threads) const {
+                  uintptr_t scale_of, float unit, int64_t outputs, int64_t row_bytes, float smallest, float largest,
+                  uintptr_t target, uintptr_t bias, int dtype, const Rounder* rounder, int threads) const {
         const nb::gil_scoped_release release;
         char* const start = reinterpret_cast<char*>(memory);
         Header header;
@@ -105,8 +127,12 @@ class ProductPlan {
         if (header.smallest * smallest < 0x1p-120f || header.largest * largest > 0x1p+100f) return false;
         const DotShape s = shape(rows, inputs);
         const DotInput in = Parts(s, header.method).at(start, header.method);
-        const DotWeight w{reinterpret_cast<const uint8_t*>(elements), reinterpret_cast<const uint8_t*>(scales),
-                          reinterpret_cast<const float*>(scale_of), outputs, row_bytes};
+        const DotWeight w{reinterpret_cast<const uint8_t*>(elements),
+                          reinterpret_cast<const uint8_t*>(scales),
+                          reinterpret_cast<const float*>(scale_of),
+                          unit,
+                          outputs,
+                          row_bytes};
         const DotOutput out{reinterpret_cast<void*>(target), reinterpret_cast<const void*>(bias),
                             static_cast<Dtype>(dtype)};
         // A unit: a panel of outputs, and as many rows as make unpacking it cheap.
@@ -121,12 +147,18 @@ class ProductPlan {
                                                       std::min(rows, row + ROWS));
                          }
                      });
+        if (rounder) {
+            const Kernels& all = active_kernels();
+            const Buffers y = buffers(target, target, 0, dtype);
+            parallel_for(useful(threads, rows * outputs), rows * outputs, WORTH_A_THREAD / 2,
+                         [&](int64_t first, int64_t last) { rounder->round(all, y, first, last); });
+        }
         return true;
     }
 
    private:
-    DotMethod method(const DotKernels& dot) const {
-        return dot.method(element_, largest_weight_, largest_input_, block_);
+    DotMethod method(const DotKernels& dot, const DotShape& s) const {
+        return dot.method(element_, largest_weight_, largest_input_, s);
     }
 
     DotShape shape(int64_t rows, int64_t inputs) const {
@@ -183,8 +215,12 @@ void unpack(uintptr_t elements, uintptr_t scales, uintptr_t scale_of, int64_t ro
             int64_t row_bytes, int bits, bool is_int, int offset, const std::vector<int>& integers, uintptr_t value_of,
             uintptr_t target, int dtype, int threads) {
     const nb::gil_scoped_release release;
-    const DotWeight w{reinterpret_cast<const uint8_t*>(elements), reinterpret_cast<const uint8_t*>(scales),
-                      reinterpret_cast<const float*>(scale_of), rows, row_bytes};
+    const DotWeight w{reinterpret_cast<const uint8_t*>(elements),
+                      reinterpret_cast<const uint8_t*>(scales),
+                      reinterpret_cast<const float*>(scale_of),
+                      0.0f,
+                      rows,
+                      row_bytes};
     DotElement e{bits, is_int, offset, {}};
     for (size_t i = 0; i < integers.size() && i < 256; ++i) e.bytes[i] = static_cast<uint8_t>(integers[i]);
     const Unpacking u{reinterpret_cast<void*>(target), static_cast<Dtype>(dtype),
@@ -197,6 +233,13 @@ void unpack(uintptr_t elements, uintptr_t scales, uintptr_t scale_of, int64_t ro
 }  // namespace
 
 void bind_products(nb::module_& m) {
+    nb::class_<Rounder>(m, "Rounder")
+        .def(
+            "__init__",
+            [](Rounder* self, const Element& element, Rounding rounding, bool subnormals) {
+                new (self) Rounder{element, rounding, subnormals};
+            },
+            nb::arg("element"), nb::arg("rounding"), nb::arg("subnormals"));
     m.def("pack", &pack);
     m.def("unpack", &unpack);
     nb::class_<ProductPlan>(m, "ProductPlan")
@@ -204,8 +247,11 @@ void bind_products(nb::module_& m) {
              nb::arg("activation"), nb::arg("scaling"), nb::arg("rounding"), nb::arg("largest_input"), nb::arg("bits"),
              nb::arg("is_int"), nb::arg("offset"), nb::arg("largest_weight"), nb::arg("bytes"), nb::arg("block"))
         .def("bytes", &ProductPlan::bytes)
-        .def("encode", &ProductPlan::encode)
-        .def("multiply", &ProductPlan::multiply);
+        .def("encode", &ProductPlan::encode, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(),
+             nb::arg())
+        .def("multiply", &ProductPlan::multiply, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
+             nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(),
+             nb::arg());
 }
 
 }  // namespace mx

@@ -1,8 +1,7 @@
 // Rows of an activation times a panel of outputs: the innermost loops of dot.cpp, for each instruction set.
 #pragma once
 
-#include "dot.h"
-#include "loops.h"
+#include "unpack.h"
 
 namespace mx::MX_ISA {
 namespace {
@@ -20,7 +19,9 @@ struct Tile {
 
 #if defined(__AVX512VNNI__)
 
-DotMethod method(const DotElement&, int, int, int64_t block) { return {Starts::whole, static_cast<int>(block / 4), 1}; }
+DotMethod method_of_tiles(const DotElement&, int, int, int64_t block) {
+    return {Starts::whole, static_cast<int>(block / 4), 1, false, false, 0};
+}
 
 template <int R>
 MX_NOINLINE void multiply_tile(const Tile& t, const DotMethod&, float* sums) {
@@ -68,12 +69,12 @@ void multiply_rows(const Tile& t, const DotMethod& m, int64_t rows, float* sums)
 #elif defined(__AVX2__)
 
 // Sums of products are kept in 16 bits as far as they fit; bytes without a sign times bytes with one must fit in pairs.
-DotMethod method(const DotElement& e, int weight, int input, int64_t block) {
+DotMethod method_of_tiles(const DotElement& e, int weight, int input, int64_t block) {
     constexpr int LARGEST = 32767;
     int steps = 8;
     while (steps > 1 && (block / 4 % steps != 0 || 2 * steps * weight * input > LARGEST)) steps /= 2;
-    if (2 * (weight + e.offset) * input > LARGEST) return {Starts::none, 1, 2};
-    return {Starts::halves, steps, 1};
+    if (2 * (weight + e.offset) * input > LARGEST) return {Starts::none, 1, 2, false, false, 0};
+    return {Starts::halves, steps, 1, false, false, 0};
 }
 
 MX_INLINE __m256i words_at(const uint8_t* p) { return _mm256_load_si256(reinterpret_cast<const __m256i*>(p)); }
@@ -82,12 +83,6 @@ MX_INLINE __m256i four_bytes_everywhere(const uint8_t* p) {
     int32_t four;
     __builtin_memcpy(&four, p, sizeof four);
     return _mm256_set1_epi32(four);
-}
-
-// Return a sum that stands here in the code: GCC would compute many products first, and run out of registers.
-MX_INLINE __m256i settled(__m256i sum) {
-    asm("" : "+x"(sum));
-    return sum;
 }
 
 // The sums of R rows and PANEL outputs, in registers.
@@ -204,7 +199,9 @@ void multiply_rows(const Tile& t, const DotMethod& m, int64_t rows, float* sums)
 
 #else
 
-DotMethod method(const DotElement&, int, int, int64_t block) { return {Starts::whole, static_cast<int>(block / 4), 1}; }
+DotMethod method_of_tiles(const DotElement&, int, int, int64_t block) {
+    return {Starts::whole, static_cast<int>(block / 4), 1, false, false, 0};
+}
 
 constexpr int64_t rows_done(int64_t) { return 1; }
 

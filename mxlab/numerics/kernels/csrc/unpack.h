@@ -41,6 +41,13 @@ MX_INLINE void look_up_bytes(const uint8_t* packed, const DotElement& e, uint8_t
 
 using Bytes = __m256i;
 
+// Return a sum that stands here in the code: GCC would compute many products first, and run out of registers.
+MX_INLINE __m256i settled(__m256i sum) {
+    asm("" : "+x"(sum));
+    return sum;
+}
+
+// Reads CODES_READ codes as bytes, in their order.
 MX_INLINE Bytes of_four_bits(const uint8_t* packed, const DotElement& e) {
     const __m128i table = _mm_loadu_si128(reinterpret_cast<const __m128i*>(e.bytes)), mask = _mm_set1_epi8(15);
     const __m128i two = _mm_loadu_si128(reinterpret_cast<const __m128i*>(packed));
