@@ -41,6 +41,7 @@ figs: setup
 	$(PYTHON) tools/docs/formats_page.py
 	$(PYTHON) tools/docs/published_tools_page.py
 	$(PYTHON) tools/docs/ptq_page.py
+	$(PYTHON) tools/docs/packed_page.py
 
 # DATA is a folder with lambada_openai.jsonl; without one, the embedded passages are read.
 DATA ?= $(wildcard ../shared/data)

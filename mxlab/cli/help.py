@@ -39,6 +39,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "mxlab quantize smollm2 --recipe mine.toml --data-dir DATA --dtype bfloat16 --out mine --resume",
         "mxlab quantize smollm2 --recipe mxfp4_w4a4kv4_best --dry-run",
     ),
+    "export": (
+        "mxlab export smollm2 --recipe ex1 --to compressed-tensors --weights-only --out smollm2-vllm",
+        "mxlab export smollm2-gptq --to compressed-tensors --weights-only --out smollm2-vllm",
+    ),
     "results": (
         "mxlab results results",
         "mxlab results results/ex1 --json",
@@ -59,6 +63,7 @@ _SHIPPED: dict[str, Kind] = {
     "eval": "recipe",
     "convert": "recipe",
     "quantize": "recipe",
+    "export": "recipe",
     "inspect": "recipe",
     "sweep": "sweep",
     "compare": "study",

@@ -15,6 +15,7 @@ from mxlab.cli.convert import convert
 from mxlab.cli.demo import demo
 from mxlab.cli.doctor import doctor
 from mxlab.cli.eval import evaluate
+from mxlab.cli.export import export
 from mxlab.cli.help import HelpfulCommand
 from mxlab.cli.inspect import inspect
 from mxlab.cli.quantize import quantize
@@ -26,7 +27,7 @@ from mxlab.errors import MxlabError
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 app.command("eval", cls=HelpfulCommand)(evaluate)
-for command in (sweep, compare, inspect, convert, quantize, results, report, demo, doctor):
+for command in (sweep, compare, inspect, convert, quantize, export, results, report, demo, doctor):
     app.command(cls=HelpfulCommand)(command)
 app.command(context_settings=AS_THEY_ARE)(run)
 app.add_typer(bench.app, name="bench")

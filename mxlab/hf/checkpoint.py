@@ -15,7 +15,7 @@ from mxlab.progress import Steps
 from mxlab.recipe import Recipe
 from mxlab.sources import models
 
-_SHARD = "1GB"  # of a file of weights, which safetensors holds in memory whole while it is written
+SHARD = "1GB"  # of a file of weights, which safetensors holds in memory whole while it is written
 
 
 def save_converted(model: str, recipe: Recipe, dtype: str, out: Path, storage: Storage = "grid") -> Conversion:
@@ -57,7 +57,7 @@ def save(
         with rundir.partial(out.parent) as folder:
             conversion, tokenizer = make()
             with Steps("saving"):
-                conversion.model.save_pretrained(folder, max_shard_size=_SHARD)  # pyright: ignore[reportCallIssue]
+                conversion.model.save_pretrained(folder, max_shard_size=SHARD)  # pyright: ignore[reportCallIssue]
                 tokenizer.save_pretrained(folder)
             inventory = json.dumps(conversion.inventory(), indent=1) + "\n"
             (folder / rundir.RECIPE).write_text(conversion.recipe.to_toml(), encoding="utf-8")
