@@ -26,15 +26,12 @@ MX_NOINLINE void find_integers(const Format& given, const typename Op::T::Stored
 template <class Op, class Code>
 void encode_blocks(const Computed<Op>& op, const typename Op::T::Stored* x, int64_t count, int64_t n, Code* codes,
                    float* scales) {
-    u32 amax[BLOCKS];
-    float down[BLOCKS], up[BLOCKS];
-    for (int64_t b = 0; b < count; ++b) amax[b] = largest<typename Op::T>(x + b * n, n);
-    find_scales<Op>(op.format, amax, down, up, count);
-    if constexpr (Op::SEARCHES) search_rows(op, x, count, n, down, up);
+    BlockScales found;
+    find_block_scales(op, x, count, n, found);
     for (int64_t b = 0; b < count; ++b) {
-        const Scale s{down[b], up[b]};
+        const Scale s{found.down[b], found.up[b]};
         find_integers<Op>(op.format, x + b * n, s, codes + b * n, n);
-        scales[b] = amax[b] == 0 ? 0.0f : Op::unit(s, op.format);
+        scales[b] = found.amax[b] == 0 ? 0.0f : Op::unit(s, op.format);
     }
 }
 
@@ -141,16 +138,13 @@ MX_NOINLINE void find_codes(const Format& given, int bits, const typename Op::T:
 template <class Op>
 void find_block_codes(const Computed<Op>& op, const Packing& p, const typename Op::T::Stored* x, int64_t count,
                       int64_t n, uint8_t* codes, uint8_t* scales) {
-    u32 amax[BLOCKS];
-    float down[BLOCKS], up[BLOCKS];
-    for (int64_t b = 0; b < count; ++b) amax[b] = largest<typename Op::T>(x + b * n, n);
-    find_scales<Op>(op.format, amax, down, up, count);
-    if constexpr (Op::SEARCHES) search_rows(op, x, count, n, down, up);
+    BlockScales found;
+    find_block_scales(op, x, count, n, found);
     for (int64_t b = 0; b < count; ++b) {
-        const Scale s{down[b], up[b]};
-        const bool is_number = up[b] == up[b];
-        scales[b] = static_cast<uint8_t>(is_number ? Op::scale_code(s, amax[b], op.format) : p.nan_scale);
-        if (is_number && up[b] != 0.0f)
+        const Scale s{found.down[b], found.up[b]};
+        const bool is_number = s.up == s.up;
+        scales[b] = static_cast<uint8_t>(is_number ? Op::scale_code(s, found.amax[b], op.format) : p.nan_scale);
+        if (is_number && s.up != 0.0f)
             find_codes<Op>(op.format, p.bits, x + b * n, s, codes + b * n, n);
         else
             for (int64_t i = 0; i < n; ++i) codes[b * n + i] = 0;

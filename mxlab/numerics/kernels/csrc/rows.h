@@ -119,18 +119,29 @@ MX_INLINE void short_blocks(const Op& op, const Stored* x, Stored* out, const fl
     }
 }
 
-// Quantize `count` whole blocks of `n` elements, one behind the other.
-template <class Op, class Stored>
-MX_INLINE void row_blocks(const Op& op, const Stored* x, Stored* out, const float* noise, int64_t count, int64_t n) {
+// What the blocks that are done together have.
+struct BlockScales {
     u32 amax[BLOCKS];
     float down[BLOCKS], up[BLOCKS];
-    for (int64_t b = 0; b < count; ++b) amax[b] = largest<typename Op::T>(x + b * n, n);
-    find_scales<Op>(op.format, amax, down, up, count);
-    if constexpr (Op::SEARCHES) search_rows(op, x, count, n, down, up);
+};
+
+// Find the scales of `count` whole blocks of `n` elements, one behind the other.
+template <class Op, class Stored>
+MX_INLINE void find_block_scales(const Op& op, const Stored* x, int64_t count, int64_t n, BlockScales& s) {
+    for (int64_t b = 0; b < count; ++b) s.amax[b] = largest<typename Op::T>(x + b * n, n);
+    find_scales<Op>(op.format, s.amax, s.down, s.up, count);
+    if constexpr (Op::SEARCHES) search_rows(op, x, count, n, s.down, s.up);
+}
+
+// Quantize such blocks.
+template <class Op, class Stored>
+MX_INLINE void row_blocks(const Op& op, const Stored* x, Stored* out, const float* noise, int64_t count, int64_t n) {
+    BlockScales s;
+    find_block_scales(op, x, count, n, s);
     if (n < Op::MIN_LOOP_BLOCK)
-        short_blocks(op, x, out, noise, count, n, down, up);
+        short_blocks(op, x, out, noise, count, n, s.down, s.up);
     else
-        long_blocks(op, x, out, noise, count, n, down, up);
+        long_blocks(op, x, out, noise, count, n, s.down, s.up);
 }
 
 // Quantize `n` consecutive elements of a row, cut into blocks of `block`. The usual block sizes are constants to the
