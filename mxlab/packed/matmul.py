@@ -80,10 +80,16 @@ def multiply(x: IntegerActivation, weight: MXTensor, bias: Tensor | None = None,
 
     Returns:
         None where a product of two scales might be no normal number of float32: multiply the values instead.
+
+    Raises:
+        FormatError: an activation for other weights.
     """
-    product = integer_product(x.weight, x.fmt)
-    assert product is not None
-    inputs = x.shape[-1]
+    product, inputs = integer_product(x.weight, x.fmt), x.shape[-1]
+    if product is None or weight.fmt != x.weight or weight.shape[weight.axis] != inputs or len(weight.shape) != 2:
+        raise FormatError(
+            f"the activation {tuple(x.shape)} is for weights of {x.weight}, and this one is {weight.shape} of "
+            f"{weight.fmt} in blocks along axis {weight.axis}: quantize the activation for it"
+        )
     out = torch.empty(*x.shape[:-1], weight.elements.shape[0], dtype=x.dtype)
     rows = math.prod(x.shape[:-1])
     return out if product.multiply(x.memory, rows, inputs, weight.rows, bias, out, rounder) else None

@@ -177,5 +177,11 @@ def test_memory_that_was_lent_is_used_and_one_activation_serves_many_weights():
     assert lent.memory.untyped_storage().data_ptr() == memory.untyped_storage().data_ptr()
     assert torch.equal(multiply(lent, weight), linear(x, weight, fmt))
     assert torch.equal(multiply(lent, other), linear(x, other, fmt))
+    for wrong in (
+        MXTensor.from_float(torch.randn(7, 64), "int4@32"),
+        MXTensor.from_float(torch.randn(7, 32), weight.fmt),
+    ):
+        with pytest.raises(FormatError, match="quantize the activation for it"):
+            multiply(lent, wrong)
     small = IntegerActivation.from_float(x, fmt, weight.fmt, torch.empty(8))
     assert torch.equal(multiply(small, weight), linear(x, weight, fmt))

@@ -97,14 +97,16 @@ class PackedLayer(QuantizedLayer):
         """Return how the product is computed in integers; None where it cannot be."""
         if x.device.type != "cpu" or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
             return None
-        bias = self.bias
+        weight, bias = self._made[1], self.bias
+        if not self.weight_elements.is_cpu or x.shape[-1:] != (weight.shape[weight.axis],):
+            return None  # torch says what is wrong
         if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
             return None
         if not x.numel() or (bias is not None and bias.dtype != x.dtype):
             return None
         kind = id(mx), x.dtype
         if kind not in self._ways:
-            self._ways[kind] = _way(mx, self._made[1].fmt, x)
+            self._ways[kind] = _way(mx, weight.fmt, x)
         return self._ways[kind]
 
     def _integer_product(self, x: Tensor, mx: LinearOperands, way: _Way, bias: Tensor | None) -> Tensor | None:

@@ -231,3 +231,12 @@ def test_the_classes_say_what_they_are():
     assert "weight=fp4_e2m1@16" in repr(layer)
     with pytest.raises(ConversionError, match="the weight is packed: load the unquantized model to change it"):
         layer.weight = nn.Parameter(torch.zeros(2))
+
+
+def test_an_input_of_another_width_is_refused():
+    layer = packed(tiny(), recipe()).model.layers[0].mlp.up_proj
+    for width in (1, 32, 63, 128):
+        with pytest.raises(RuntimeError, match="cannot be multiplied"):
+            layer(torch.randn(3, width))
+    assert layer(torch.randn(0, 64)).shape == (0, 96)
+    assert layer(torch.randn(64)).shape == (96,)
