@@ -70,33 +70,6 @@ def encode(x: Tensor, fmt: MXFormat, axes: tuple[int, ...] = (-1,), seed: int = 
     return Codes(elements, scales.masked_fill(is_nan, nan_scale(fmt)).to(torch.uint8).squeeze(-1), unit)
 
 
-def codes_of_values(values: Tensor, fmt: MXFormat, axes: tuple[int, ...] = (-1,)) -> Codes:
-    """Return the codes of values on the grid of a format whose scales are powers of two.
-
-    A block gets the smallest scale that holds its ends: what is on the grid under some scale is on the finer grid
-    under that. Values that are on none come out as others.
-
-    Args:
-        values: float32, bfloat16 or float16.
-        fmt: the format.
-        axes: along which blocks lie.
-
-    Raises:
-        FormatError: elements of more than eight bits.
-    """
-    check_codes(fmt)
-    blocks = reference.block_layout(values, fmt, tuple(axis % values.ndim for axis in axes)).split(values).double()
-    lowest, largest = fmt.limits
-    needed = torch.maximum(blocks.amax(-1, keepdim=True) / largest, blocks.amin(-1, keepdim=True) / lowest)
-    mantissa, exponent = torch.frexp(needed)
-    exponent = (exponent - (mantissa == 0.5).int()).clamp(-fmt.scale_emax, fmt.scale_emax)  # of the power not below
-    is_nan = ~needed.isfinite()
-    multiples = torch.ldexp(blocks, -exponent).float().masked_fill(is_nan, 0.0)
-    elements = element_codes(multiples, fmt.grid, fmt.element_bits)
-    scales = (exponent + fmt.scale_emax).masked_fill(is_nan, nan_scale(fmt)).to(torch.uint8).squeeze(-1)
-    return Codes(elements, scales, torch.ones((), device=values.device))
-
-
 def decode(codes: Codes, fmt: MXFormat, cut: Blocks, dtype: torch.dtype) -> Tensor:
     """Return the tensor that codes stand for, contiguous; what ``dtype`` cannot hold becomes its largest value.
 

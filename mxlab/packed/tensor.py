@@ -14,10 +14,11 @@ from torch import Tensor
 from mxlab.errors import FormatError, SourceError
 from mxlab.formats import MXFormat
 from mxlab.numerics.blocks import Blocks
-from mxlab.numerics.codes import Codes, check_codes, codes_of_values, decode, encode, scale_values
+from mxlab.numerics.codes import Codes, check_codes, decode, encode, scale_values
 from mxlab.numerics.kernels import packing
 from mxlab.numerics.kernels.products import PackedRows
 from mxlab.numerics.operators import DTYPES, check
+from mxlab.numerics.recovered import codes_of_values
 from mxlab.numerics.reference import block_layout, layout_of_shape
 from mxlab.packed.bits import pack, packed_length, unpack
 
@@ -79,7 +80,7 @@ class MXTensor:
     def from_values(cls, values: Tensor, fmt: MXFormat | str, axis: int = -1) -> MXTensor:
         """Store values that are on the grid of a format already, such as :func:`mxlab.quantize` or GPTQ gives them.
 
-        Scales are found anew, each the smallest that holds its block, so that :meth:`dequantize` gives these values.
+        Scales are found anew (:mod:`mxlab.numerics.recovered`), so that :meth:`dequantize` gives these values.
 
         Args:
             values: float32, bfloat16 or float16.
@@ -87,14 +88,15 @@ class MXTensor:
             axis: along which the blocks lie.
 
         Raises:
-            FormatError: values that are not on the grid, or scales that cannot be found: those of a tensor with a scale
-                of its own are known only while it is quantized.
+            FormatError: values that are not on the grid, or scales that cannot be found, as of NVFP4 in bfloat16,
+                whose values have been rounded once more.
         """
         made = cls.from_float(values, fmt, axis)
-        if not made._has(values) and not made.fmt.scale_format.is_float:
-            codes = codes_of_values(values.detach(), made.fmt, (made.axis,))
+        codes = None if made._has(values) else codes_of_values(values.detach(), made.fmt, (made.axis,))
+        if codes is not None:
             elements = codes.elements.flatten(-2)[..., : values.shape[axis]]
-            made = replace(made, elements=pack(elements, made.fmt.element_bits), scales=codes.scales)
+            packed = pack(elements, made.fmt.element_bits)
+            made = replace(made, elements=packed, scales=codes.scales, tensor_scale=codes.tensor_scale)
         if not made._has(values):
             raise FormatError(
                 f"a tensor of shape {made.shape} does not hold values of {made.fmt} along axis {made.axis}, or its "
