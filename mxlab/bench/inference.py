@@ -90,7 +90,7 @@ class ForwardWorkload(TextWorkload):
         packed = {
             (name, subjects.PACKED): subjects.converted(plain, subjects.variant(name, "exact"), "packed")
             for name in self.recipes
-            if "exact" in self.numerics
+            if "exact" in self.numerics and self.place.type == "cpu"
         }
         return found | packed
 
@@ -154,7 +154,7 @@ class GenerateWorkload(TextWorkload):
                             target=self._target(name, dtype, "grid"),
                         ),
                     ]
-                    if numerics == "exact":
+                    if numerics == "exact" and self.place.type == "cpu":
                         packed = subjects.converted(subject.model, subjects.variant(name, numerics), "packed")
                         call, target = partial(_generate, packed, ids, self.tokens), self._target(name, dtype, "packed")
                         contenders.append(Contender(subjects.PACKED, call, target=target))

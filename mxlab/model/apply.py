@@ -82,8 +82,10 @@ def apply(model: nn.Module, recipe: Recipe | str | Path, storage: Storage = "gri
         return present
     is_new = saved.carried_config(model) is None
     if is_new:
-        refuse_calibrated(chosen)
+        _refuse_algorithms(chosen)
     plan = _checked_plan(model, chosen)
+    if is_new:
+        _refuse_fitted(chosen)
     plan.check_finite()
     if storage == "packed":
         check_packable(plan.sites)
@@ -162,8 +164,11 @@ def _checked_plan(model: nn.Module, recipe: Recipe) -> Plan:
 
 def refuse_calibrated(recipe: Recipe) -> None:
     """Raise ConversionError where a recipe asks for what only a calibration text gives."""
-    if recipe.algorithms:
-        _refuse_algorithms(recipe)
+    _refuse_algorithms(recipe)
+    _refuse_fitted(recipe)
+
+
+def _refuse_fitted(recipe: Recipe) -> None:
     for rule in recipe.rules:
         if rule.is_fitted:
             what = "k_offset" if rule.k_offset else str(rule.transform)
@@ -174,6 +179,8 @@ def refuse_calibrated(recipe: Recipe) -> None:
 
 
 def _refuse_algorithms(recipe: Recipe) -> None:
+    if not recipe.algorithms:
+        return
     asked, keys = ", ".join(recipe.algorithms), "[algorithms]"
     if MASE in recipe.algorithms:
         tables = recipe.algorithms[MASE]

@@ -167,14 +167,17 @@ def test_targets():
     assert not bandwidth.met(0.69)
     assert targets.quantize_target("exact", "cpu", "float32", 2) is None
     assert targets.quantize_target("exact, in place", "cpu", "float32", 1) is None
-    smollm2 = {"model": "smollm2", "device": "cpu", "dtype": "bfloat16", "batch": 16, "threads": 2}
-    llama = {"model": "llama-1b-random", "device": "cuda", "dtype": "bfloat16", "batch": 32, "threads": 2}
+    common = {"dtype": "bfloat16", "threads": 2, "storage": "grid"}
+    smollm2 = {"model": "smollm2", "device": "cpu", "batch": 16, **common}
+    llama = {"model": "llama-1b-random", "device": "cuda", "batch": 32, **common}
     for recipe, dtype, limit in [("ex1", "bfloat16", 1.08), ("ex2", "bfloat16", 1.12), ("ex2", "float32", 1.08)]:
         found = targets.model_target("forward", recipe, **{**smollm2, "dtype": dtype})
         assert found == targets.Target("ratio", limit)
     assert targets.model_target("forward", "ex2", **llama) == targets.Target("ratio", 1.15)
     assert targets.model_target("forward", "ex1", **{**smollm2, "threads": 1}) is None
     assert targets.model_target("forward", "kv_only", **smollm2) is None
+    packed = {**smollm2, "dtype": "float32", "storage": "packed"}
+    assert targets.model_target("forward", "ex2", **packed) == targets.Target("ratio", 0.85)
     generation = {**smollm2, "tokens": 64}
     assert targets.model_target("generate", "ex2", **generation) == targets.Target("ratio", 1.15)
     assert targets.seconds_target("import") == targets.Target("seconds", 0.2)
@@ -280,8 +283,8 @@ def test_the_share_of_the_copy_bandwidth():
 @pytest.mark.usefixtures("no_mx")
 def test_linear():
     document = performed("linear", shapes=["64x32"], tokens=[1, 3], dtypes=["float32"], recipe="ex2")
-    assert contenders(document) == ["unquantized", "exact", "microxcaling"] * 2
-    assert [row["case"]["tokens"] for row in document["rows"]] == [1] * 3 + [3] * 3
+    assert contenders(document) == ["unquantized", "exact", "microxcaling", "packed"] * 2
+    assert [row["case"]["tokens"] for row in document["rows"]] == [1] * 4 + [3] * 4
 
 
 def test_a_linear_layer_quantizes_at_every_call(monkeypatch):
@@ -302,9 +305,11 @@ def test_a_linear_layer_quantizes_at_every_call(monkeypatch):
 @pytest.mark.usefixtures("no_mx")
 def test_forward():
     document = performed("forward", model="random-tiny", batch=2, tokens=8, dtypes=["float32"])
-    assert contenders(document) == ["unquantized", *["exact", "microxcaling"] * 2] * 2
-    assert [row["case"]["attention"] for row in document["rows"]] == ["eager"] * 5 + ["sdpa"] * 5
-    assert [row["case"]["recipe"] for row in document["rows"]] == ["baseline", "ex1", "ex1", "ex2", "ex2"] * 2
+    assert contenders(document) == ["unquantized", *["exact", "microxcaling"] * 2, "packed", "packed"] * 2
+    assert [row["case"]["attention"] for row in document["rows"]] == ["eager"] * 7 + ["sdpa"] * 7
+    assert [row["case"]["recipe"] for row in document["rows"]] == [
+        "baseline", "ex1", "ex1", "ex2", "ex2", "ex1", "ex2"
+    ] * 2  # fmt: skip
     first = document["rows"][0]
     assert (first["case"]["rows"], first["case"]["tokens"]) == ("random tokens", 16)
     assert first["figures"]["tokens/s"] == pytest.approx(16 / first["seconds"]["median"], rel=1e-4)
@@ -329,7 +334,7 @@ def test_forward_over_text(tiny_llama, tmp_path):
 
 def test_generate():
     document = performed("generate", model="random-tiny", tokens=3)
-    assert contenders(document) == ["unquantized", "exact"]
+    assert contenders(document) == ["unquantized", "exact", "packed"]
     row = document["rows"][1]
     assert row["figures"]["ms/token"] == pytest.approx(row["seconds"]["median"] * 1000 / 3, rel=1e-4)
 

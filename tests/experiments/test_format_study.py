@@ -188,10 +188,10 @@ def test_finished_rows_are_kept_and_the_rest_is_made(study, tmp_path, monkeypatc
 
 
 def test_a_failing_row_does_not_end_the_others_and_is_tried_again(study, tmp_path, monkeypatch):
-    def failing(model, recipe):
+    def failing(model, recipe, storage):
         if recipe.name.endswith("weights"):
             raise RuntimeError("no luck")
-        return real(model, recipe)
+        return real(model, recipe, storage)
 
     real = scorer.apply
     monkeypatch.setattr(scorer, "apply", failing)
