@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,19 +52,30 @@ def save(
     Raises:
         RunError: ``out`` exists already, or cannot be written. That is found out before ``make`` is called.
     """
+    with new_folder(out) as folder:
+        conversion, tokenizer = make()
+        with Steps("saving"):
+            conversion.model.save_pretrained(folder, max_shard_size=SHARD)  # pyright: ignore[reportCallIssue]
+            tokenizer.save_pretrained(folder)
+        inventory = json.dumps(conversion.inventory(), indent=1) + "\n"
+        (folder / rundir.RECIPE).write_text(conversion.recipe.to_toml(), encoding="utf-8")
+        (folder / rundir.INVENTORY).write_text(inventory, encoding="utf-8")
+        record(folder)
+    return conversion
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """Give a folder that becomes the new folder ``out`` when it is filled, and that is gone where that fails.
+
+    Raises:
+        RunError: ``out`` exists already, which is found out at once, or cannot be written.
+    """
     if out.exists():
         raise RunError(f"{out} exists already: give another --out folder")
     try:
         with rundir.partial(out.parent) as folder:
-            conversion, tokenizer = make()
-            with Steps("saving"):
-                conversion.model.save_pretrained(folder, max_shard_size=SHARD)  # pyright: ignore[reportCallIssue]
-                tokenizer.save_pretrained(folder)
-            inventory = json.dumps(conversion.inventory(), indent=1) + "\n"
-            (folder / rundir.RECIPE).write_text(conversion.recipe.to_toml(), encoding="utf-8")
-            (folder / rundir.INVENTORY).write_text(inventory, encoding="utf-8")
-            record(folder)
+            yield folder
             folder.rename(out)
     except OSError as e:
         raise RunError(f"cannot write to {out}: {e}; there is no such folder now") from e
-    return conversion

@@ -16,10 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mxlab import rundir
-from mxlab.errors import ConversionError, RunError
+from mxlab.errors import ConversionError
 from mxlab.formats import MXFormat
-from mxlab.hf.checkpoint import SHARD
+from mxlab.hf.checkpoint import SHARD, new_folder
 from mxlab.model import sites
 from mxlab.model.apply import apply
 from mxlab.model.conversion import Conversion
@@ -82,19 +81,14 @@ def export(model: str, recipe: Recipe, dtype: str, out: Path, weights_only: bool
         ConversionError: something that compressed-tensors cannot express; it is named.
         RunError: ``out`` exists already, or cannot be written.
     """
-    if out.exists():
-        raise RunError(f"{out} exists already: give another --out folder")
-    loaded = models.load_model(model, dtype, "cpu")
-    conversion = apply(loaded.model, recipe, "packed")
-    targets = {site.name: target_of(site) for site in conversion.linears if site.is_packed}
-    _refuse_others(conversion, weights_only)
-    try:
-        with rundir.partial(out.parent) as folder, Steps("saving"):
+    with new_folder(out) as folder:
+        loaded = models.load_model(model, dtype, "cpu")
+        conversion = apply(loaded.model, recipe, "packed")
+        targets = {site.name: target_of(site) for site in conversion.linears if site.is_packed}
+        _refuse_others(conversion, weights_only)
+        with Steps("saving"):
             _save(loaded.model, targets, folder)
             loaded.tokenizer.save_pretrained(folder)
-            folder.rename(out)
-    except OSError as e:
-        raise RunError(f"cannot write to {out}: {e}; there is no such folder now") from e
     return conversion
 
 

@@ -66,7 +66,7 @@ class MxlabQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         """Give the modules room for what a saved model has, or is to have."""
-        from mxlab.model.apply import make_room, prepare
+        from mxlab.model.apply import make_room, prepare, refuse_calibrated
         from mxlab.model.saved import make_packed_room
 
         recipe = self._recipe
@@ -76,7 +76,7 @@ class MxlabQuantizer(HfQuantizer):
             model.config.quantization_config = self.quantization_config.to_dict()
             make_packed_room(prepare(model, recipe), self.quantization_config.packed)
         else:
-            _check_new(recipe)
+            refuse_calibrated(recipe)
             prepare(model.eval(), recipe)
         return model
 
@@ -156,12 +156,6 @@ class MxlabQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Whether the model can be trained."""
         return True
-
-
-def _check_new(recipe: Recipe) -> None:
-    from mxlab.model.apply import refuse_calibrated
-
-    refuse_calibrated(recipe)
 
 
 @torch.no_grad()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,9 +34,7 @@ class IntegerActivation:
     memory: Tensor
 
     @classmethod
-    def from_float(
-        cls, x: Tensor, fmt: MXFormat, weight: MXFormat, memory: Tensor | None = None, rounder: Any = None
-    ) -> IntegerActivation:
+    def from_float(cls, x: Tensor, fmt: MXFormat, weight: MXFormat, memory: Tensor | None = None) -> IntegerActivation:
         """Quantize an activation to ``fmt``, to be multiplied by weights of the format ``weight``.
 
         Args:
@@ -45,7 +42,6 @@ class IntegerActivation:
             fmt: the format of the activation.
             weight: the format of the weights.
             memory: what may be written to, contiguous; new memory is taken where it is too small.
-            rounder: what rounds each value first (:func:`mxlab.numerics.kernels.native.rounder`).
 
         Raises:
             FormatError: there is an :func:`obstacle`.
@@ -53,7 +49,7 @@ class IntegerActivation:
         product, reason = integer_product(weight, fmt), obstacle(x, fmt, weight)
         if product is None or reason:
             raise FormatError(f"no product in integers: {reason}; multiply the values instead")
-        return cls(x.shape, x.dtype, fmt, weight, product.encode(x.contiguous(), memory, rounder))
+        return cls(x.shape, x.dtype, fmt, weight, product.encode(x.contiguous(), memory))
 
 
 def obstacle(x: Tensor, fmt: MXFormat, weight: MXFormat) -> str | None:
@@ -69,14 +65,13 @@ def obstacle(x: Tensor, fmt: MXFormat, weight: MXFormat) -> str | None:
     return products.obstacle(weight, fmt)
 
 
-def multiply(x: IntegerActivation, weight: MXTensor, bias: Tensor | None = None, rounder: Any = None) -> Tensor | None:
+def multiply(x: IntegerActivation, weight: MXTensor, bias: Tensor | None = None) -> Tensor | None:
     """Return the product [..., outputs], in the dtype of the activation.
 
     Args:
         x: the activation [..., inputs].
         weight: [outputs, inputs] with its blocks along the last axis, or [inputs, outputs] along the first.
         bias: [outputs], or None.
-        rounder: what rounds each result.
 
     Returns:
         None where a product of two scales might be no normal number of float32: multiply the values instead.
@@ -92,7 +87,7 @@ def multiply(x: IntegerActivation, weight: MXTensor, bias: Tensor | None = None,
         )
     out = torch.empty(*x.shape[:-1], weight.elements.shape[0], dtype=x.dtype)
     rows = math.prod(x.shape[:-1])
-    return out if product.multiply(x.memory, rows, inputs, weight.rows, bias, out, rounder) else None
+    return out if product.multiply(x.memory, rows, inputs, weight.rows, bias, out) else None
 
 
 def linear(x: Tensor, weight: MXTensor, activation: MXFormat | str | None = None, bias: Tensor | None = None) -> Tensor:

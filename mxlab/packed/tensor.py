@@ -70,11 +70,8 @@ class MXTensor:
         if packing.can_pack(x, parsed):
             parts = packing.pack(x.detach().movedim(axis, -1).contiguous(), parsed)
             return cls(parsed, tuple(x.shape), axis, x.dtype, *parts)
-        codes = encode(x.detach(), parsed, (axis,), seed)
-        elements = codes.elements.flatten(-2)[..., : x.shape[axis]]
-        return cls(
-            parsed, tuple(x.shape), axis, x.dtype, pack(elements, parsed.element_bits), codes.scales, codes.tensor_scale
-        )
+        parts = _packed_parts(encode(x.detach(), parsed, (axis,), seed), parsed, x.shape[axis])
+        return cls(parsed, tuple(x.shape), axis, x.dtype, *parts)
 
     @classmethod
     def from_values(cls, values: Tensor, fmt: MXFormat | str, axis: int = -1) -> MXTensor:
@@ -94,9 +91,8 @@ class MXTensor:
         made = cls.from_float(values, fmt, axis)
         codes = None if made._has(values) else codes_of_values(values.detach(), made.fmt, (made.axis,))
         if codes is not None:
-            elements = codes.elements.flatten(-2)[..., : values.shape[axis]]
-            packed = pack(elements, made.fmt.element_bits)
-            made = replace(made, elements=packed, scales=codes.scales, tensor_scale=codes.tensor_scale)
+            parts = _packed_parts(codes, made.fmt, values.shape[axis])
+            made = cls(made.fmt, made.shape, made.axis, made.dtype, *parts)
         if not made._has(values):
             raise FormatError(
                 f"a tensor of shape {made.shape} does not hold values of {made.fmt} along axis {made.axis}, or its "
@@ -263,3 +259,9 @@ class MXTensor:
                     f"{name}: {part} {has}, and {self.fmt} of shape {self.shape} wants {dtype} {shape}: the file is "
                     "damaged, or of another model; fetch or pack it again"
                 )
+
+
+def _packed_parts(codes: Codes, fmt: MXFormat, length: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the codes of rows of a length as they are stored."""
+    elements = codes.elements.flatten(-2)[..., :length]
+    return pack(elements, fmt.element_bits), codes.scales, codes.tensor_scale

@@ -1,6 +1,5 @@
 """docs/formats.md says what the code says, of every format there is, with a picture of each."""
 
-import importlib
 import re
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from mxlab.formats import ELEMENTS, FAMILIES, MXFormat, element, parse_format
 from mxlab.formats.scales import SCALE_RULES, SCALES
 
 from support.paths import ROOT
+from support.tools import docs_tool
 
 PAGE = (ROOT / "docs" / "formats.md").read_text(encoding="utf-8")
 DRAWN = {path.name for path in (ROOT / "figs" / "formats").glob("*.png")}
@@ -18,13 +18,8 @@ DRAWN = {path.name for path in (ROOT / "figs" / "formats").glob("*.png")}
 
 @pytest.fixture(scope="module")
 def page():
-    sys.path.insert(0, str(ROOT / "tools" / "docs"))
-    try:
-        yield importlib.import_module("formats_page")
-    finally:
-        sys.path.remove(str(ROOT / "tools" / "docs"))
-        for name in ("formats_page", "formats_figures"):
-            sys.modules.pop(name, None)
+    with docs_tool("formats_page") as module:
+        yield module
 
 
 def rows(section: str) -> dict[str, list[str]]:

@@ -1,24 +1,14 @@
 """docs/packed.md says what the benchmarks measured."""
 
-import importlib
-import sys
-
 import pytest
 
-from support.paths import ROOT
-
-TOOLS = ROOT / "tools" / "docs"
+from support.tools import docs_tool
 
 
 @pytest.fixture(scope="module")
 def tool():
-    sys.path.insert(0, str(TOOLS))
-    try:
-        yield importlib.import_module("packed_page")
-    finally:
-        sys.path.remove(str(TOOLS))
-        for name in ("packed_page", "formats_page"):
-            sys.modules.pop(name, None)
+    with docs_tool("packed_page") as module:
+        yield module
 
 
 def test_the_page_is_up_to_date(tool):

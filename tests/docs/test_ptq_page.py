@@ -1,25 +1,16 @@
 """docs/ptq.md says what the recorded rows say."""
 
-import importlib
 import json
-import sys
 
 import pytest
 
-from support.paths import ROOT
-
-TOOLS = ROOT / "tools" / "docs"
+from support.tools import docs_tool
 
 
 @pytest.fixture(scope="module")
 def tool():
-    sys.path.insert(0, str(TOOLS))
-    try:
-        yield importlib.import_module("ptq_page")
-    finally:
-        sys.path.remove(str(TOOLS))
-        for name in ("ptq_page", "formats_page"):
-            sys.modules.pop(name, None)
+    with docs_tool("ptq_page") as module:
+        yield module
 
 
 def test_the_page_is_up_to_date(tool):

@@ -1,22 +1,14 @@
 """docs/published_tools.md says what the recorded outputs say."""
 
-import importlib
-import sys
-
 import pytest
 
-from support.paths import ROOT
+from support.tools import docs_tool
 
 
 @pytest.fixture(scope="module")
 def page():
-    sys.path.insert(0, str(ROOT / "tools" / "docs"))
-    try:
-        yield importlib.import_module("published_tools_page")
-    finally:
-        sys.path.remove(str(ROOT / "tools" / "docs"))
-        for name in ("published_tools_page", "formats_page", "formats_figures"):
-            sys.modules.pop(name, None)
+    with docs_tool("published_tools_page") as module:
+        yield module
 
 
 def test_the_tables_are_those_of_the_files(page):

@@ -220,15 +220,21 @@ def draw(folder: Path) -> list[Path]:
     return [folder / f"{name}.png" for name in figures]
 
 
-def main(*arguments: str) -> None:
-    """Fill the page and draw its pictures, or check the page."""
-    page = PAGE.read_text(encoding="utf-8")
+def write_or_check(file: Path, fill: Callable[[str], str], arguments: Sequence[str]) -> bool:
+    """Fill a page and return True; with ``--check``, exit with an error if it is out of date, and return False."""
+    page = file.read_text(encoding="utf-8")
     filled = fill(page)
     if "--check" not in arguments:
-        PAGE.write_text(filled, encoding="utf-8")
-        draw(FIGURES)
+        file.write_text(filled, encoding="utf-8")
     elif filled != page:
-        sys.exit("docs/formats.md is out of date: run `make figs`")
+        sys.exit(f"docs/{file.name} is out of date: run `make figs`")
+    return "--check" not in arguments
+
+
+def main(*arguments: str) -> None:
+    """Fill the page and draw its pictures, or check the page."""
+    if write_or_check(PAGE, fill, arguments):
+        draw(FIGURES)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from formats_page import table
+from formats_page import table, write_or_check
 
 from mxlab.bench.results import instruction_set_of
 from mxlab.bench.tables import grid
@@ -46,14 +46,5 @@ def section(document: dict[str, Any]) -> str:
     )
 
 
-def main() -> None:
-    """Write the page, or check it."""
-    page = PAGE.read_text(encoding="utf-8")
-    filled = fill(page)
-    if "--check" in sys.argv[1:]:
-        sys.exit(0 if filled == page else f"{PAGE} is out of date: run tools/docs/packed_page.py")
-    PAGE.write_text(filled, encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    write_or_check(PAGE, fill, sys.argv[1:])

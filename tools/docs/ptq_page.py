@@ -19,7 +19,7 @@ from statistics import mean, stdev
 from typing import Any
 
 import matplotlib.pyplot as plt
-from formats_page import table
+from formats_page import table, write_or_check
 
 from mxlab.report.style import DPI, SHAPES, STYLE
 
@@ -229,16 +229,6 @@ def draw_lambada() -> None:
         plt.close(figure)
 
 
-def main() -> None:
-    """Write the page and its figures, or check the page."""
-    page = PAGE.read_text(encoding="utf-8")
-    filled = fill(page)
-    if "--check" in sys.argv[1:]:
-        sys.exit(0 if filled == page else f"{PAGE} is out of date: run tools/docs/ptq_page.py")
-    PAGE.write_text(filled, encoding="utf-8")
+if __name__ == "__main__" and write_or_check(PAGE, fill, sys.argv[1:]):
     draw()
     draw_lambada()
-
-
-if __name__ == "__main__":
-    main()

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from formats_page import SECTION, table
+from formats_page import SECTION, table, write_or_check
 from torch import Tensor
 
 from mxlab.formats import MXFormat
@@ -96,12 +96,7 @@ def _printed(y: Tensor) -> Iterator[str]:
 
 def main(*arguments: str) -> None:
     """Fill the page, or check it."""
-    page = PAGE.read_text(encoding="utf-8")
-    filled = fill(page)
-    if "--check" not in arguments:
-        PAGE.write_text(filled, encoding="utf-8")
-    elif filled != page:
-        sys.exit("docs/published_tools.md is out of date: run `make figs`")
+    write_or_check(PAGE, fill, arguments)
 
 
 if __name__ == "__main__":

@@ -168,7 +168,7 @@ def _rounder(mx: LinearOperands, fmt: MXFormat, dtype: torch.dtype) -> Any:
     element = elementwise_format(used.bfloat, used.fp)
     if element is None or dtype in mx.untouched or fmt.tensor_bits or used.output_rounding == "dither":
         return None
-    return native.rounder(element, used.output_rounding, used.subnormals)
+    return native.round_plan(element, used.output_rounding, used.subnormals, "exact")
 
 
 def _versions(*tensors: Tensor | None) -> tuple[int, ...]:
@@ -200,8 +200,8 @@ def _packed_weight(layer: QuantizedLayer, fmt: MXFormat, name: str) -> MXTensor:
     try:
         if layer.frozen.is_frozen(layer.weight):
             return MXTensor.from_values(weight, fmt, axis)
-        source = operands.weight_before_grid(operands.transformed(weight, axis))
-        values, packed = operands.on_weight(weight, axis), MXTensor.from_float(source, fmt, axis)
+        values = operands.on_weight(weight, axis)
+        packed = MXTensor.from_float(operands.weight_before_grid(operands.transformed(weight, axis)), fmt, axis)
         return packed if torch.equal(packed.dequantize(), values) else MXTensor.from_values(values, fmt, axis)
     except FormatError as e:
         raise ConversionError(f"{name} cannot be packed: {e}") from None

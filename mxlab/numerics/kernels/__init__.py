@@ -9,7 +9,7 @@ Then ``csrc/``. Both backends compile ``mx.h`` (formats, float32 bits, storage t
 loops). ``kernels.cu`` holds the loops of the GPU. Those of the CPU are in ``rows.h`` and ``columns.h``, which use
 ``scales.h``, ``elements.h`` and ``loops.h``, and in ``elementwise.h``; ``kernels.cpp`` puts them together, once per
 instruction set, behind the table of functions in ``kernels.h``. ``threads.cpp`` hands out their work, and
-``module.cpp`` makes it callable from Python.
+``module.cpp`` makes it callable from Python, ``round_plan.h`` what rounds element by element.
 
 Products with packed weights are a part of their own. ``dot.h`` says what they are; ``dot.cpp`` is compiled once per
 instruction set that has instructions for them. ``unpack.h`` brings codes in order, ``tiles.h`` multiplies many rows,

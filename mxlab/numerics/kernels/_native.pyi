@@ -75,8 +75,8 @@ class RoundPlan:
     def __init__(self, element: Element, rounding: Rounding, subnormals: bool, numerics: Numerics) -> None: ...
     def run(self, source: int, target: int, noise: int, dtype: int, count: int, threads: int, /) -> None: ...
 
-class Rounder:
-    def __init__(self, element: Element, rounding: Rounding, subnormals: bool) -> None: ...
+class DotElement:
+    def __init__(self, bits: int, is_int: bool, offset: int, bytes: Sequence[int]) -> None: ...
 
 class ProductPlan:
     def __init__(
@@ -85,16 +85,13 @@ class ProductPlan:
         scaling: Scaling,
         rounding: Rounding,
         largest_input: int,
-        bits: int,
-        is_int: bool,
-        offset: int,
+        weight: DotElement,
         largest_weight: int,
-        bytes: Sequence[int],
         block: int,
     ) -> None: ...
     def bytes(self, rows: int, inputs: int, /) -> int: ...
     def encode(
-        self, source: int, dtype: int, rows: int, inputs: int, rounder: Rounder | None, memory: int, threads: int, /
+        self, source: int, dtype: int, rows: int, inputs: int, rounder: RoundPlan | None, memory: int, threads: int, /
     ) -> None: ...
     def multiply(
         self,
@@ -112,7 +109,7 @@ class ProductPlan:
         target: int,
         bias: int,
         dtype: int,
-        rounder: Rounder | None,
+        rounder: RoundPlan | None,
         threads: int,
         /,
     ) -> bool: ...
@@ -142,10 +139,7 @@ def unpack(
     length: int,
     block: int,
     row_bytes: int,
-    bits: int,
-    is_int: bool,
-    offset: int,
-    integers: Sequence[int],
+    element: DotElement,
     value_of: int,
     target: int,
     dtype: int,

@@ -54,7 +54,7 @@ class _Native(Compiled):
         numerics: Numerics,
     ) -> None:
         addresses = x.data_ptr(), out.data_ptr(), address(noise)
-        plan = _round_plan(element, rounding, subnormals, numerics)
+        plan = round_plan(element, rounding, subnormals, numerics)
         plan.run(*addresses, DTYPES[x.dtype], x.numel(), torch.get_num_threads())
 
     def transform(self, x: Tensor, matrices: Tensor) -> Tensor:
@@ -127,6 +127,17 @@ def instruction_set() -> str:
     return _native.instruction_set()
 
 
+def dot_element(fmt: MXFormat, integers: Sequence[int] = ()) -> _native.DotElement:
+    """Return what the codes of a format are for the kernels of packed weights.
+
+    Args:
+        fmt: the format.
+        integers: what each code is as a multiple of the smallest element; none where those are too large.
+    """
+    offset = -min(integers, default=0)
+    return _native.DotElement(fmt.element_bits, fmt.grid.is_int, offset, [i + offset for i in integers])
+
+
 def product_plan(
     activation: MXFormat, largest_input: int, weight: MXFormat, integers: Sequence[int]
 ) -> _native.ProductPlan:
@@ -138,17 +149,13 @@ def product_plan(
         weight: the format of the weight.
         integers: what each code of it is, as a multiple of the smallest element.
     """
-    offset = -min(integers)
     return _native.ProductPlan(
         _format(activation),
         _native.Scaling[scaling(activation)],
         _native.Rounding[activation.rounding],
         largest_input,
-        weight.element_bits,
-        weight.grid.is_int,
-        offset,
+        dot_element(weight, integers),
         max(map(abs, integers)),
-        [integer + offset for integer in integers],
         weight.elements_per_scale,
     )
 
@@ -182,35 +189,23 @@ def unpack(
     scale_of: Tensor,
     out: Tensor,
     shape: tuple[int, int, int],
-    fmt: MXFormat,
-    integers: Sequence[int] | None,
-    values: Tensor,
+    element: _native.DotElement,
+    values: Tensor | None,
 ) -> None:
     """Write the values of packed codes into ``out``, rows of the length, contiguous.
 
     Args:
         elements: uint8 [rows, bytes], contiguous.
         scales: uint8 [rows, blocks], contiguous.
-        scale_of: float32 [256], what each code of a scale stands for.
+        scale_of: float32 [256], what each code of a scale stands for; for integers, times the smallest element.
         out: float32, bfloat16 or float16.
         shape: rows, length, elements of a block.
-        fmt: the format.
-        integers: what each code is as a multiple of the smallest element, if those are small; ``scale_of`` is for that.
-        values: float32 [256], what each code is where there are none.
+        element: what :func:`dot_element` gave.
+        values: float32 [256], what each code is where it has no integers; else None.
     """
-    offset = -min(integers) if integers else 0
     addresses = elements.data_ptr(), scales.data_ptr(), scale_of.data_ptr()
-    whole = [integer + offset for integer in integers or ()]
-    codes = fmt.element_bits, fmt.grid.is_int, offset, whole, values.data_ptr()
-    _native.unpack(
-        *addresses, *shape, elements.shape[-1], *codes, out.data_ptr(), DTYPES[out.dtype], torch.get_num_threads()
-    )
-
-
-@functools.cache
-def rounder(element: ElementFormat, rounding: Rounding, subnormals: bool) -> _native.Rounder:
-    """Return what rounds the values of an activation, or of a product, one by one; not for ``dither``."""
-    return _native.Rounder(_element(element), _native.Rounding[rounding], subnormals)
+    codes = elements.shape[-1], element, address(values)
+    _native.unpack(*addresses, *shape, *codes, out.data_ptr(), DTYPES[out.dtype], torch.get_num_threads())
 
 
 @functools.cache
@@ -236,7 +231,8 @@ def _format(fmt: MXFormat) -> _native.Format:
 
 
 @functools.cache
-def _round_plan(element: ElementFormat, rounding: Rounding, subnormals: bool, numerics: Numerics) -> _native.RoundPlan:
+def round_plan(element: ElementFormat, rounding: Rounding, subnormals: bool, numerics: Numerics) -> _native.RoundPlan:
+    """Return what rounds values one by one."""
     return _native.RoundPlan(_element(element), _native.Rounding[rounding], subnormals, _native.Numerics[numerics])
 
 

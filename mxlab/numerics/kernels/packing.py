@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,20 +49,20 @@ def unpack(
 ) -> Tensor:
     """Return the values [..., length] of contiguous codes; what ``dtype`` cannot hold becomes its largest value."""
     out = torch.empty(*elements.shape[:-1], length, dtype=dtype)
-    whole, values = _tables(fmt)
-    unit = fmt.grid.min if whole is not None else 1.0
+    element, values, unit = _codes(fmt)
     scale_of = scale_values(fmt) * tensor_scale * unit
     block = min(fmt.elements_per_scale or length, length)
-    rows = math.prod(elements.shape[:-1])
-    native.unpack(elements, scales, scale_of, out, (rows, length, block), fmt, whole, values)
+    native.unpack(elements, scales, scale_of, out, (math.prod(elements.shape[:-1]), length, block), element, values)
     return out
 
 
 @functools.cache
-def _tables(fmt: MXFormat) -> tuple[tuple[int, ...] | None, Tensor]:
-    """Return the codes as integers if they are some, and their values; no negative zero."""
+def _codes(fmt: MXFormat) -> tuple[Any, Tensor | None, float]:
+    """Return the codes for the kernels, their values where they are no integers, and what both are multiples of."""
     whole = integers(fmt)
+    if whole is not None:
+        return native.dot_element(fmt, whole.tolist()), None, fmt.grid.min
     values = torch.full((256,), math.nan)
-    found = element_values(fmt.grid, fmt.element_bits) + 0.0
+    found = element_values(fmt.grid, fmt.element_bits) + 0.0  # no negative zero
     values[: len(found)] = found
-    return None if whole is None else tuple(whole.tolist()), values
+    return native.dot_element(fmt), values, 1.0

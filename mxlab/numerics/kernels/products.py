@@ -67,7 +67,7 @@ class IntegerProduct:
         """Return a contiguous activation [..., inputs] as integers and scales: bytes that :meth:`multiply` takes.
 
         They are put into ``memory``, contiguous, if that is given and large enough. With what
-        :func:`mxlab.numerics.kernels.native.rounder` gives, each value is rounded first.
+        :func:`mxlab.numerics.kernels.native.round_plan` gives, each value is rounded first.
         """
         inputs = x.shape[-1]
         rows = x.numel() // inputs

@@ -1,6 +1,8 @@
 // Products of activations with packed weights, compiled once per instruction set, with MX_ISA its name: see dot.h.
 #include "dot.h"
 
+#include <numeric>
+
 #include "one_row.h"
 #include "tiles.h"
 #include "unpack.h"
@@ -10,12 +12,9 @@ namespace mx {
 namespace MX_ISA {
 namespace {
 
-constexpr int64_t MOST_SUMS = 192;  // rows whose sums are kept at once
-
 // Return how many codes are unpacked at once: whole blocks, and bytes.
 int64_t codes_at_once(const DotShape& s, int code_bytes) {
-    int64_t unit = s.block;
-    while (unit % CODES_READ != 0) unit += s.block;
+    const int64_t unit = std::lcm(s.block, CODES_READ);
     const int64_t most = MOST_CODES / code_bytes / unit * unit;
     return most < s.padded ? most : s.padded;
 }
@@ -40,7 +39,7 @@ void store_rows(const float (*sums)[PANEL], const DotOutput& out, int64_t row, i
     }
 }
 
-// Multiply rows, at most MOST_SUMS, by codes [first, first + count) of a panel, and add the products to the sums.
+// Multiply rows by codes [first, first + count) of a panel, and add the products to the sums.
 void add_products(const DotMethod& m, const DotShape& s, const DotInput& in, int64_t row, int64_t rows, int64_t first,
                   int64_t count, const uint8_t* panel, const float* scales, float (*sums)[PANEL]) {
     Tile tile{panel, scales, nullptr, nullptr, nullptr, s.padded * m.code_bytes, s.padded / s.block, 0, 0, s.block / 4};
@@ -61,41 +60,24 @@ DotMethod method(const DotElement& e, int weight, int input, const DotShape& s) 
     return of_one_row.is_one_row ? of_one_row : method_of_tiles(e, weight, input, s.block);
 }
 
-// Multiply one row by a panel.
-void multiply_row(const DotWeight& w, const DotElement& e, const DotMethod& m, const DotShape& s, const DotInput& in,
-                  int64_t output, float* sums) {
-    alignas(64) float scales[MOST_CODES / CODES_READ * PANEL];
-    const int64_t together = codes_at_once(s, 1);
-    for (int64_t k = 0; k < s.padded; k += together) {
-        const int64_t count = s.padded - k < together ? s.padded - k : together;
-        find_weight_scales(w, s, output, k / s.block, count / s.block, scales);
-        add_one_row(w, e, m, s, in, output, k, count, scales, sums);
-    }
-}
-
 void multiply(const DotWeight& w, const DotElement& e, const DotMethod& m, const DotShape& s, const DotInput& in,
               const DotOutput& out, int64_t panel, int64_t first, int64_t last) {
     alignas(64) uint8_t unpacked[MOST_CODES * PANEL];
     alignas(64) float scales[MOST_CODES / 4 * PANEL];
-    alignas(64) float sums[MOST_SUMS][PANEL];
-    const int64_t output = panel * PANEL, together = codes_at_once(s, m.code_bytes);
-    if (m.is_one_row) {
-        std::memset(sums, 0, sizeof sums[0]);
-        multiply_row(w, e, m, s, in, output, sums[0]);
-        with_dtype(out.dtype, [&](auto t) { store_rows<decltype(t)>(sums, out, 0, 1, output, w.outputs); });
-        return;
-    }
-    for (int64_t row = first; row < last; row += MOST_SUMS) {
-        const int64_t rows = last - row < MOST_SUMS ? last - row : MOST_SUMS;
-        std::memset(sums, 0, rows * sizeof sums[0]);
-        for (int64_t k = 0; k < s.padded; k += together) {
-            const int64_t count = s.padded - k < together ? s.padded - k : together;
+    alignas(64) float sums[MOST_ROWS][PANEL];
+    const int64_t output = panel * PANEL, rows = last - first, together = codes_at_once(s, m.code_bytes);
+    std::memset(sums, 0, rows * sizeof sums[0]);
+    for (int64_t k = 0; k < s.padded; k += together) {
+        const int64_t count = s.padded - k < together ? s.padded - k : together;
+        find_weight_scales(w, s, output, k / s.block, count / s.block, scales);
+        if (m.is_one_row) {
+            add_one_row(w, e, m, s, in, output, k, count, scales, sums[0]);
+        } else {
             unpack(w, e, m.code_bytes, output, k, count, unpacked);
-            find_weight_scales(w, s, output, k / s.block, count / s.block, scales);
-            add_products(m, s, in, row, rows, k, count, unpacked, scales, sums);
+            add_products(m, s, in, first, rows, k, count, unpacked, scales, sums);
         }
-        with_dtype(out.dtype, [&](auto t) { store_rows<decltype(t)>(sums, out, row, rows, output, w.outputs); });
     }
+    with_dtype(out.dtype, [&](auto t) { store_rows<decltype(t)>(sums, out, first, rows, output, w.outputs); });
 }
 
 }  // namespace
@@ -103,9 +85,7 @@ void multiply(const DotWeight& w, const DotElement& e, const DotMethod& m, const
 
 #define MX_NAME_(isa) isa##_dot
 #define MX_NAME(isa) MX_NAME_(isa)
-#define MX_TEXT_(isa) #isa
-#define MX_TEXT(isa) MX_TEXT_(isa)
 
-const DotKernels MX_NAME(MX_ISA) = {MX_TEXT(MX_ISA), MX_ISA::method, MX_ISA::multiply, MX_ISA::values};
+const DotKernels MX_NAME(MX_ISA) = {MX_ISA::method, MX_ISA::multiply, MX_ISA::values};
 
 }  // namespace mx

@@ -15,6 +15,8 @@ constexpr int64_t PANEL = 16;         // outputs that are computed together
 constexpr int64_t CODES_READ = 32;    // codes of a row that are unpacked together
 constexpr int64_t MOST_CODES = 1536;  // of a row, that are unpacked before they are multiplied: 16 rows fit the cache
 
+constexpr int64_t MOST_ROWS = 192;  // of an activation, whose sums are kept at once
+
 // The weight [outputs, inputs], rows of codes packed bit by bit: the layout of mxlab/packed/bits.py.
 struct DotWeight {
     const uint8_t* elements;  // [outputs, row_bytes]
@@ -77,10 +79,9 @@ struct Unpacking {
 };
 
 struct DotKernels {
-    const char* name;
     // `weight` and `input` are the largest magnitudes of the integers.
     DotMethod (*method)(const DotElement&, int weight, int input, const DotShape&);
-    // Outputs [panel * PANEL, (panel + 1) * PANEL) of rows [first, last).
+    // Outputs [panel * PANEL, (panel + 1) * PANEL) of rows [first, last), at most MOST_ROWS.
     void (*multiply)(const DotWeight&, const DotElement&, const DotMethod&, const DotShape&, const DotInput&,
                      const DotOutput&, int64_t panel, int64_t first, int64_t last);
     // The values of rows [first, last).

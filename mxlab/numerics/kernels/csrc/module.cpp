@@ -17,6 +17,7 @@
 #include "exact.h"
 #include "kernels.h"
 #include "module.h"
+#include "round_plan.h"
 #include "threads.h"
 
 namespace nb = nanobind;
@@ -126,28 +127,6 @@ void settle(uintptr_t weight, uintptr_t scales, uintptr_t factors, uintptr_t err
                  [&](int64_t first, int64_t last) { kernels.settle(s, element, rounding, first, last); });
 }
 
-// Two tables of TABLE_SIZE entries, for bfloat16 and for float16, each made when it is first asked for.
-template <class Entry>
-class Tables {
-   public:
-    template <class Fill>
-    const Entry* get(Dtype dtype, Fill fill) {
-        const int i = dtype == Dtype::bfloat16 ? 0 : 1;
-        std::call_once(made_[i], [&] {
-            const DefaultArithmetic guard;
-            tables_[i] = std::make_unique<Entry[]>(TABLE_SIZE);
-            fill(tables_[i].get());
-        });
-        return tables_[i].get();
-    }
-
-   private:
-    std::array<std::once_flag, 2> made_;
-    std::array<std::unique_ptr<Entry[]>, 2> tables_;
-};
-
-bool has_table(Dtype dtype, Rounding rounding) { return dtype != Dtype::float32 && rounding != Rounding::dither; }
-
 // Quantizes tensors to one format.
 class QuantizePlan {
    public:
@@ -218,40 +197,6 @@ class QuantizePlan {
     Rounding rounding_;
     Numerics numerics_;
     Tables<u32> tables_;
-};
-
-// Rounds the elements of tensors, each on its own, to one element format.
-class RoundPlan {
-   public:
-    RoundPlan(const Element& element, Rounding rounding, bool subnormals, Numerics numerics)
-        : element_(element), rounding_(rounding), numerics_(numerics), subnormals_(subnormals) {}
-
-    void run(uintptr_t source, uintptr_t target, uintptr_t noise, int dtype, int64_t count, int threads) {
-        const nb::gil_scoped_release release;
-        const Buffers b = buffers(source, target, noise, dtype);
-        const Kernels& kernels = *active;
-        const uint16_t* const table = has_table(b.dtype, rounding_) ? table_for(b.dtype) : nullptr;
-        parallel_for(useful(threads, count), count, WORTH_A_THREAD / 2, [&](int64_t first, int64_t last) {
-            if (table)
-                kernels.look_up(b, table, first, last);
-            else
-                kernels.round_alone(b, element_, numerics_, rounding_, subnormals_, first, last);
-        });
-    }
-
-   private:
-    const uint16_t* table_for(Dtype dtype) {
-        return tables_.get(dtype, [&](uint16_t* t) {
-            for (int i = 0; i < TABLE_SIZE; ++i) t[i] = static_cast<uint16_t>(i);
-            active->round_alone({t, t, nullptr, dtype}, element_, numerics_, rounding_, subnormals_, 0, TABLE_SIZE);
-        });
-    }
-
-    Element element_;
-    Rounding rounding_;
-    Numerics numerics_;
-    bool subnormals_;
-    Tables<uint16_t> tables_;
 };
 
 void uniform(uintptr_t target, int64_t count, uint64_t seed, int threads) {

@@ -1,18 +1,16 @@
 // Products of activations with packed weights, for Python: see dot.h.
-#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
-#include <atomic>
-#include <cmath>
 #include <cstring>
 #include <limits>
+#include <numeric>
 #include <tuple>
 #include <vector>
 
 #include "dot.h"
-#include "exact.h"
 #include "module.h"
+#include "round_plan.h"
 #include "threads.h"
 
 namespace nb = nanobind;
@@ -54,31 +52,18 @@ struct Parts {
     }
 };
 
-// Rounds values one by one.
-struct Rounder {
-    Element element;
-    Rounding rounding;
-    bool subnormals;
-
-    void round(const Kernels& kernels, const Buffers& b, int64_t first, int64_t last) const {
-        kernels.round_alone(b, element, Numerics::exact, rounding, subnormals, first, last);
-    }
-};
-
 // Multiplies activations of one format by weights of another.
 class ProductPlan {
    public:
-    ProductPlan(const Format& activation, Scaling scaling, Rounding rounding, int largest_input, int bits, bool is_int,
-                int offset, int largest_weight, const std::vector<int>& bytes, int64_t block)
+    ProductPlan(const Format& activation, Scaling scaling, Rounding rounding, int largest_input,
+                const DotElement& weight, int largest_weight, int64_t block)
         : format_(activation),
           scaling_(scaling),
           rounding_(rounding),
           largest_input_(largest_input),
           largest_weight_(largest_weight),
           block_(block),
-          element_{bits, is_int, offset, {}} {
-        for (size_t i = 0; i < bytes.size() && i < 256; ++i) element_.bytes[i] = static_cast<uint8_t>(bytes[i]);
-    }
+          element_(weight) {}
 
     // Return how many bytes an activation takes.
     int64_t bytes(int64_t rows, int64_t inputs) const {
@@ -87,7 +72,7 @@ class ProductPlan {
     }
 
     // Turn an activation into integers, each value rounded first, if that is asked for.
-    void encode(uintptr_t source, int dtype, int64_t rows, int64_t inputs, const Rounder* rounder, uintptr_t memory,
+    void encode(uintptr_t source, int dtype, int64_t rows, int64_t inputs, RoundPlan* rounder, uintptr_t memory,
                 int threads) const {
         const nb::gil_scoped_release release;
         const Kernels& kernels = active_kernels();
@@ -106,7 +91,7 @@ class ProductPlan {
                          std::vector<char> rounded(static_cast<size_t>(bytes));
                          for (int64_t row = first; row < last; ++row) {
                              const char* const x = static_cast<const char*>(b.source) + row * bytes;
-                             rounder->round(kernels, {x, rounded.data(), nullptr, b.dtype}, 0, inputs);
+                             rounder->round({x, rounded.data(), nullptr, b.dtype}, 0, inputs);
                              kernels.encode({rounded.data() - row * bytes, nullptr, nullptr, b.dtype}, format, scaling_,
                                             rounding_, s, m, element_.offset, out, row, row + 1);
                          }
@@ -119,7 +104,7 @@ class ProductPlan {
     // product of two scales might be no normal number, and nothing was done.
     bool multiply(uintptr_t memory, int64_t rows, int64_t inputs, uintptr_t elements, uintptr_t scales,
                   uintptr_t scale_of, float unit, int64_t outputs, int64_t row_bytes, float smallest, float largest,
-                  uintptr_t target, uintptr_t bias, int dtype, const Rounder* rounder, int threads) const {
+                  uintptr_t target, uintptr_t bias, int dtype, RoundPlan* rounder, int threads) const {
         const nb::gil_scoped_release release;
         char* const start = reinterpret_cast<char*>(memory);
         Header header;
@@ -136,23 +121,18 @@ class ProductPlan {
         const DotOutput out{reinterpret_cast<void*>(target), reinterpret_cast<const void*>(bias),
                             static_cast<Dtype>(dtype)};
         // A unit: a panel of outputs, and as many rows as make unpacking it cheap.
-        constexpr int64_t ROWS = 192, WORK = 1 << 16;
-        const int64_t panels = (outputs + PANEL - 1) / PANEL, pieces = (rows + ROWS - 1) / ROWS;
-        const int64_t grain = std::max<int64_t>(1, WORK / (std::min(rows, ROWS) * inputs * PANEL));
+        constexpr int64_t WORK = 1 << 16;
+        const int64_t panels = (outputs + PANEL - 1) / PANEL, pieces = (rows + MOST_ROWS - 1) / MOST_ROWS;
+        const int64_t grain = std::max<int64_t>(1, WORK / (std::min(rows, MOST_ROWS) * inputs * PANEL));
         parallel_for(useful(threads, rows * inputs * outputs), panels * pieces, grain,
                      [&](int64_t first, int64_t last) {
                          for (int64_t unit = first; unit < last; ++unit) {
-                             const int64_t row = unit / panels * ROWS;
+                             const int64_t row = unit / panels * MOST_ROWS;
                              header.kernels->multiply(w, element_, header.method, s, in, out, unit % panels, row,
-                                                      std::min(rows, row + ROWS));
+                                                      std::min(rows, row + MOST_ROWS));
                          }
                      });
-        if (rounder) {
-            const Kernels& all = active_kernels();
-            const Buffers y = buffers(target, target, 0, dtype);
-            parallel_for(useful(threads, rows * outputs), rows * outputs, WORTH_A_THREAD / 2,
-                         [&](int64_t first, int64_t last) { rounder->round(all, y, first, last); });
-        }
+        if (rounder) rounder->round(buffers(target, target, 0, dtype), rows * outputs, threads);
         return true;
     }
 
@@ -162,8 +142,7 @@ class ProductPlan {
     }
 
     DotShape shape(int64_t rows, int64_t inputs) const {
-        int64_t padded = (inputs + block_ - 1) / block_ * block_;
-        while (padded % CODES_READ != 0) padded += block_;
+        const int64_t unit = std::lcm(block_, CODES_READ), padded = (inputs + unit - 1) / unit * unit;
         return {rows, inputs, block_, padded};
     }
 
@@ -209,11 +188,9 @@ float pack(uintptr_t source, int dtype, uintptr_t elements, uintptr_t scales, in
     return format.tensor_scale == 0.0f ? 1.0f : format.tensor_scale;
 }
 
-// Write the values of packed rows. `integers` are those of the codes, each plus `offset`, or empty: then `value_of` has
-// what each code stands for.
+// Write the values of packed rows: `value_of` has what each code stands for, or is null where they are integers.
 void unpack(uintptr_t elements, uintptr_t scales, uintptr_t scale_of, int64_t rows, int64_t length, int64_t block,
-            int64_t row_bytes, int bits, bool is_int, int offset, const std::vector<int>& integers, uintptr_t value_of,
-            uintptr_t target, int dtype, int threads) {
+            int64_t row_bytes, const DotElement& e, uintptr_t value_of, uintptr_t target, int dtype, int threads) {
     const nb::gil_scoped_release release;
     const DotWeight w{reinterpret_cast<const uint8_t*>(elements),
                       reinterpret_cast<const uint8_t*>(scales),
@@ -221,10 +198,8 @@ void unpack(uintptr_t elements, uintptr_t scales, uintptr_t scale_of, int64_t ro
                       0.0f,
                       rows,
                       row_bytes};
-    DotElement e{bits, is_int, offset, {}};
-    for (size_t i = 0; i < integers.size() && i < 256; ++i) e.bytes[i] = static_cast<uint8_t>(integers[i]);
     const Unpacking u{reinterpret_cast<void*>(target), static_cast<Dtype>(dtype),
-                      integers.empty() ? reinterpret_cast<const float*>(value_of) : nullptr, length, block};
+                      reinterpret_cast<const float*>(value_of), length, block};
     const DotKernels& kernels = active_dot();
     parallel_for(useful(threads, rows * length), rows, rows_together(length),
                  [&](int64_t first, int64_t last) { kernels.values(w, e, u, first, last); });
@@ -233,19 +208,20 @@ void unpack(uintptr_t elements, uintptr_t scales, uintptr_t scale_of, int64_t ro
 }  // namespace
 
 void bind_products(nb::module_& m) {
-    nb::class_<Rounder>(m, "Rounder")
+    nb::class_<DotElement>(m, "DotElement")
         .def(
             "__init__",
-            [](Rounder* self, const Element& element, Rounding rounding, bool subnormals) {
-                new (self) Rounder{element, rounding, subnormals};
+            [](DotElement* self, int bits, bool is_int, int offset, const std::vector<int>& bytes) {
+                new (self) DotElement{bits, is_int, offset, {}};
+                for (size_t i = 0; i < bytes.size() && i < 256; ++i) self->bytes[i] = static_cast<uint8_t>(bytes[i]);
             },
-            nb::arg("element"), nb::arg("rounding"), nb::arg("subnormals"));
+            nb::arg("bits"), nb::arg("is_int"), nb::arg("offset"), nb::arg("bytes"));
     m.def("pack", &pack);
     m.def("unpack", &unpack);
     nb::class_<ProductPlan>(m, "ProductPlan")
-        .def(nb::init<const Format&, Scaling, Rounding, int, int, bool, int, int, const std::vector<int>&, int64_t>(),
-             nb::arg("activation"), nb::arg("scaling"), nb::arg("rounding"), nb::arg("largest_input"), nb::arg("bits"),
-             nb::arg("is_int"), nb::arg("offset"), nb::arg("largest_weight"), nb::arg("bytes"), nb::arg("block"))
+        .def(nb::init<const Format&, Scaling, Rounding, int, const DotElement&, int, int64_t>(), nb::arg("activation"),
+             nb::arg("scaling"), nb::arg("rounding"), nb::arg("largest_input"), nb::arg("weight"),
+             nb::arg("largest_weight"), nb::arg("block"))
         .def("bytes", &ProductPlan::bytes)
         .def("encode", &ProductPlan::encode, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(),
              nb::arg())

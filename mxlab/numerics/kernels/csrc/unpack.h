@@ -28,12 +28,14 @@ class CodesAt {
     uint8_t copy_[CODES_READ];
 };
 
-MX_INLINE void look_up_bytes(const uint8_t* packed, const DotElement& e, uint8_t* out) {
-    const u32 mask = (1u << e.bits) - 1;
+// Look up CODES_READ codes in a table.
+template <class Entry>
+MX_INLINE void look_up(const uint8_t* packed, int bits, const Entry* table, Entry* out) {
+    const u32 mask = (1u << bits) - 1;
     for (int64_t i = 0; i < CODES_READ; ++i) {
-        const int64_t bit = i * e.bits;
-        const u32 two = packed[bit / 8] | (bit % 8 + e.bits > 8 ? packed[bit / 8 + 1] << 8 : 0);
-        out[i] = e.bytes[two >> (bit % 8) & mask];
+        const int64_t bit = i * bits;
+        const u32 two = packed[bit / 8] | (bit % 8 + bits > 8 ? packed[bit / 8 + 1] << 8 : 0);
+        out[i] = table[two >> (bit % 8) & mask];
     }
 }
 
@@ -83,7 +85,7 @@ MX_INLINE Bytes of_eight_bits(const uint8_t* packed) {
 
 MX_INLINE Bytes of_any_bits(const uint8_t* packed, const DotElement& e) {
     alignas(32) uint8_t found[CODES_READ];
-    look_up_bytes(packed, e, found);
+    look_up(packed, e.bits, e.bytes, found);
     return _mm256_load_si256(reinterpret_cast<const __m256i*>(found));
 }
 
@@ -171,7 +173,7 @@ MX_NOINLINE void unpack(const DotWeight& w, const DotElement& e, int, int64_t ou
     for (int64_t c = 0; c < PANEL; ++c)
         for (int64_t k = 0; k < count; k += CODES_READ) {
             uint8_t found[CODES_READ];
-            look_up_bytes(CodesAt(w, e, output + c, first + k), e, found);
+            look_up<uint8_t>(CodesAt(w, e, output + c, first + k), e.bits, e.bytes, found);
             for (int64_t i = 0; i < CODES_READ; i += 4)
                 std::memcpy(panel + ((k + i) / 4 * PANEL + c) * 4, found + i, 4);
         }

@@ -6,18 +6,9 @@
 namespace mx::MX_ISA {
 namespace {
 
-// Codes as multiples of the unit of their scale.
-MX_INLINE void look_up_values(const uint8_t* packed, const DotElement& e, const float* value_of, float* out) {
-    const u32 mask = (1u << e.bits) - 1;
-    for (int64_t i = 0; i < CODES_READ; ++i) {
-        const int64_t bit = i * e.bits;
-        const u32 two = packed[bit / 8] | (bit % 8 + e.bits > 8 ? packed[bit / 8 + 1] << 8 : 0);
-        out[i] = value_of[two >> (bit % 8) & mask];
-    }
-}
-
 #if defined(__AVX2__)
 
+// Codes that are integers, as numbers.
 template <class Read>
 MX_INLINE void find_multiples(const uint8_t* packed, const DotElement& e, float* out, Read read) {
     alignas(32) uint8_t bytes[CODES_READ];
@@ -40,7 +31,7 @@ void with_reader(const DotElement&, F f) {
 
 MX_INLINE void find_multiples(const uint8_t* packed, const DotElement& e, float* out, int) {
     uint8_t bytes[CODES_READ];
-    look_up_bytes(packed, e, bytes);
+    look_up(packed, e.bits, e.bytes, bytes);
     for (int64_t i = 0; i < CODES_READ; ++i) out[i] = static_cast<float>(bytes[i] - e.offset);
 }
 
@@ -78,9 +69,8 @@ void values(const DotWeight& w, const DotElement& e, const Unpacking& u, int64_t
     with_dtype(u.dtype, [&](auto t) {
         using T = decltype(t);
         if (u.value_of)
-            return unpack_rows<T>(w, e, u, first, last, [&](const uint8_t* packed, float* out) {
-                look_up_values(packed, e, u.value_of, out);
-            });
+            return unpack_rows<T>(w, e, u, first, last,
+                                  [&](const uint8_t* packed, float* out) { look_up(packed, e.bits, u.value_of, out); });
         with_reader(e, [&](auto read) {
             unpack_rows<T>(w, e, u, first, last,
                            [&](const uint8_t* packed, float* out) { find_multiples(packed, e, out, read); });
