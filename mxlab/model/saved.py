@@ -123,7 +123,7 @@ def make_packed_room(conversion: Conversion, descriptions: Mapping[str, Any]) ->
                 f"{name} is packed as {empty.shape} of {empty.fmt}, and by the model and its recipe is {wanted}: "
                 "config.json does not fit the model; save it anew"
             )
-        make_packed(site.module, empty)
+        make_packed(site.module, empty, name)
 
 
 def check_packed(conversion: Conversion, descriptions: Mapping[str, Any]) -> None:

@@ -33,6 +33,7 @@ class PackedLayer(QuantizedLayer):
 
     weight_elements: Tensor
     weight_scales: Tensor
+    _name: str
     _made: tuple[tuple[int, ...], MXTensor]  # what the buffers were when it was made, and it
     _ways: dict[tuple[int, torch.dtype], _Way | None]
 
@@ -130,9 +131,11 @@ class PackedLayer(QuantizedLayer):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
         found = {part: state_dict[prefix + name] for part, name in PARTS.items() if prefix + name in state_dict}
         made = self._made[1]
-        made.check_parts(found, f"{prefix}weight", are_all=False)  # torch itself misses what is not there
+        # transformers 4 loads a layer by itself, without a prefix: one that lacks a tensor, with memory as it is.
+        name = prefix.removesuffix(".") or self._name
+        made.check_parts(found, name, are_all=False)  # torch itself misses what is not there
         if "scales" in found:
-            check_numbers(made.fmt, found["scales"], f"{prefix}weight")
+            check_numbers(made.fmt, found["scales"], name)
         nn.Module._load_from_state_dict(self, state_dict, prefix, *args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -187,7 +190,7 @@ def pack(layer: QuantizedLayer, name: str) -> None:
     """
     fmt = packable_format([{"weight": of.weight} for of in layer.operands.values()], name)
     with torch.no_grad():
-        make_packed(layer, _packed_weight(layer, fmt, name))
+        make_packed(layer, _packed_weight(layer, fmt, name), name)
 
 
 def _packed_weight(layer: QuantizedLayer, fmt: MXFormat, name: str) -> MXTensor:
@@ -207,8 +210,8 @@ def _packed_weight(layer: QuantizedLayer, fmt: MXFormat, name: str) -> MXTensor:
         raise ConversionError(f"{name} cannot be packed: {e}") from None
 
 
-def make_packed(layer: Any, packed: MXTensor) -> None:
-    """Give a quantized layer a packed weight in place of its parameter."""
+def make_packed(layer: Any, packed: MXTensor, name: str) -> None:
+    """Give a quantized layer a packed weight in place of its parameter; errors call it ``name``."""
     del layer._parameters["weight"]
     layer._is_hf_initialized = True  # or transformers would draw a weight for it
     kind: Any = PackedConv1D if isinstance(layer, Conv1D) else PackedLinear
@@ -216,6 +219,7 @@ def make_packed(layer: Any, packed: MXTensor) -> None:
     vars(layer)["_copies"] = {}
     for part, tensor in packed.tensors().items():
         layer.register_buffer(PARTS[part], tensor)
+    vars(layer)["_name"] = name
     vars(layer)["_ways"] = {}
     vars(layer)["_made"] = _versions(packed.elements, packed.scales), packed
 
