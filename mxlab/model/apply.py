@@ -41,6 +41,7 @@ from mxlab.recipe import Phase, Recipe
 from mxlab.recipe.carried import carried_recipe
 from mxlab.recipe.mx_specs import injected_options
 from mxlab.recipe.recipe import MASE
+from mxlab.recipe.rule import KV_ROLES
 from mxlab.recipe.transform import Transform
 
 Storage = Literal["grid", "packed"]
@@ -65,7 +66,7 @@ def apply(model: nn.Module, recipe: Recipe | str | Path, storage: Storage = "gri
         recipe: a Recipe, the name of a shipped one (``"ex1"``), or a TOML file.
         storage: how the weights of linear layers are kept. ``grid``: in the dtype of the model, where they can be
             trained. ``packed``: in the bits of their format, multiplied in integers where that can be; such a weight
-            has no parameter any more.
+            has no parameter any more. Caches then keep K and V in the bits of theirs.
 
     Raises:
         SpecError: no such recipe or storage.
@@ -78,7 +79,7 @@ def apply(model: nn.Module, recipe: Recipe | str | Path, storage: Storage = "gri
         saved.check_same(present.recipe, chosen)
         if storage == "packed":
             check_packable(present.sites)
-            pack_weights(present.sites)
+            pack_sites(present.sites)
         return present
     is_new = saved.carried_config(model) is None
     if is_new:
@@ -93,7 +94,7 @@ def apply(model: nn.Module, recipe: Recipe | str | Path, storage: Storage = "gri
     # Counted first: once quantized, a block whose scale was clamped may be all zeros.
     clamps = count_weight_clamps([site for site in plan.sites if not _is_frozen(site, versions)])
     conversion = _install(plan, clamps=clamps, remarks=_meta_remarks(plan))
-    (pack_weights if storage == "packed" else freeze)(plan.sites)
+    (pack_sites if storage == "packed" else freeze)(plan.sites)
     logger.info(conversion.summary())
     conversion.write_inventory(environment.inventory_file())
     return conversion
@@ -292,12 +293,17 @@ def check_packable(found: Sequence[QuantizedSite]) -> None:
             raise ConversionError(
                 f"{site.name}: experts cannot be packed; leave them out by a rule without weight, or use storage='grid'"
             )
-        if site.kind == "linear" and "weight" in site.roles:
-            packable_format(site.by_phase.values(), site.name)
+        roles = ("weight",) if site.kind == "linear" else KV_ROLES if site.kind == "attention" else ()
+        for role in roles:
+            if role in site.roles:
+                packable_format(site.by_phase.values(), site.name, role)
 
 
-def pack_weights(found: Sequence[QuantizedSite]) -> None:
-    """Pack the weights of converted linear layers, one after the other."""
+def pack_sites(found: Sequence[QuantizedSite]) -> None:
+    """Pack the weights of converted linear layers, one after the other, and have attentions keep codes in caches."""
+    for site in found:
+        if isinstance(attention := override_of(site.module), QuantizedAttention):
+            attention.keeps_codes = True
     for site in track([s for s in found if s.kind == "linear" and "weight" in s.roles], "packing weights"):
         if not isinstance(site.module, PackedLayer):
             assert isinstance(site.module, QuantizedLayer)

@@ -117,7 +117,11 @@ def make_packed_room(conversion: Conversion, descriptions: Mapping[str, Any]) ->
     for name, description in descriptions.items():
         empty = MXTensor.empty(description, f"{name}.weight", "meta")
         site = sites.get(name)
-        if site is None or site.shape != empty.shape or packable_format(site.by_phase.values(), name) != empty.fmt:
+        if (
+            site is None
+            or site.shape != empty.shape
+            or packable_format(site.by_phase.values(), name, "weight") != empty.fmt
+        ):
             wanted = "no quantized layer" if site is None else f"{site.shape} of {site.formats.get('weight')}"
             raise ConversionError(
                 f"{name} is packed as {empty.shape} of {empty.fmt}, and by the model and its recipe is {wanted}: "

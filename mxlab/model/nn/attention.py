@@ -23,9 +23,10 @@ from mxlab.errors import ConversionError
 from mxlab.formats import NumberFormat, Numerics
 from mxlab.model.nn.forward import ForwardOverride
 from mxlab.model.nn.operands import Observable
+from mxlab.model.nn.packed_cache import PackedStates, unpacked
 from mxlab.model.nn.phase import PassPhase
 from mxlab.model.nn.products import AttentionProducts, unseen
-from mxlab.numerics import hadamard, quantize
+from mxlab.model.nn.states import StateGrid
 from mxlab.recipe.rule import DEROTATED_ROLES, KV_ROLES, TRANSFORMED_ATTENTION_ROLES, Phase
 from mxlab.recipe.transform import Derotated, Hadamard, Transform
 
@@ -55,6 +56,9 @@ class QuantizedAttention(Observable):
         transform: of K, V and the query along head_dim, before they are quantized. The attention sees them transformed
             back. As it is orthogonal, the products are those of the transformed operands, which lie on the grid. One
             that is derotated leaves the query alone.
+
+    Attributes:
+        keeps_codes: the cache keeps K and V in the codes of their formats (:mod:`mxlab.model.nn.packed_cache`).
 
     The attention's buffer ``k_offset`` (:func:`make_room_for_offset`), where it has one, is taken off K before it is
     quantized and added again afterwards. That moves all scores of a query alike, by what the query makes of it: on the
@@ -87,6 +91,7 @@ class QuantizedAttention(Observable):
         self.phase = phase or PassPhase()
         self._is_passive = is_passive
         self._transform = transform
+        self.keeps_codes = False
 
     def install(self) -> None:
         """Quantize what the attention multiplies, from now on."""
@@ -147,6 +152,14 @@ class QuantizedAttention(Observable):
         seen.update(KV_ROLES)  # those of the encoder are written once, not in every call
         return pair
 
+    def coded(self, role: str, x: Tensor) -> Tensor:
+        """Return K or V as a cache is to keep it: in codes, if it has a format and the attention keeps them."""
+        fmt = self.formats.get(role)
+        if fmt is None or not self.keeps_codes:
+            return self.quantize(role, x)
+        self._show("", role, x, -1)
+        return PackedStates.from_float(x, self._grid(role, fmt))
+
     def quantize(self, role: str, x: Tensor, axis: int = -1) -> Tensor:
         """Return the operand as the attention computes with it, same shape and dtype.
 
@@ -165,29 +178,14 @@ class QuantizedAttention(Observable):
         self._show("", role, x, axis)
         if self._is_passive:
             return x
-        offset = getattr(self._attention, K_OFFSET, None) if role == "k" else None
-        if offset is None:
-            return self._on_grid(role, x, fmt, axis)
-        offset = self._of_shape(offset, x, axis)
-        return self._on_grid(role, x - offset, fmt, axis) + offset
+        return self._grid(role, fmt).quantize(x, axis)
 
-    def _of_shape(self, offset: Tensor, x: Tensor, axis: int) -> Tensor:
-        """Return the offset [heads, 1, head_dim] as it is taken off ``x``, whose heads may come several times over."""
-        heads = x.shape[-3]
-        if x.shape[axis] != offset.shape[-1] or heads % len(offset):
-            raise ConversionError(
-                f"the keys of {self._name} are {tuple(x.shape)}, and their offset is for {len(offset)} heads of "
-                f"{offset.shape[-1]}: leave k_offset out for it"
-            )
-        repeated = offset.to(x.dtype).repeat_interleave(heads // len(offset), dim=0)
-        return repeated if axis in (-1, x.ndim - 1) else repeated.mT
-
-    def _on_grid(self, role: str, x: Tensor, fmt: NumberFormat, axis: int) -> Tensor:
+    def _grid(self, role: str, fmt: NumberFormat) -> StateGrid:
         transform = self._transform
-        if not isinstance(transform, Hadamard | Derotated) or role not in _transformed_roles(transform):
-            return quantize(x, fmt, axis=axis, numerics=self.numerics)
-        quantized = hadamard.transform_quantize(x, transform.size, fmt, axis, numerics=self.numerics)
-        return hadamard.transform(quantized, transform.size, axis, inverse=True)
+        is_transformed = isinstance(transform, Hadamard | Derotated) and role in _transformed_roles(transform)
+        size = transform.size if is_transformed else None  # pyright: ignore[reportOptionalMemberAccess]
+        offset = getattr(self._attention, K_OFFSET, None) if role == "k" else None
+        return StateGrid(self._name, fmt, self.numerics, size, offset)
 
     def _with(self, args: tuple, kwargs: dict[str, Any], name: str, function: Callable[[Any], Any]) -> tuple:
         """Return the arguments with the one called ``name`` (None if not given) passed through ``function``."""
@@ -254,8 +252,12 @@ class _QuantizingCache:
 
     def update(self, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         self._seen.update(KV_ROLES)
-        key, value = self._attention.quantize("k", key), self._attention.quantize("v", value)
-        return (key, value) if self._cache is None else self._cache.update(key, value, *args, **kwargs)
+        if self._cache is None or not _can_pack(key, value):
+            key, value = self._attention.quantize("k", key), self._attention.quantize("v", value)
+            return (key, value) if self._cache is None else self._cache.update(key, value, *args, **kwargs)
+        coded = self._attention.coded("k", key), self._attention.coded("v", value)
+        kept = self._cache.update(*coded, *args, **kwargs)
+        return kept if key.shape[-2] == 1 else (unpacked(kept[0]), unpacked(kept[1]))
 
     def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
         return 0 if self._cache is None else self._cache.get_seq_length(*args, **kwargs)
@@ -281,6 +283,12 @@ class _QuantizingCache:
         if self._cache is None:  # an attention without a cache would not have asked: it gets an empty one
             self._cache = _PassingCache(config=self._config) if self._config is not None else _PassingCache()
         return self._cache
+
+
+def _can_pack(key: Tensor, value: Tensor) -> bool:
+    """Return whether K and V can be kept in codes: nothing learns from them, and they have the usual axes."""
+    is_learning = torch.is_grad_enabled() and (key.requires_grad or value.requires_grad)
+    return not is_learning and not torch.compiler.is_compiling() and key.ndim == value.ndim == 4 and key.numel() > 0
 
 
 class _PassingCache(DynamicCache):

@@ -188,7 +188,7 @@ def pack(layer: QuantizedLayer, name: str) -> None:
     Raises:
         ConversionError: the layer has a format for each phase, one that cannot be packed, or its weight elsewhere.
     """
-    fmt = packable_format([{"weight": of.weight} for of in layer.operands.values()], name)
+    fmt = packable_format([{"weight": of.weight} for of in layer.operands.values()], name, "weight")
     with torch.no_grad():
         make_packed(layer, _packed_weight(layer, fmt, name), name)
 
@@ -229,27 +229,28 @@ def shape_of_weight(layer: nn.Linear | Conv1D) -> tuple[int, ...]:
     return layer.packed.shape if isinstance(layer, PackedLayer) else tuple(layer.weight.shape)
 
 
-def packable_format(formats_by_phase: Iterable[Mapping[str, NumberFormat | None]], name: str) -> MXFormat:
-    """Return the one format that a layer's weight is packed in.
+def packable_format(formats_by_phase: Iterable[Mapping[str, NumberFormat | None]], name: str, role: str) -> MXFormat:
+    """Return the one format that the weight of a layer, or K or V of an attention, is packed in.
 
     Args:
         formats_by_phase: the formats by role, for each phase.
-        name: of the layer, for errors.
+        name: of the module, for errors.
+        role: whose format is asked for.
 
     Raises:
         ConversionError: there are several, or one that has no codes.
     """
-    formats = {of.get("weight") for of in formats_by_phase}
+    formats = {of.get(role) for of in formats_by_phase}
     fmt = next(iter(formats))
     if len(formats) > 1:
         raise ConversionError(
-            f"{name} has weights of {' and '.join(sorted(map(str, formats)))}, one for each phase: they cannot be "
-            "packed; give it one format, or use storage='grid'"
+            f"{name} has {role} of {' and '.join(sorted(map(str, formats)))}, one for each phase: it cannot be packed; "
+            "give it one format, or use storage='grid'"
         )
     if not isinstance(fmt, MXFormat) or fmt.element_bits > 8 or fmt.scale_rule == "none":
         raise ConversionError(
-            f"{name} has weights of {fmt}, which cannot be packed: give it a microscaling format of at most eight "
-            "bits, or use storage='grid'"
+            f"{name} has {role} of {fmt}, which cannot be packed: give it a microscaling format of at most eight bits, "
+            "or use storage='grid'"
         )
     return fmt
 

@@ -114,6 +114,29 @@ class ProductPlan:
         /,
     ) -> bool: ...
 
+class PackedHeads:
+    def __init__(
+        self,
+        elements: int,
+        scales: int,
+        scale_of: int,
+        element: DotElement,
+        value_of: int,
+        batch: int,
+        heads: int,
+        tokens: int,
+        length: int,
+        block: int,
+        row_bytes: int,
+        element_batch: int,
+        element_head: int,
+        scale_batch: int,
+        scale_head: int,
+        /,
+    ) -> None: ...
+    def score(self, queries: int, rows: int, target: int, threads: int, /) -> None: ...
+    def mix(self, factors: int, rows: int, target: int, threads: int, /) -> None: ...
+
 def pack(
     source: int,
     dtype: int,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -158,6 +159,11 @@ def product_plan(
         max(map(abs, integers)),
         weight.elements_per_scale,
     )
+
+
+def packed_heads(*arguments: Any) -> _native.PackedHeads:
+    """Return the kernels' view of packed keys or values: see :mod:`mxlab.numerics.kernels.attention`."""
+    return _native.PackedHeads(*arguments)
 
 
 def pack(

@@ -49,7 +49,7 @@ def unpack(
 ) -> Tensor:
     """Return the values [..., length] of contiguous codes; what ``dtype`` cannot hold becomes its largest value."""
     out = torch.empty(*elements.shape[:-1], length, dtype=dtype)
-    element, values, unit = _codes(fmt)
+    element, values, unit = codes(fmt)
     scale_of = scale_values(fmt) * tensor_scale * unit
     block = min(fmt.elements_per_scale or length, length)
     native.unpack(elements, scales, scale_of, out, (math.prod(elements.shape[:-1]), length, block), element, values)
@@ -57,7 +57,7 @@ def unpack(
 
 
 @functools.cache
-def _codes(fmt: MXFormat) -> tuple[Any, Tensor | None, float]:
+def codes(fmt: MXFormat) -> tuple[Any, Tensor | None, float]:
     """Return the codes for the kernels, their values where they are no integers, and what both are multiples of."""
     whole = integers(fmt)
     if whole is not None:

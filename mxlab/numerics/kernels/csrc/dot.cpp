@@ -3,6 +3,7 @@
 
 #include <numeric>
 
+#include "attend.h"
 #include "one_row.h"
 #include "tiles.h"
 #include "unpack.h"
@@ -86,6 +87,6 @@ void multiply(const DotWeight& w, const DotElement& e, const DotMethod& m, const
 #define MX_NAME_(isa) isa##_dot
 #define MX_NAME(isa) MX_NAME_(isa)
 
-const DotKernels MX_NAME(MX_ISA) = {MX_ISA::method, MX_ISA::multiply, MX_ISA::values};
+const DotKernels MX_NAME(MX_ISA) = {MX_ISA::method, MX_ISA::multiply, MX_ISA::values, MX_ISA::score, MX_ISA::mix};
 
 }  // namespace mx

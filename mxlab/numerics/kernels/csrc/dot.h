@@ -78,6 +78,17 @@ struct Unpacking {
     int64_t length, block;
 };
 
+constexpr int64_t MOST_LENGTH = 1024;  // of a packed row that an attention multiplies
+
+// A few rows of numbers that are multiplied by packed rows, or by which these are: see attend.h.
+struct Attending {
+    const float* source;
+    float* target;
+    int64_t rows, source_stride, target_stride;
+    const float* value_of;  // as in Unpacking
+    int64_t length, block;  // of a packed row; the length is a multiple of eight
+};
+
 struct DotKernels {
     // `weight` and `input` are the largest magnitudes of the integers.
     DotMethod (*method)(const DotElement&, int weight, int input, const DotShape&);
@@ -86,6 +97,10 @@ struct DotKernels {
                      const DotOutput&, int64_t panel, int64_t first, int64_t last);
     // The values of rows [first, last).
     void (*values)(const DotWeight&, const DotElement&, const Unpacking&, int64_t first, int64_t last);
+    // Every row [length] times every packed row: [rows, packed rows].
+    void (*score)(const DotWeight&, const DotElement&, const Attending&);
+    // The sums of the packed rows, each times its number in a row [packed rows]: [rows, length].
+    void (*mix)(const DotWeight&, const DotElement&, const Attending&);
 };
 
 extern const DotKernels portable_dot, avx2_dot, avx512vnni_dot;  // the latter two on x86-64 only

@@ -255,6 +255,7 @@ NB_MODULE(_native, m) {
              nb::arg("subnormals"), nb::arg("numerics"))
         .def("run", &RoundPlan::run);
     bind_products(m);
+    bind_attend(m);
     m.def("uniform", &uniform);
     m.def("transform", &run_transform);
     m.def("settle", &settle);

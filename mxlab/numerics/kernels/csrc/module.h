@@ -3,6 +3,7 @@
 
 #include <nanobind/nanobind.h>
 
+#include "dot.h"
 #include "kernels.h"
 
 namespace mx {
@@ -22,7 +23,11 @@ int useful(int threads, int64_t elements);
 // Return the format with the scale of this tensor, if it has one for each tensor.
 Format with_tensor_scale(Format format, const Buffers& b, int64_t count, int threads);
 
-// Add what products.cpp has.
+// Return the products of the instruction set that the other kernels use, or of the best below it that has its own.
+const DotKernels& active_dot();
+
+// Add what products.cpp has, and attend.cpp.
 void bind_products(nanobind::module_& m);
+void bind_attend(nanobind::module_& m);
 
 }  // namespace mx

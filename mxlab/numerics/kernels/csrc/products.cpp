@@ -16,9 +16,7 @@
 namespace nb = nanobind;
 
 namespace mx {
-namespace {
 
-// Return the products of the instruction set that the other kernels use, or of the best below it that has its own.
 const DotKernels& active_dot() {
 #if defined(MX_X86)
     const bool has_vnni = __builtin_cpu_supports("avx512vnni");
@@ -27,6 +25,8 @@ const DotKernels& active_dot() {
 #endif
     return portable_dot;
 }
+
+namespace {
 
 // What precedes an activation's integers in its memory.
 struct alignas(64) Header {

@@ -9,16 +9,16 @@
 namespace mx::MX_ISA {
 namespace {
 
-// Codes [first, first + CODES_READ) of a row, with the bytes that hold them copied where they end the row, as more than
-// these may be read.
+// Codes [first, first + CODES_READ) of a row, with the bytes that hold them copied where they end the tensor, as more
+// than these may be read. What follows the codes of the row, is of any value.
 class CodesAt {
    public:
     CodesAt(const DotWeight& w, const DotElement& e, int64_t output, int64_t first) {
-        const int64_t offset = first * e.bits / 8, left = w.row_bytes - offset;
-        at_ = w.elements + output * w.row_bytes + offset;
-        if (output < w.outputs && left >= CODES_READ) return;
+        const int64_t offset = output * w.row_bytes + first * e.bits / 8, left = w.outputs * w.row_bytes - offset;
+        at_ = w.elements + offset;
+        if (left >= CODES_READ) return;
         std::memset(copy_, 0, sizeof copy_);
-        if (output < w.outputs && left > 0) std::memcpy(copy_, at_, left);
+        if (left > 0) std::memcpy(copy_, at_, left);
         at_ = copy_;
     }
     operator const uint8_t*() const { return at_; }
