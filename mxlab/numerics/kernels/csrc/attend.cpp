@@ -44,8 +44,8 @@ class PackedHeads {
         const int64_t tokens = all_.outputs;
         for_chunks(rows, threads, [&](const DotWeight& w, int64_t head, int64_t first) {
             kernels.score(w, element_,
-                          {at(queries) + head * rows * length_, at(target) + head * rows * tokens + first, rows, length_,
-                           tokens, value_of_, length_, block_});
+                          {at(queries) + head * rows * length_, at(target) + head * rows * tokens + first, rows,
+                           length_, tokens, value_of_, length_, block_});
         });
     }
 
@@ -56,10 +56,10 @@ class PackedHeads {
         const int64_t tokens = all_.outputs, sum = rows * length_;
         std::vector<float> sums(static_cast<size_t>(batch_ * heads_ * chunks() * sum));
         for_chunks(rows, threads, [&](const DotWeight& w, int64_t head, int64_t first) {
-            kernels.mix(w, element_,
-                        {at(factors) + head * rows * tokens + first,
-                         sums.data() + (head * chunks() + first / CHUNK) * sum, rows, tokens, length_, value_of_,
-                         length_, block_});
+            kernels.mix(
+                w, element_,
+                {at(factors) + head * rows * tokens + first, sums.data() + (head * chunks() + first / CHUNK) * sum,
+                 rows, tokens, length_, value_of_, length_, block_});
         });
         for (int64_t head = 0; head < batch_ * heads_; ++head) {
             float* const out = at(target) + head * sum;

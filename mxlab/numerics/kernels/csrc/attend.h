@@ -13,9 +13,9 @@
 namespace mx::MX_ISA {
 namespace {
 
-constexpr int64_t LANES = 8;             // sums of a product that are added up side by side
-constexpr int64_t TOGETHER = 8;          // packed rows that are multiplied at once
-constexpr int64_t UNPACKED = 4096;  // numbers that are unpacked at once; more where eight rows are longer
+constexpr int64_t LANES = 8;            // sums of a product that are added up side by side
+constexpr int64_t TOGETHER = 8;         // packed rows that are multiplied at once
+constexpr int64_t UNPACKED = 4096;      // numbers that are unpacked at once; more where eight rows are longer
 constexpr int64_t COLUMNS = 8 * LANES;  // of a sum of packed rows that are kept in registers
 
 // Packed rows, unpacked piece by piece: f(numbers, first, count) for rows [first, first + count).
@@ -114,7 +114,8 @@ MX_INLINE void add_columns(const float* factors, const float* numbers, int64_t c
     for (int64_t t = 0; t < count; ++t) {
         const Lanes factor = all_lanes(factors[t]);
 #pragma GCC unroll 8
-        for (int i = 0; i < N; ++i) sums[i] = added_product(factor, lanes_at(numbers + t * length + i * LANES), sums[i]);
+        for (int i = 0; i < N; ++i)
+            sums[i] = added_product(factor, lanes_at(numbers + t * length + i * LANES), sums[i]);
     }
 #pragma GCC unroll 8
     for (int i = 0; i < N; ++i) put_lanes(out + i * LANES, sums[i]);
@@ -127,7 +128,8 @@ void mix(const DotWeight& w, const DotElement& e, const Attending& a) {
             const float* const factors = a.source + r * a.source_stride + first;
             float* const out = a.target + r * a.target_stride;
             int64_t k = 0;
-            for (; k + COLUMNS <= a.length; k += COLUMNS) add_columns<8>(factors, numbers + k, count, a.length, out + k);
+            for (; k + COLUMNS <= a.length; k += COLUMNS)
+                add_columns<8>(factors, numbers + k, count, a.length, out + k);
             for (; k < a.length; k += LANES) add_columns<1>(factors, numbers + k, count, a.length, out + k);
         }
     });

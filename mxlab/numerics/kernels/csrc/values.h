@@ -37,18 +37,55 @@ MX_INLINE void find_multiples(const uint8_t* packed, const DotElement& e, float*
 
 #endif
 
-// Write the first `n` of CODES_READ multiples, from element `first` of a row on, times their scales.
-template <class T>
-MX_INLINE void store_values(const float* multiples, const float* scale_of, const uint8_t* scales, const Unpacking& u,
-                            int64_t first, int64_t n, typename T::Stored* out) {
-    if (u.block % CODES_READ == 0 && n == CODES_READ) {
-        const float scale = scale_of[scales[first / u.block]];
-        for (int64_t i = 0; i < CODES_READ; ++i) out[i] = T::store(saturated<T>(multiples[i] * scale));
-        return;
-    }
-    for (int64_t i = 0; i < n; ++i)
-        out[i] = T::store(saturated<T>(multiples[i] * scale_of[scales[(first + i) / u.block]]));
+constexpr float LARGEST_ELEMENT = 0x1p16f;  // of any format with codes
+
+// Write the first `n` of CODES_READ multiples times their scales; `largest` is no less than any of these.
+template <class T, class Scale>
+MX_INLINE void store_values(const float* multiples, float largest, int64_t n, typename T::Stored* out, Scale scale) {
+    const bool fits = !(largest > T::max / LARGEST_ELEMENT);  // NaN need not be limited
+    if (fits && n == CODES_READ)
+        for (int64_t i = 0; i < CODES_READ; ++i) out[i] = T::store(multiples[i] * scale(i));
+    else
+        for (int64_t i = 0; i < n; ++i) out[i] = T::store(saturated<T>(multiples[i] * scale(i)));
 }
+
+// Goes through the scales of a row, some elements at a time.
+class RowScales {
+   public:
+    RowScales(const float* scale_of, const uint8_t* scales, int64_t block)
+        : scale_of_(scale_of), next_(scales), block_(block), left_(block) {}
+
+    // Store the values of the next `n` elements from their multiples.
+    template <class T>
+    void store(const float* multiples, int64_t n, typename T::Stored* out) {
+        if (left_ >= n) {
+            const float scale = scale_of_[*next_];
+            pass(n);
+            return store_values<T>(multiples, scale, n, out, [&](int64_t) { return scale; });
+        }
+        float scales[CODES_READ] = {}, largest = 0.0f;
+        for (int64_t i = 0; i < n;) {
+            const int64_t run = left_ < n - i ? left_ : n - i;
+            const float scale = scale_of_[*next_];
+            largest = scale > largest ? scale : largest;
+            for (const int64_t end = i + run; i < end; ++i) scales[i] = scale;
+            pass(run);
+        }
+        store_values<T>(multiples, largest, n, out, [&](int64_t i) { return scales[i]; });
+    }
+
+   private:
+    void pass(int64_t n) {
+        left_ -= n;
+        if (left_ > 0) return;
+        ++next_;
+        left_ = block_;
+    }
+
+    const float* scale_of_;
+    const uint8_t* next_;
+    int64_t block_, left_;
+};
 
 template <class T, class Find>
 MX_INLINE void unpack_rows(const DotWeight& w, const DotElement& e, const Unpacking& u, int64_t first, int64_t last,
@@ -56,11 +93,11 @@ MX_INLINE void unpack_rows(const DotWeight& w, const DotElement& e, const Unpack
     const int64_t blocks = (u.length + u.block - 1) / u.block;
     for (int64_t row = first; row < last; ++row) {
         auto* const out = static_cast<typename T::Stored*>(u.target) + row * u.length;
+        RowScales scales(w.scale_of, w.scales + row * blocks, u.block);
         for (int64_t k = 0; k < u.length; k += CODES_READ) {
             alignas(32) float multiples[CODES_READ];
             find(CodesAt(w, e, row, k), multiples);
-            const int64_t n = u.length - k < CODES_READ ? u.length - k : CODES_READ;
-            store_values<T>(multiples, w.scale_of, w.scales + row * blocks, u, k, n, out + k);
+            scales.template store<T>(multiples, u.length - k < CODES_READ ? u.length - k : CODES_READ, out + k);
         }
     }
 }
