@@ -37,7 +37,8 @@ class MXTensor:
         dtype: of the tensor that was quantized, and of what :meth:`dequantize` returns.
         elements: uint8 [other axes..., bytes], the codes along ``axis`` packed (:mod:`mxlab.packed.bits`).
         scales: uint8 [other axes..., blocks].
-        tensor_scale: float32 of no dimension; 1 where the format has none.
+        tensor_scale: float32 of no dimension; 1 where the format has none. Of a tensor that was quantized in pieces, one
+            that can be multiplied by [other axes..., blocks, 1].
     """
 
     fmt: MXFormat
@@ -106,7 +107,7 @@ class MXTensor:
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return the values, contiguous: what :func:`mxlab.quantize` gives, bit for bit, in the tensor's own dtype."""
         length, wanted = self.shape[self.axis], dtype or self.dtype
-        if packing.can_unpack(self.elements, self.fmt):
+        if packing.can_unpack(self.elements, self.fmt) and not self.tensor_scale.ndim:
             codes = self.elements.contiguous(), self.scales.contiguous(), self.tensor_scale
             return packing.unpack(*codes, self.fmt, length, wanted).movedim(-1, self.axis).contiguous()
         elements = unpack(self.elements, self.fmt.element_bits, length)

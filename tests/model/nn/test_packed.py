@@ -175,7 +175,7 @@ def test_a_model_on_the_grid_can_be_packed_later():
     [
         (Recipe("m", (Rule(part="mlp", phase="prefill", weight=FP4), Rule(part="mlp", phase="decode", weight=INT8))),
          "one for each phase"),
-        (recipe(MXFormat.parse("bf16@16")), "weights of bf16@16, which cannot be packed"),
+        (recipe(MXFormat.parse("bf16@16")), "has weight of bf16@16, which cannot be packed"),
         (recipe(MXFormat.parse("int8@16,scale_rule=none")), "which cannot be packed"),
     ],
 )  # fmt: skip
