@@ -43,6 +43,14 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "mxlab export smollm2 --recipe ex1 --to compressed-tensors --weights-only --out smollm2-vllm",
         "mxlab export smollm2-gptq --to compressed-tensors --weights-only --out smollm2-vllm",
     ),
+    "generate": (
+        'mxlab generate smollm2 --recipe ex1 "The best thing about the sea is"',
+        'mxlab generate smollm2 --recipe baseline --recipe ex2 --tokens 100 "Once upon a time"',
+    ),
+    "memory": (
+        "mxlab memory smollm2 --recipe ex2",
+        "mxlab memory smollm2 --recipe baseline --recipe ex2 --tokens 8192 --dtype bfloat16",
+    ),
     "results": (
         "mxlab results results",
         "mxlab results results/ex1 --json",
@@ -64,6 +72,8 @@ _SHIPPED: dict[str, Kind] = {
     "convert": "recipe",
     "quantize": "recipe",
     "export": "recipe",
+    "generate": "recipe",
+    "memory": "recipe",
     "inspect": "recipe",
     "sweep": "sweep",
     "compare": "study",

@@ -16,8 +16,10 @@ from mxlab.cli.demo import demo
 from mxlab.cli.doctor import doctor
 from mxlab.cli.eval import evaluate
 from mxlab.cli.export import export
+from mxlab.cli.generate import generate
 from mxlab.cli.help import HelpfulCommand
 from mxlab.cli.inspect import inspect
+from mxlab.cli.memory import memory
 from mxlab.cli.quantize import quantize
 from mxlab.cli.report import report
 from mxlab.cli.results import results
@@ -27,7 +29,7 @@ from mxlab.errors import MxlabError
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 app.command("eval", cls=HelpfulCommand)(evaluate)
-for command in (sweep, compare, inspect, convert, quantize, export, results, report, demo, doctor):
+for command in (sweep, compare, inspect, convert, quantize, export, generate, memory, results, report, demo, doctor):
     app.command(cls=HelpfulCommand)(command)
 app.command(context_settings=AS_THEY_ARE)(run)
 app.add_typer(bench.app, name="bench")

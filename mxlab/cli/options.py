@@ -36,6 +36,10 @@ ModelOption = Annotated[str, typer.Option("--model", help=_MODEL)]
 ModelArgument = Annotated[str, typer.Argument(help=_MODEL)]
 RecipeOption = Annotated[str | None, typer.Option("--recipe", help=_RECIPE, autocompletion=_recipes)]
 RecipeArgument = Annotated[str, typer.Argument(help=_RECIPE, autocompletion=_recipes)]
+RecipesOption = Annotated[
+    list[str] | None,
+    typer.Option("--recipe", help=f"{_RECIPE} Give it again for another, to compare.", autocompletion=_recipes),
+]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="Override an option: --set block_size=16.")]
 TasksOption = Annotated[
     str | None,

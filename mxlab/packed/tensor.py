@@ -37,8 +37,8 @@ class MXTensor:
         dtype: of the tensor that was quantized, and of what :meth:`dequantize` returns.
         elements: uint8 [other axes..., bytes], the codes along ``axis`` packed (:mod:`mxlab.packed.bits`).
         scales: uint8 [other axes..., blocks].
-        tensor_scale: float32 of no dimension; 1 where the format has none. Of a tensor that was quantized in pieces, one
-            that can be multiplied by [other axes..., blocks, 1].
+        tensor_scale: float32 of no dimension; 1 where the format has none. Of a tensor that was quantized in pieces, of
+            a shape that multiplies [other axes..., blocks, 1].
     """
 
     fmt: MXFormat

@@ -147,6 +147,11 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def resident_memory() -> int:
+    """Return the resident memory of this process in bytes."""
+    return psutil.Process().memory_info().rss
+
+
 def return_freed_memory() -> None:
     """Give memory that was freed back to the system, where the C library is glibc, which keeps it.
 
