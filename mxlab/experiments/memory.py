@@ -30,6 +30,7 @@ from mxlab.recipe import Recipe
 from mxlab.sources import devices, models
 
 _CHILD = "import sys; from mxlab.experiments.memory import stop_at_each_step; stop_at_each_step(*sys.argv[1:])"
+_OF_OTHERS = "in the dtype of the model; buffers that are computed anew are not stored"
 STEPS = ("libraries", "loaded", "read", "generated")
 
 
@@ -117,7 +118,7 @@ def _lines(theory: Footprint, stored: Footprint, at: dict[str, _Step]) -> Iterat
     kept = at["read"].resident - at["loaded"].resident
     yield Line("elements of quantized weights", theory.elements, stored.elements, None, None, "rows end with a byte")
     yield Line("their scales", theory.scales, stored.scales, None, None, "a byte for each block")
-    yield Line("other parameters", theory.others, stored.others, None, None, "in the dtype of the model")
+    yield Line("other parameters", theory.others, stored.others, None, None, _OF_OTHERS)
     yield Line(
         "weights together",
         theory.weights,
@@ -160,17 +161,16 @@ def _measured(folder: Path, tokens: int, dtype: str) -> dict[str, _Step]:
 @contextmanager
 def _child(folder: Path, tokens: int, dtype: str) -> Iterator[Any]:
     command = [sys.executable, "-c", _CHILD, str(folder), str(tokens), dtype]
-    with tempfile.TemporaryFile("w+") as errors:
-        child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True)
+    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with tempfile.TemporaryFile("w+") as errors, subprocess.Popen(command, stderr=errors, **pipes) as child:
         try:
             yield child
-        except EOFError:
+        except (EOFError, BrokenPipeError):
             child.wait()
             errors.seek(0)
             raise RunError(f"the process that was measured ended:\n{errors.read()[-2000:]}") from None
         finally:
             child.kill()
-            child.wait()
 
 
 def _next_step(child: Any, step: str) -> _Step:

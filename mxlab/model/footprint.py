@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mxlab.model.conversion import Conversion
 from mxlab.model.nn.packed_cache import packed_bytes
 from mxlab.model.sites import find_sites
+from mxlab.recipe.rule import KV_ROLES
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,22 @@ def predicted(conversion: Conversion, tokens: int) -> Footprint:
     in_place = {id(p) for site in quantized for p in site.stored_parameters()}
     model = conversion.model
     others = {id(x): x.nbytes for x in [*model.parameters(), *model.buffers()] if id(x) not in in_place}
-    states = sum(2 * prod(site.shape) for site in find_sites(model) if site.kind == "attention")
-    width = conversion.kv_bits_in("decode") or 0.0
-    return Footprint(elements // 8, (bits - elements) // 8, sum(others.values()), int(states * width * tokens / 8))
+    return Footprint(elements // 8, (bits - elements) // 8, sum(others.values()), _cache_bits(conversion, tokens) // 8)
+
+
+def _cache_bits(conversion: Conversion, tokens: int) -> int:
+    """Return what keys and values of so many tokens come to in the formats of a pass that adds one."""
+    unquantized = next(conversion.model.parameters()).element_size() * 8
+    formats = {site.name: site.by_phase["decode"] for site in conversion.attentions}
+    bits = 0
+    for site in find_sites(conversion.model):
+        if site.kind == "attention" and site.shape:
+            heads, head_dim = site.shape
+            for role in KV_ROLES:
+                fmt = formats.get(site.name, {}).get(role)
+                shape = (heads, tokens, head_dim)
+                bits += prod(shape) * unquantized if fmt is None else fmt.storage_bits(shape)
+    return bits
 
 
 def model_bytes(model: nn.Module) -> int:
