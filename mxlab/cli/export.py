@@ -17,12 +17,13 @@ class Target(StrEnum):
     """What a model can be exported to."""
 
     compressed_tensors = "compressed-tensors"
+    gguf = "gguf"
 
 
 def export(
     model: ModelArgument,
     out: Annotated[Path, typer.Option("--out", "-o", help="Where the exported model goes.")],
-    to: Annotated[Target, typer.Option("--to", help="The layout: that of vLLM's compressed-tensors.")],
+    to: Annotated[Target, typer.Option("--to", help="The layout: of vLLM, or of llama.cpp.")],
     recipe: Annotated[
         str | None, typer.Option("--recipe", help="A shipped recipe's name, or a TOML file; else the model's own.")
     ] = None,
@@ -40,7 +41,8 @@ def export(
     start_logging()
     with progress():
         with loading_libraries():
-            from mxlab.hf import compressed_tensors
+            from mxlab.hf import compressed_tensors, gguf_export
 
-        compressed_tensors.export(model, chosen, dtype.value, out, weights_only)
+        exporter = {Target.compressed_tensors: compressed_tensors, Target.gguf: gguf_export}[to]
+        exporter.export(model, chosen, dtype.value, out, weights_only)
     print_line(f"written: {out} ({to.value})")

@@ -42,6 +42,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "export": (
         "mxlab export smollm2 --recipe ex1 --to compressed-tensors --weights-only --out smollm2-vllm",
         "mxlab export smollm2-gptq --to compressed-tensors --weights-only --out smollm2-vllm",
+        "mxlab export smollm2 --recipe weights_only --to gguf --weights-only --out smollm2-gguf",
     ),
     "generate": (
         'mxlab generate smollm2 --recipe ex1 "The best thing about the sea is"',

@@ -19,16 +19,14 @@ from torch import Tensor, nn
 from mxlab.errors import ConversionError
 from mxlab.formats import MXFormat
 from mxlab.hf.checkpoint import SHARD, new_folder
+from mxlab.hf.exports import packed_model, weight_format
 from mxlab.model import sites
-from mxlab.model.apply import apply
 from mxlab.model.conversion import Conversion
 from mxlab.model.nn.packed import PARTS
 from mxlab.model.plan import QuantizedSite
 from mxlab.packed import MXTensor
 from mxlab.progress import Steps
 from mxlab.recipe import Recipe
-from mxlab.recipe.rule import PHASES
-from mxlab.sources import models
 
 METHOD = "compressed-tensors"
 
@@ -82,10 +80,8 @@ def export(model: str, recipe: Recipe, dtype: str, out: Path, weights_only: bool
         RunError: ``out`` exists already, or cannot be written.
     """
     with new_folder(out) as folder:
-        loaded = models.load_model(model, dtype, "cpu")
-        conversion = apply(loaded.model, recipe, "packed")
+        loaded, conversion = packed_model(model, recipe, dtype, weights_only, METHOD)
         targets = {site.name: target_of(site) for site in conversion.linears if site.is_packed}
-        _refuse_others(conversion, weights_only)
         with Steps("saving"):
             _save(loaded.model, targets, folder)
             loaded.tokenizer.save_pretrained(folder)
@@ -98,47 +94,16 @@ def target_of(site: QuantizedSite) -> Target:
     Raises:
         ConversionError: it cannot be expressed.
     """
-    fmt = site.formats["weight"]
-    assert isinstance(fmt, MXFormat)
+    fmt = weight_format(site, METHOD)
     target = TARGETS.get((fmt.element, fmt.block_size, fmt.scale))
     if target is None or (fmt.scale == "e8m0" and fmt.scale_bits != 8):
         known = ", ".join(str(MXFormat(element, size, scale=scale)) for element, size, scale in TARGETS)
         raise ConversionError(f"{site.name} has weights of {fmt}: {METHOD} has {known} only")
-    length = site.shape[site.input_axis]
-    if length % fmt.block_size:
-        raise ConversionError(
-            f"{site.name} has {length} inputs, and {METHOD} wants whole blocks of {fmt.block_size}: leave it out"
-        )
-    if site.input_axis == 0:
-        raise ConversionError(f"{site.name} keeps its weight as [inputs, outputs], which {METHOD} has not")
     if site.tied_to is not None:
         raise ConversionError(
             f"the weight of {site.name} is shared with {site.tied_to}, which stays unquantized: leave {site.name} out"
         )
-    if site.transform is not None:
-        raise ConversionError(f"{site.name} has a transform ({site.transform}), which {METHOD} does not apply")
     return target
-
-
-def _refuse_others(conversion: Conversion, weights_only: bool) -> None:
-    if not any(site.is_packed for site in conversion.linears):
-        raise ConversionError(f"recipe {conversion.recipe.name} quantizes no weight of a linear layer")
-    others = sorted(
-        {
-            f"{role} of {fmt}"
-            for site in conversion.sites
-            for phase in PHASES
-            for role, fmt in site.by_phase[phase].items()
-            if role != "weight"
-        }
-    )
-    if conversion.recipe.elementwise.is_used:
-        others.append("element-wise rounding")
-    if others and not weights_only:
-        raise ConversionError(
-            f"recipe {conversion.recipe.name} has {', '.join(others)}, which {METHOD} rounds in its own way or not at "
-            "all: --weights-only leaves them out"
-        )
 
 
 def _save(model: Any, targets: Mapping[str, Target], folder: Path) -> None:
