@@ -44,6 +44,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "mxlab export smollm2-gptq --to compressed-tensors --weights-only --out smollm2-vllm",
         "mxlab export smollm2 --recipe weights_only --to gguf --weights-only --out smollm2-gguf",
     ),
+    "import": (
+        "mxlab import smollm2-gguf/model.gguf --out smollm2-mxfp4",
+        "mxlab import smollm2-vllm --out smollm2-mxfp4",
+    ),
     "generate": (
         'mxlab generate smollm2 --recipe ex1 "The best thing about the sea is"',
         'mxlab generate smollm2 --recipe baseline --recipe ex2 --tokens 100 "Once upon a time"',

@@ -18,6 +18,7 @@ from mxlab.cli.eval import evaluate
 from mxlab.cli.export import export
 from mxlab.cli.generate import generate
 from mxlab.cli.help import HelpfulCommand
+from mxlab.cli.import_ import import_
 from mxlab.cli.inspect import inspect
 from mxlab.cli.memory import memory
 from mxlab.cli.quantize import quantize
@@ -29,6 +30,7 @@ from mxlab.errors import MxlabError
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 app.command("eval", cls=HelpfulCommand)(evaluate)
+app.command("import", cls=HelpfulCommand)(import_)
 for command in (sweep, compare, inspect, convert, quantize, export, generate, memory, results, report, demo, doctor):
     app.command(cls=HelpfulCommand)(command)
 app.command(context_settings=AS_THEY_ARE)(run)

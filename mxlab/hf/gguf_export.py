@@ -204,8 +204,8 @@ def _tensors(
         yield _name(names, name), *_plain(ordered)
     for name, target in targets.items():
         weight = model.get_submodule(name).packed
-        if architecture.interleaves and _heads(name, model):
-            rows = _order(weight.shape[0], _heads(name, model))
+        if architecture.interleaves and heads_of(name, model):
+            rows = order(weight.shape[0], heads_of(name, model))
             weight = MXTensor.from_tensors(
                 {part: x[rows] if x.ndim else x for part, x in weight.tensors().items()}, weight.description(), name
             )
@@ -231,7 +231,7 @@ def _plain(x: Tensor) -> tuple[np.ndarray, GGMLQuantizationType]:
     return x.contiguous().view(torch.uint8).numpy(), GGMLQuantizationType.BF16
 
 
-def _heads(name: str, model: Any) -> int:
+def heads_of(name: str, model: Any) -> int:
     """Return the heads of what the rotary embedding turns, 0 for any other module."""
     last = name.removesuffix(".weight").removesuffix(".bias").rpartition(".")[2]
     config = model.config
@@ -239,11 +239,11 @@ def _heads(name: str, model: Any) -> int:
 
 
 def _interleaved(x: Tensor, name: str, model: Any) -> Tensor:
-    heads = _heads(name, model)
-    return x[_order(x.shape[0], heads)] if heads else x
+    heads = heads_of(name, model)
+    return x[order(x.shape[0], heads)] if heads else x
 
 
-def _order(rows: int, heads: int) -> Tensor:
+def order(rows: int, heads: int) -> Tensor:
     """Return the rows of heads so that the elements that are turned together are neighbours."""
     return torch.arange(rows).view(heads, 2, -1).transpose(1, 2).flatten()
 

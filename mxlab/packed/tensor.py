@@ -156,6 +156,24 @@ class MXTensor:
         parts = {name: getattr(self, name).to(device) for name in _PARTS}
         return replace(self, **parts)
 
+    def recast(self, fmt: MXFormat | str) -> MXTensor:
+        """Return the same values in the codes of another format.
+
+        Raises:
+            FormatError: that format does not hold them all; the message says how many are lost, and how far off the
+                nearest ones are.
+        """
+        values, parsed = self.dequantize(), MXFormat.parse(fmt)
+        try:
+            return MXTensor.from_values(values, parsed, self.axis)
+        except FormatError:
+            error = (MXTensor.from_float(values, parsed, self.axis).dequantize().float() - values.float()).abs()
+            share = float(error.norm() / values.float().norm())
+            raise FormatError(
+                f"{parsed} does not hold {int((error > 0).sum())} of {error.numel()} values of {self.fmt}: quantized "
+                f"to it, they would be off by {share:.2e} of their norm; quantize what they were made from"
+            ) from None
+
     def narrow(self, axis: int, start: int, length: int) -> MXTensor:
         """Return a part along an axis, which shares the memory; not along that of the blocks.
 

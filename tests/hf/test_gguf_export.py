@@ -8,12 +8,7 @@ import gguf.quants
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer
-from tokenizers.decoders import ByteLevel as ByteLevelDecoder
-from tokenizers.models import BPE
-from tokenizers.pre_tokenizers import ByteLevel
-from tokenizers.trainers import BpeTrainer
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mxlab
 from mxlab.errors import ConversionError, RunError
@@ -24,37 +19,17 @@ from mxlab.recipe.transform import Hadamard
 from mxlab.sources import models
 
 from support.architectures import build
-from support.llama import tiny
+from support.tokenizers import TEXT, saved
 
 LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }  # fmt: skip
-TEXT = "It's 2024, and the sea\n\n  is 123 km wide."
 
 
 def weights(*texts, **more):
     parts = zip(("mlp", "attention"), texts * 2, strict=False)
     return Recipe("mine", tuple(Rule(part=part, weight=MXFormat.parse(text), **more) for part, text in parts))
-
-
-def small_tokenizer():
-    """Return a byte-level BPE of few tokens: those of the embedded model take seconds to write and to read."""
-    made = Tokenizer(BPE())
-    made.pre_tokenizer, made.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
-    alphabet = ByteLevel.alphabet()
-    made.train_from_iterator(
-        [TEXT] * 3, BpeTrainer(vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet)
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>")
-
-
-def saved(folder, model=None, **changes):
-    tokenizer = small_tokenizer()
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": len(tokenizer)}
-    (model or tiny(**sizes, **changes)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture(scope="module")

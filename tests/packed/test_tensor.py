@@ -9,6 +9,7 @@ from safetensors.torch import load, save
 
 from mxlab import quantize
 from mxlab.errors import FormatError, SourceError
+from mxlab.formats import MXFormat
 from mxlab.packed import MXTensor
 from mxlab.packed.bits import pack, packed_length, unpack
 
@@ -99,3 +100,29 @@ def test_bad_input_is_refused():
         MXTensor.from_float(torch.randn(3, 40), "bf16@32")
     with pytest.raises(FormatError, match=r"cannot quantize torch\.float64"):
         MXTensor.from_float(torch.randn(3, 40).double(), "fp4_e2m1@32")
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ("fp4_e2m1@32", "fp6_e2m3@32"), ("fp4_e2m1@32", "fp8_e4m3@32"), ("fp4_e2m1@32", "fp4_e2m1@16"),
+        ("int4@32", "int8@32"), ("fp6_e2m3@32", "fp8_e4m3@32"), ("fp6_e3m2@32", "fp8_e5m2@32"),
+        ("fp4_e2m1@32", "int8@32"), ("fp4_e2m1@32", "fp4_e2m1@32,scale_rule=mse"),
+    ],
+)  # fmt: skip
+def test_recast_to_a_format_that_holds_it(given, wanted):
+    x = torch.randn(8, 96, generator=torch.Generator().manual_seed(0)) * 2.0 ** torch.arange(-4, 4)[:, None]
+    made = MXTensor.from_float(x, given)
+    found = made.recast(wanted)
+    assert found.fmt == MXFormat.parse(wanted)
+    assert torch.equal(found.dequantize(), made.dequantize())
+
+
+@pytest.mark.parametrize(("given", "wanted"), [("fp6_e2m3@32", "fp4_e2m1@32"), ("fp4_e2m1@16", "fp4_e2m1@32")])
+def test_recast_to_a_format_that_does_not(given, wanted):
+    x = torch.randn(8, 96, generator=torch.Generator().manual_seed(0)) * 2.0 ** torch.arange(0, 96)[None] ** 0.5
+    made = MXTensor.from_float(x, given)
+    lost = made.dequantize() - quantize(made.dequantize(), wanted)
+    share = f"{float(lost.norm() / made.dequantize().norm()):.2e}"
+    with pytest.raises(FormatError, match=rf"{int((lost != 0).sum())} of 768 values of {given}.* off by {share} of"):
+        made.recast(wanted)

@@ -1,0 +1,237 @@
+"""Models that other tools have quantized to microscaling formats, taken over code by code.
+
+Read are folders of compressed-tensors (MXFP4, MXFP6, MXFP8 and NVFP4 weights, as vLLM's llm-compressor writes them) and
+GGUF files with ggml's MXFP4. What becomes of them is a packed model of mxlab, under a recipe that says what is there.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import gguf.quants
+import torch
+from gguf import GGMLQuantizationType, GGUFReader
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from mxlab.errors import SourceError
+from mxlab.formats import MXFormat
+from mxlab.hf import checkpoint, compressed_tensors, gguf_export
+from mxlab.model.apply import pack_sites, prepare
+from mxlab.model.conversion import Conversion
+from mxlab.model.nn.packed import PARTS
+from mxlab.model.saved import make_packed_room
+from mxlab.packed import MXTensor
+from mxlab.packed.bits import pack
+from mxlab.progress import Steps
+from mxlab.recipe import Recipe, Rule
+
+_REMEDY = "the file is damaged, or of another layout; fetch it again, or take the unquantized model"
+
+
+@dataclass(frozen=True)
+class Found:
+    """A quantized model as it was found.
+
+    Attributes:
+        config: transformers' configuration, without a quantization.
+        tokenizer: its tokenizer.
+        packed: the packed weights, by the names of their layers.
+        others: all other parameters, by name.
+    """
+
+    config: Any
+    tokenizer: Any
+    packed: Mapping[str, MXTensor]
+    others: Mapping[str, Tensor]
+
+
+def import_model(source: Path, out: Path) -> Conversion:
+    """Save a model that another tool has quantized as a packed model of mxlab, into the new folder ``out``.
+
+    Args:
+        source: a folder of compressed-tensors, or a GGUF file.
+        out: the folder, which is whole afterwards, or not there.
+
+    Raises:
+        SourceError: it is neither, is damaged, or has weights in a format that is no microscaling one.
+        RunError: ``out`` exists already, or cannot be written.
+    """
+
+    def make() -> tuple[Conversion, Any]:
+        with Steps(f"reading {source.name}"):
+            found = read_gguf(source) if source.is_file() else read_compressed_tensors(source)
+        return assembled(found, source.stem), found.tokenizer
+
+    return checkpoint.save(make, out)
+
+
+def read_compressed_tensors(folder: Path) -> Found:
+    """Read a folder of compressed-tensors. Raises SourceError where it is none, or has something else than MX."""
+    file = folder / "config.json"
+    if not file.is_file():
+        raise SourceError(f"{folder} has no config.json: give a folder of compressed-tensors, or a GGUF file")
+    told = json.loads(file.read_text(encoding="utf-8"))
+    quantization = told.pop("quantization_config", None) or {}
+    if quantization.get("quant_method") != compressed_tensors.METHOD:
+        raise SourceError(
+            f"{folder} is quantized by {quantization.get('quant_method', 'nothing')}: mxlab imports "
+            f"{compressed_tensors.METHOD} and GGUF; load what mxlab saved as it is"
+        )
+    config = AutoConfig.for_model(**told)
+    tensors = _tensors_in(folder)
+    packed = {}
+    for name in [key.removesuffix(".weight_scale") for key in tensors if key.endswith(".weight_scale")]:
+        found = {part: tensors.pop(f"{name}.{part}", None) for part in _STORED}
+        packed[name] = _weight(name, {k: x for k, x in found.items() if x is not None}, _dtype(told))
+    return Found(config, AutoTokenizer.from_pretrained(folder), packed, tensors)
+
+
+_STORED = ("weight", "weight_packed", "weight_scale", "weight_global_scale")
+
+
+def _tensors_in(folder: Path) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt") as tensors:
+                found |= {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118  no dictionary
+        except Exception as e:  # whatever safetensors raises
+            raise SourceError(f"{file}: {e}; {_REMEDY}") from e
+    return found
+
+
+def _dtype(told: Mapping[str, Any]) -> str:
+    return str(told.get("dtype") or told.get("torch_dtype") or "bfloat16")
+
+
+def _weight(name: str, found: Mapping[str, Tensor], dtype: str) -> MXTensor:
+    """Return a weight of compressed-tensors; its format follows from what is stored."""
+    codes = found.get("weight_packed", found.get("weight"))
+    scales = found["weight_scale"]
+    if codes is None or codes.ndim != 2 or scales.ndim != 2 or codes.shape[0] != scales.shape[0]:
+        raise SourceError(f"{name} has tensors {sorted(found)} that are no packed weight: {_REMEDY}")
+    element, bits = _element(codes, scales)
+    inputs = codes.shape[1] * 8 // bits
+    size, scale = inputs // max(scales.shape[1], 1), "e4m3" if scales.dtype == torch.float8_e4m3fn else "e8m0"
+    if (element, size, scale) not in compressed_tensors.TARGETS or inputs != size * scales.shape[1]:
+        raise SourceError(
+            f"{name} has {codes.shape[1]} bytes of codes and {scales.shape[1]} scales of {scales.dtype} for each "
+            "output, which is no microscaling format that mxlab imports"
+        )
+    description = {"layout": 1, "format": str(MXFormat(element, size, scale=scale)), "axis": 1, "dtype": dtype}
+    parts = {"elements": codes.view(torch.uint8), "scales": scales.view(torch.uint8)}
+    if scale == "e4m3":
+        unit = found.get("weight_global_scale")
+        if unit is None:
+            raise SourceError(f"{name} has no weight_global_scale: {_REMEDY}")
+        parts["tensor_scale"] = (1 / unit.float()).reshape(())
+    return MXTensor.from_tensors(parts, {**description, "shape": [codes.shape[0], inputs]}, name)
+
+
+def _element(codes: Tensor, scales: Tensor) -> tuple[str, int]:
+    """Return the element, and its bits; those of packed codes follow from how many there are for a scale."""
+    if codes.dtype == torch.float8_e4m3fn:
+        return "fp8_e4m3", 8
+    if scales.dtype == torch.uint8 and codes.shape[1] == scales.shape[1] * 24:  # 32 elements
+        return "fp6_e2m3", 6
+    return "fp4_e2m1", 4
+
+
+def read_gguf(file: Path) -> Found:
+    """Read a GGUF file; tensors of other types than MXFP4 are taken as values.
+
+    Raises:
+        SourceError: it is none, or of a model that mxlab does not know the names of.
+    """
+    try:
+        reader = GGUFReader(file)
+        config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    except Exception as e:  # whatever gguf and transformers raise
+        raise SourceError(f"{file} cannot be read as GGUF: {e}; {_REMEDY}") from e
+    model = _skeleton(config)
+    architecture = gguf_export.architecture_of(model)
+    names = gguf.get_tensor_name_map(architecture.arch, config.num_hidden_layers)
+    by_name = {tensor.name: tensor for tensor in reader.tensors}
+    packed, others = {}, {}
+    for name, _ in model.named_parameters(remove_duplicate=False):
+        tensor = by_name.get(names.get_name(name, try_suffixes=(".weight", ".bias")) or "")
+        if tensor is None:
+            continue  # assembled() knows whether it may be missing
+        rows = _rows(name, model, tensor) if architecture.interleaves else slice(None)
+        if tensor.tensor_type == GGMLQuantizationType.MXFP4:
+            packed[name.removesuffix(".weight")] = _mxfp4(torch.from_numpy(tensor.data.copy())[rows], name)
+        else:
+            values = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
+            others[name] = values[rows]
+    config.tie_word_embeddings = "output.weight" not in by_name
+    return Found(config, tokenizer, packed, others)
+
+
+def _rows(name: str, model: nn.Module, tensor: Any) -> Any:
+    """Return where the rows of transformers are among those of ggml."""
+    heads = gguf_export.heads_of(name, model)
+    return gguf_export.order(int(tensor.shape[-1]), heads).argsort() if heads else slice(None)
+
+
+def _mxfp4(blocks: Tensor, name: str) -> MXTensor:
+    """Return a weight of ggml's MXFP4: for each 32 elements a scale, then codes of the first half and the second."""
+    stored = blocks.unflatten(-1, (-1, 17))
+    codes = torch.cat([stored[..., 1:] & 15, stored[..., 1:] >> 4], dim=-1).flatten(1)
+    parts = {"elements": pack(codes, 4), "scales": stored[..., 0].contiguous()}
+    shape = list(codes.shape)
+    description = {"layout": 1, "format": "fp4_e2m1@32", "axis": 1, "dtype": "float32", "shape": shape}
+    return MXTensor.from_tensors(parts, description, name)
+
+
+def _skeleton(config: Any) -> Any:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config).eval()
+
+
+def assembled(found: Found, name: str) -> Conversion:
+    """Return the model, converted under a recipe that says what is packed.
+
+    Raises:
+        SourceError: a parameter is missing, or has no place in the model.
+    """
+    model = _skeleton(found.config)
+    conversion = prepare(model, _recipe(found.packed, name))
+    make_packed_room(conversion, {layer: weight.description() for layer, weight in found.packed.items()})
+    state = dict(found.others)
+    for layer, weight in found.packed.items():
+        state |= {f"{layer}.{PARTS[part]}": tensor for part, tensor in weight.tensors().items()}
+    missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
+    model.tie_weights()
+    left = [key for key in missing if model.get_parameter(key).is_meta] if missing else []
+    if left or unexpected:
+        what = f"lacks {', '.join(left[:3])}" if left else f"has {', '.join(unexpected[:3])}, which the model has not"
+        raise SourceError(f"{name} {what}: {_REMEDY}")
+    _compute_buffers(model, found.config)
+    pack_sites(conversion.sites)
+    return conversion
+
+
+def _compute_buffers(model: nn.Module, config: Any) -> None:
+    """Give a model that was made on the meta device the buffers that no file has, such as frequencies of rope."""
+    for module in list(model.modules()):
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if buffer.is_meta:
+                module.register_buffer(name, getattr(type(module)(config), name), persistent=False)
+
+
+def _recipe(packed: Mapping[str, MXTensor], name: str) -> Recipe:
+    layers: defaultdict[MXFormat, list[str]] = defaultdict(list)
+    for layer, weight in packed.items():
+        layers[weight.fmt].append(layer)
+    rules = [Rule(modules="|".join(map(re.escape, names)), weight=fmt) for fmt, names in layers.items()]
+    return Recipe(re.sub(r"[^A-Za-z0-9_.-]", "_", name), tuple(rules))
