@@ -7,6 +7,7 @@ import json
 import time
 
 from mxlab.bench import results
+from mxlab.bench.decoding import DecodeWorkload
 from mxlab.bench.evaluation import LmEvalWorkload, MemoryWorkload
 from mxlab.bench.inference import ForwardWorkload, GenerateWorkload
 from mxlab.bench.linear import LinearWorkload
@@ -23,6 +24,7 @@ BENCHMARKS: dict[str, type[Workload]] = {
     "linear": LinearWorkload,
     "forward": ForwardWorkload,
     "generate": GenerateWorkload,
+    "decode": DecodeWorkload,
     "lm-eval": LmEvalWorkload,
     "memory": MemoryWorkload,
     "convert": ConvertWorkload,

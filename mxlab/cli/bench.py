@@ -145,6 +145,17 @@ def generate(
     """Generate greedily at batch 1, against the unquantized model."""
 
 
+@_benchmark("decode")
+def decode(
+    model: Model = None,
+    recipes: Recipes = None,
+    dtypes: Dtypes = None,
+    context: Annotated[int | None, typer.Option(help="Tokens of the text before.")] = None,
+    data_dir: DataDir = None,
+) -> None:
+    """Add one token at a time behind a long text, against the unquantized model."""
+
+
 @_benchmark("lm-eval")
 def lm_eval(
     model: Model = None,

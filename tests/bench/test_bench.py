@@ -332,6 +332,19 @@ def test_forward_over_text(tiny_llama, tmp_path):
     assert passages["case"]["rows"] == "mxlab_passages"
 
 
+def test_decode():
+    document = performed("decode", model="random-tiny", context=300, dtypes=("float32",))
+    rows = {row["contender"]: row for row in document["rows"]}
+    assert list(rows) == ["unquantized", "grid", "packed"]
+    # Keys and values of two layers, two heads of 16 elements: four bytes each, or blocks of 4 bits and a scale.
+    assert (
+        rows["unquantized"]["figures"]["MB of K and V"]
+        == rows["grid"]["figures"]["MB of K and V"]
+        == 300 * 2 * 2 * 2 * 16 * 4 / 1e6
+    )
+    assert rows["packed"]["figures"]["MB of K and V"] == 300 * 2 * 2 * 2 * (8 + 1) / 1e6
+
+
 def test_generate():
     document = performed("generate", model="random-tiny", tokens=3)
     assert contenders(document) == ["unquantized", "exact", "packed"]
@@ -482,6 +495,7 @@ def test_no_shape(text):
         ("forward", {"attentions": ["flash"]}, "attention is 'flash'"),
         ("forward", {"data_dir": Path("/nowhere")}, "/nowhere/lambada_openai.jsonl is missing"),
         ("generate", {"tokens": 0}, "tokens is 0"),
+        ("decode", {"context": 0}, "context is 0"),
         ("lm-eval", {"limit": 0}, "limit is 0"),
         ("convert", {"recipes": ["ex9"]}, "no recipe 'ex9'"),
     ],
@@ -670,7 +684,13 @@ def test_without_a_name_all_are_run(mxlab, monkeypatch, arguments):
     monkeypatch.setattr(command, "_run", lambda name, **given: ran.append((name, given)))
     assert mxlab("bench", *arguments)[0] == 0
     assert [name for name, _ in ran] == list(suite.BENCHMARKS)
-    assert [name for name, given in ran if "data_dir" in given] == ["forward", "generate", "lm-eval", "memory"]
+    assert [name for name, given in ran if "data_dir" in given] == [
+        "forward",
+        "generate",
+        "decode",
+        "lm-eval",
+        "memory",
+    ]
 
 
 def test_errors_are_told_in_a_line(mxlab, tmp_path):
