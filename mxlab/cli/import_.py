@@ -14,6 +14,9 @@ from mxlab.cli.convert import print_inventory
 def import_(
     source: Annotated[Path, typer.Argument(help="A folder of compressed-tensors, or a GGUF file.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Where the model goes.")],
+    weights_only: Annotated[
+        bool, typer.Option("--weights-only", help="Leave out what else is quantized there.")
+    ] = False,
 ) -> None:
     """Take over weights that another tool has quantized to MXFP4, MXFP6, MXFP8 or NVFP4, code by code."""
     start_logging()
@@ -21,6 +24,6 @@ def import_(
         with loading_libraries():
             from mxlab.hf.imports import import_model
 
-        conversion = import_model(source, out)
+        conversion = import_model(source, out, weights_only)
     print_inventory(conversion)
     print_line(f"written: {out}")

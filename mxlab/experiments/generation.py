@@ -94,7 +94,7 @@ class Generator:
         if positions is not None and length + self.count > positions:
             raise SpecError(
                 f"the prompt has {length} tokens, and {self.count} more are asked for: {self.model} has positions for "
-                f"{positions}; give a shorter prompt, or --tokens {max(positions - length, 1)}"
+                f"{positions}; give a shorter prompt{f', or --tokens {positions - length}' * (positions > length)}"
             )
         return _written(recipe.name, loaded, inputs, self.count, show)
 
@@ -108,10 +108,13 @@ def _written(
             **inputs,
             max_new_tokens=count,
             do_sample=False,
+            num_beams=1,
+            repetition_penalty=1.0,
+            no_repeat_ngram_size=0,
             temperature=None,
             top_p=None,
             top_k=None,
-            pad_token_id=loaded.tokenizer.pad_token_id or loaded.tokenizer.eos_token_id or 0,
+            pad_token_id=0,  # of one row nothing is padded
             streamer=streamer,
             return_dict_in_generate=True,
         )

@@ -75,7 +75,7 @@ def measure(model: str, recipe: Recipe, tokens: int, dtype: str = devices.AUTO) 
 
     Raises:
         SpecError: no tokens.
-        RunError: this is not Linux, or the child ended by itself.
+        RunError: this is not Linux, a container keeps the peak of a process from being reset, or the child ended.
         SourceError, ConversionError: as :func:`mxlab.sources.models.load_model` and :func:`mxlab.apply`.
     """
     if tokens < 1:
@@ -133,7 +133,7 @@ def _lines(theory: Footprint, stored: Footprint, at: dict[str, _Step]) -> Iterat
         at["read"].told["cache"],
         kept,
         None,
-        "stored: room for more tokens; resident: what the allocator keeps of the pass that made them",
+        "resident: what the allocator keeps of the pass that made them, too",
     )
     yield Line(
         "activations",
@@ -183,7 +183,10 @@ def _next_step(child: Any, step: str) -> _Step:
             break
     place = Path("/proc") / str(child.pid)
     found = _Step(_kilobytes(place / "smaps_rollup", "Rss"), _kilobytes(place / "status", "VmHWM"), told)
-    (place / "clear_refs").write_text("5")  # the peak counts anew from here
+    try:
+        (place / "clear_refs").write_text("5")  # the peak counts anew from here
+    except OSError as e:
+        raise RunError(f"the peak of a process cannot be measured here: {e}") from None
     child.stdin.write("\n")
     child.stdin.flush()
     return found

@@ -107,7 +107,7 @@ def export(model: str, recipe: Recipe, dtype: str, out: Path, weights_only: bool
         with Steps("saving"):
             writer = GGUFWriter(folder / FILE, gguf.MODEL_ARCH_NAMES[architecture.arch], use_temp_file=True)
             _describe(writer, loaded.model, targets)
-            _describe_tokenizer(writer, loaded.tokenizer)
+            _describe_tokenizer(writer, loaded.tokenizer, loaded.model.config.vocab_size)
             for name, array, kind in _tensors(loaded.model, architecture, targets):
                 writer.add_tensor(name, array, raw_dtype=kind)
             writer.write_header_to_file()
@@ -129,8 +129,13 @@ def architecture_of(model: Any) -> Architecture:
         )
     if kind not in ("default", "linear", "llama3"):
         raise ConversionError(f"the model has a rotary embedding of type {kind}, which is not written as {TOOL} yet")
-    if getattr(config, "use_sliding_window", False):
-        raise ConversionError(f"the model has layers with a sliding window, which are not written as {TOOL} yet")
+    window = getattr(config, "sliding_window", None)
+    if window is not None and window < config.max_position_embeddings:
+        raise ConversionError(f"the model has a sliding window of {window} tokens, which is not written as {TOOL} yet")
+    if config.hidden_act != "silu":
+        raise ConversionError(f"the model has the activation {config.hidden_act}, and llama.cpp computes silu for it")
+    if config.model_type == "qwen3" and config.attention_bias:
+        raise ConversionError("the model's attention has biases, which llama.cpp does not read for qwen3")
     return found
 
 
@@ -210,7 +215,7 @@ def _tensors(
                 {part: x[rows] if x.ndim else x for part, x in weight.tensors().items()}, weight.description(), name
             )
         yield _name(names, f"{name}.weight"), blocks(weight, target), target.type
-    factors = _rope_factors(model)
+    factors = rope_factors(model)
     if not torch.equal(factors, torch.ones_like(factors)):
         yield "rope_freqs.weight", *_plain(factors)
 
@@ -248,7 +253,7 @@ def order(rows: int, heads: int) -> Tensor:
     return torch.arange(rows).view(heads, 2, -1).transpose(1, 2).flatten()
 
 
-def _rope_factors(model: Any) -> Tensor:
+def rope_factors(model: Any) -> Tensor:
     """Return by what the frequencies of the rotary embedding are divided, float32 [half of head_dim]."""
     rotary = model.model.rotary_emb
     if getattr(rotary, "attention_scaling", 1.0) != 1.0:
@@ -284,8 +289,12 @@ def _describe(writer: GGUFWriter, model: Any, targets: dict[str, Target]) -> Non
     writer.add_quantization_version(_QUANTIZATION_VERSION)
 
 
-def _describe_tokenizer(writer: GGUFWriter, tokenizer: Any) -> None:
-    """Write the tokenizer, a byte-level BPE. Raises ConversionError where it is another, or cuts a text otherwise."""
+def _describe_tokenizer(writer: GGUFWriter, tokenizer: Any, count: int) -> None:
+    """Write the tokenizer, a byte-level BPE, with as many tokens as the model has embeddings.
+
+    Raises:
+        ConversionError: it is another, cuts a text in a way that llama.cpp has not, or has more tokens.
+    """
     whole = json.loads(tokenizer.backend_tokenizer.to_str())
     merges = whole["model"].get("merges")
     # llama.cpp normalizes nothing; almost every text is in NFC as it is.
@@ -297,7 +306,8 @@ def _describe_tokenizer(writer: GGUFWriter, tokenizer: Any) -> None:
     texts = {number: text for text, number in tokenizer.get_vocab().items()}
     added = {token["id"]: token["special"] for token in whole["added_tokens"]}
     kinds = {None: gguf.TokenType.NORMAL, True: gguf.TokenType.CONTROL, False: gguf.TokenType.USER_DEFINED}
-    count = max(texts) + 1
+    if max(texts) >= count:
+        raise ConversionError(f"the tokenizer has {max(texts) + 1} tokens, and the model embeddings for {count}")
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(_cut(whole["pre_tokenizer"]))
     writer.add_token_list([texts.get(i, f"[PAD{i}]") for i in range(count)])
@@ -319,14 +329,19 @@ def _cut(pre_tokenizer: dict[str, Any] | None) -> str:
     """Return what llama.cpp calls the way in which a text is cut before the merges."""
     steps = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer] if pre_tokenizer else [])
     match [(step["type"], step) for step in steps]:
-        case [("ByteLevel", last)] if last["use_regex"]:
+        case [("ByteLevel", last)] if _are(last, use_regex=True):
             return "gpt-2"
-        case [("Digits", first), ("ByteLevel", last)] if first["individual_digits"] and last["use_regex"]:
+        case [("Digits", first), ("ByteLevel", last)] if _are(last, use_regex=True) and first["individual_digits"]:
             return "smollm"
-        case [("Split", first), ("ByteLevel", last)] if not last["use_regex"]:
+        case [("Split", first), ("ByteLevel", last)] if _are(last, use_regex=False):
             name = _CUTS.get(first["pattern"].get("Regex"))
-            if name is not None:
+            if name is not None and first.get("behavior", "Isolated") == "Isolated" and not first.get("invert"):
                 return name
     raise ConversionError(
         f"the tokenizer cuts a text by {json.dumps(pre_tokenizer)}, and mxlab does not know what llama.cpp calls that"
     )
+
+
+def _are(byte_level: dict[str, Any], use_regex: bool) -> bool:
+    """Return whether bytes are what llama.cpp makes of a text: no space before it, and cut by a regex or not."""
+    return byte_level["use_regex"] == use_regex and not byte_level.get("add_prefix_space")

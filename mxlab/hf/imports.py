@@ -17,12 +17,13 @@ from typing import Any
 import gguf
 import gguf.quants
 import torch
+from accelerate import init_empty_weights
 from gguf import GGMLQuantizationType, GGUFReader
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from mxlab.errors import SourceError
+from mxlab.errors import ConversionError, SourceError
 from mxlab.formats import MXFormat
 from mxlab.hf import checkpoint, compressed_tensors, gguf_export
 from mxlab.model.apply import pack_sites, prepare
@@ -54,28 +55,30 @@ class Found:
     others: Mapping[str, Tensor]
 
 
-def import_model(source: Path, out: Path) -> Conversion:
+def import_model(source: Path, out: Path, weights_only: bool = False) -> Conversion:
     """Save a model that another tool has quantized as a packed model of mxlab, into the new folder ``out``.
 
     Args:
         source: a folder of compressed-tensors, or a GGUF file.
         out: the folder, which is whole afterwards, or not there.
+        weights_only: leave out what else is quantized there, activations and the KV cache.
 
     Raises:
-        SourceError: it is neither, is damaged, or has weights in a format that is no microscaling one.
+        SourceError: it is neither, is damaged, has weights in a format that is no microscaling one, or computes what
+            mxlab does not know how to.
         RunError: ``out`` exists already, or cannot be written.
     """
 
     def make() -> tuple[Conversion, Any]:
         with Steps(f"reading {source.name}"):
-            found = read_gguf(source) if source.is_file() else read_compressed_tensors(source)
+            found = read_gguf(source) if source.is_file() else read_compressed_tensors(source, weights_only)
         return assembled(found, source.stem), found.tokenizer
 
     return checkpoint.save(make, out)
 
 
-def read_compressed_tensors(folder: Path) -> Found:
-    """Read a folder of compressed-tensors. Raises SourceError where it is none, or has something else than MX."""
+def read_compressed_tensors(folder: Path, weights_only: bool = False) -> Found:
+    """Read a folder of compressed-tensors; arguments and errors are those of :func:`import_model`."""
     file = folder / "config.json"
     if not file.is_file():
         raise SourceError(f"{folder} has no config.json: give a folder of compressed-tensors, or a GGUF file")
@@ -86,8 +89,9 @@ def read_compressed_tensors(folder: Path) -> Found:
             f"{folder} is quantized by {quantization.get('quant_method', 'nothing')}: mxlab imports "
             f"{compressed_tensors.METHOD} and GGUF; load what mxlab saved as it is"
         )
+    _refuse_others(folder, quantization, weights_only)
     config = AutoConfig.for_model(**told)
-    tensors = _tensors_in(folder)
+    tensors = {key: x for key, x in _tensors_in(folder).items() if not key.endswith(_OF_ACTIVATIONS)}
     packed = {}
     for name in [key.removesuffix(".weight_scale") for key in tensors if key.endswith(".weight_scale")]:
         found = {part: tensors.pop(f"{name}.{part}", None) for part in _STORED}
@@ -96,6 +100,21 @@ def read_compressed_tensors(folder: Path) -> Found:
 
 
 _STORED = ("weight", "weight_packed", "weight_scale", "weight_global_scale")
+_OF_ACTIVATIONS = (".input_global_scale", ".k_scale", ".v_scale")
+
+
+def _refuse_others(folder: Path, quantization: Mapping[str, Any], weights_only: bool) -> None:
+    """Raise SourceError where more is quantized than weights, or something is transformed."""
+    if quantization.get("transform_config"):
+        raise SourceError(f"{folder} has a transform_config, which mxlab does not read: take the unquantized model")
+    groups = (quantization.get("config_groups") or {}).values()
+    others = ["activations"] * any(group.get("input_activations") for group in groups)
+    others += ["the KV cache"] * bool(quantization.get("kv_cache_scheme"))
+    if others and not weights_only:
+        raise SourceError(
+            f"{folder} quantizes {' and '.join(others)}, too, in the way of that library: --weights-only leaves them "
+            "out; a recipe of your own can quantize them again"
+        )
 
 
 def _tensors_in(folder: Path) -> dict[str, Tensor]:
@@ -159,12 +178,21 @@ def read_gguf(file: Path) -> Found:
     except Exception as e:  # whatever gguf and transformers raise
         raise SourceError(f"{file} cannot be read as GGUF: {e}; {_REMEDY}") from e
     model = _skeleton(config)
-    architecture = gguf_export.architecture_of(model)
+    try:
+        architecture = gguf_export.architecture_of(model)
+    except ConversionError as e:
+        raise SourceError(f"{file} cannot be imported: {e}") from None
     names = gguf.get_tensor_name_map(architecture.arch, config.num_hidden_layers)
     by_name = {tensor.name: tensor for tensor in reader.tensors}
-    packed, others = {}, {}
+    scaling = reader.fields.get(f"{gguf.MODEL_ARCH_NAMES[architecture.arch]}.rope.scaling.type")
+    if scaling is not None and scaling.contents() != "none":
+        raise SourceError(f"{file} has a rotary embedding that is scaled ({scaling.contents()}): it cannot be imported")
+    _take_frequencies(by_name, config, file)
+    packed, others, taken = {}, {}, {"rope_freqs.weight"}
     for name, _ in model.named_parameters(remove_duplicate=False):
-        tensor = by_name.get(names.get_name(name, try_suffixes=(".weight", ".bias")) or "")
+        there = names.get_name(name, try_suffixes=(".weight", ".bias")) or ""
+        tensor = by_name.get(there)
+        taken.add(there)
         if tensor is None:
             continue  # assembled() knows whether it may be missing
         rows = _rows(name, model, tensor) if architecture.interleaves else slice(None)
@@ -173,6 +201,8 @@ def read_gguf(file: Path) -> Found:
         else:
             values = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
             others[name] = values[rows]
+    if left := sorted(by_name.keys() - taken):
+        raise SourceError(f"{file} has {', '.join(left[:3])}, which transformers' model has not: {_REMEDY}")
     config.tie_word_embeddings = "output.weight" not in by_name
     return Found(config, tokenizer, packed, others)
 
@@ -193,8 +223,34 @@ def _mxfp4(blocks: Tensor, name: str) -> MXTensor:
     return MXTensor.from_tensors(parts, description, name)
 
 
+def _take_frequencies(by_name: Mapping[str, Any], config: Any, file: Path) -> None:
+    """Give a configuration the frequencies that a file has for the rotary embedding: those of Llama 3, or none."""
+    scaled = by_name.get("rope_freqs.weight")
+    if scaled is None:
+        return
+    wanted = torch.from_numpy(scaled.data.copy()).float()
+    plain = dict(getattr(config, "rope_parameters", None) or {"rope_theta": getattr(config, "rope_theta", None)})
+    config.rope_parameters = {**plain, **_LLAMA_3, "factor": float(wanted.max())}
+    found = gguf_export.rope_factors(_skeleton(config))
+    if found.shape != wanted.shape or not torch.allclose(found, wanted, rtol=1e-3):
+        raise SourceError(
+            f"{file} has frequencies of its own for the rotary embedding (rope_freqs), which are not those of Llama 3: "
+            "they cannot be imported"
+        )
+
+
+# Of Llama 3.1 to 3.3, but for the factor.
+_LLAMA_3 = {
+    "rope_type": "llama3",
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
 def _skeleton(config: Any) -> Any:
-    with torch.device("meta"):
+    """Return the model with its parameters on the meta device; what is computed, such as frequencies, is there."""
+    with init_empty_weights(include_buffers=False):
         return AutoModelForCausalLM.from_config(config).eval()
 
 
@@ -212,21 +268,13 @@ def assembled(found: Found, name: str) -> Conversion:
         state |= {f"{layer}.{PARTS[part]}": tensor for part, tensor in weight.tensors().items()}
     missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
-    left = [key for key in missing if model.get_parameter(key).is_meta] if missing else []
+    tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    left = [key for key in missing if tensors[key].is_meta]
     if left or unexpected:
         what = f"lacks {', '.join(left[:3])}" if left else f"has {', '.join(unexpected[:3])}, which the model has not"
         raise SourceError(f"{name} {what}: {_REMEDY}")
-    _compute_buffers(model, found.config)
     pack_sites(conversion.sites)
     return conversion
-
-
-def _compute_buffers(model: nn.Module, config: Any) -> None:
-    """Give a model that was made on the meta device the buffers that no file has, such as frequencies of rope."""
-    for module in list(model.modules()):
-        for name, buffer in list(module.named_buffers(recurse=False)):
-            if buffer.is_meta:
-                module.register_buffer(name, getattr(type(module)(config), name), persistent=False)
 
 
 def _recipe(packed: Mapping[str, MXTensor], name: str) -> Recipe:

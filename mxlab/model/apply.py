@@ -66,7 +66,9 @@ def apply(model: nn.Module, recipe: Recipe | str | Path, storage: Storage = "gri
         recipe: a Recipe, the name of a shipped one (``"ex1"``), or a TOML file.
         storage: how the weights of linear layers are kept. ``grid``: in the dtype of the model, where they can be
             trained. ``packed``: in the bits of their format, multiplied in integers where that can be; such a weight
-            has no parameter any more. Caches then keep K and V in the bits of theirs.
+            has no parameter any more. Caches that join tensors (``DynamicCache``, with sliding windows too) then keep K
+            and V in the bits of theirs; where gradients are wanted, in ``torch.compile``, and in caches that copy them
+            (``StaticCache``), they are values.
 
     Raises:
         SpecError: no such recipe or storage.

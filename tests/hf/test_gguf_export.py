@@ -157,6 +157,9 @@ def test_other_architectures(name, arch, tmp_path):
     recipe = weights("fp4_e2m1@32")
     reader = exported(str(tmp_path / "plain"), recipe, tmp_path / "out")
     assert value(reader, "general.architecture") == arch
+    rows = {t.name: int(t.shape[-1]) for t in reader.tensors}["token_embd.weight"]
+    assert len(value(reader, "tokenizer.ggml.tokens")) == rows == value(reader, f"{arch}.vocab_size")
+    assert value(reader, "tokenizer.ggml.tokens")[-1] == f"[PAD{rows - 1}]"
     mxlab.apply(model, recipe)
     found = tensors(reader)
     assert torch.equal(found["blk.1.ffn_gate.weight"], model.model.layers[1].mlp.gate_proj.weight)
@@ -203,6 +206,22 @@ def test_a_model_of_another_kind_and_a_folder_that_is_there(source, tmp_path):
         gguf_export.export(source, weights("fp4_e2m1@32"), "float32", tmp_path / "phi")
 
 
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("mistral", {"sliding_window": 16}, "has a sliding window of 16 tokens"),
+        ("llama", {"hidden_act": "gelu"}, "has the activation gelu"),
+        ("qwen3", {"attention_bias": True}, "attention has biases"),
+        ("llama", {"vocab_size": 100}, "the tokenizer has 28[0-9] tokens, and the model embeddings for 100"),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "of type dynamic"),
+    ],
+)
+def test_what_a_model_has_beyond_its_architecture(name, changes, message, tmp_path):
+    saved(tmp_path / "plain", build(name, **{"vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, **changes}))
+    with pytest.raises(ConversionError, match=message):
+        gguf_export.export(str(tmp_path / "plain"), weights("fp4_e2m1@32"), "float32", tmp_path / "out")
+
+
 def test_a_scale_that_float16_lacks(source, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(source)
     with torch.no_grad():
@@ -230,7 +249,15 @@ def test_how_a_text_is_cut(cut, name):
     assert gguf_export._cut(cut) == name
 
 
-@pytest.mark.parametrize("cut", [None, {"type": "Whitespace"}, {"type": "Sequence", "pretokenizers": []}])
+@pytest.mark.parametrize(
+    "cut",
+    [
+        None,
+        {"type": "Whitespace"},
+        {"type": "Sequence", "pretokenizers": []},
+        {"type": "ByteLevel", "use_regex": True, "add_prefix_space": True},
+    ],
+)
 def test_an_unknown_cut(cut):
     with pytest.raises(ConversionError, match=r"mxlab does not know what llama.cpp calls that"):
         gguf_export._cut(cut)

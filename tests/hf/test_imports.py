@@ -18,6 +18,7 @@ from mxlab.model.nn.packed import PackedLayer
 from mxlab.recipe import Recipe, Rule
 from mxlab.sources import models
 
+from support.architectures import build
 from support.tokenizers import saved
 
 LAYER = "model.layers.1.mlp.up_proj"
@@ -60,14 +61,20 @@ def test_compressed_tensors_and_back(texts, source, tmp_path):
         assert torch.allclose(loaded.model(ids).logits, wanted.model(ids).logits, atol=1e-4)
 
 
-@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}])
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}, {"rope_parameters": LLAMA3}])
 def test_gguf_and_back(changes, tmp_path):
     source = saved(tmp_path / "plain", **changes)
     wanted = gguf_export.export(source, weights("fp4_e2m1@32"), "float32", tmp_path / "there")
     imports.import_model(tmp_path / "there" / "model.gguf", tmp_path / "back")
     loaded = models.load_model(str(tmp_path / "back"), "float32", "cpu")
     same(layers(loaded.model), layers(wanted.model))
-    ids = torch.arange(5, 17)[None]
+    ids = torch.arange(5, 105)[None]
     with torch.no_grad():
         assert torch.equal(loaded.model(ids).logits, wanted.model(ids).logits)
     assert loaded.tokenizer("the sea")["input_ids"] == models.load_model(source).tokenizer("the sea")["input_ids"]
@@ -146,6 +153,52 @@ def test_scales_that_are_no_numbers(there, tmp_path):
     safetensors.torch.save_file(tensors, file, {"format": "pt"})
     with pytest.raises(SourceError, match="up_proj: 1 scales have codes that fp4_e2m1@32 has no number for"):
         imports.import_model(there, tmp_path / "back")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda q: q.update(transform_config={"config_groups": {}}), "has a transform_config"),
+        (lambda q: q.update(kv_cache_scheme={"num_bits": 8}), "quantizes the KV cache, too"),
+        (
+            lambda q: q["config_groups"]["group_0"].update(input_activations={"num_bits": 4}),
+            "quantizes activations, too",
+        ),
+    ],
+)
+def test_what_else_is_quantized_there(change, message, there, tmp_path):
+    config = json.loads((there / "config.json").read_text())
+    change(config["quantization_config"])
+    (there / "config.json").write_text(json.dumps(config))
+    tensors = safetensors.torch.load_file(there / "model.safetensors")
+    tensors[f"{LAYER}.input_global_scale"] = torch.ones(1)
+    safetensors.torch.save_file(tensors, there / "model.safetensors", {"format": "pt"})
+    with pytest.raises(SourceError, match=message):
+        imports.import_model(there, tmp_path / "back")
+    if "transform" not in message:
+        imports.import_model(there, tmp_path / "back", weights_only=True)
+
+
+@pytest.mark.parametrize(
+    "changes", [{**LLAMA3, "low_freq_factor": 2.0}, {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}]
+)
+def test_other_frequencies(changes, tmp_path):
+    source = saved(tmp_path / "plain", rope_parameters=changes)
+    gguf_export.export(source, weights("fp4_e2m1@32"), "float32", tmp_path / "there")
+    with pytest.raises(SourceError, match="has frequencies of its own for the rotary embedding"):
+        imports.import_model(tmp_path / "there" / "model.gguf", tmp_path / "back")
+
+
+def test_a_model_with_buffers_of_its_own(tmp_path):
+    """Gemma scales its embeddings by a buffer that no file has."""
+    model = build("gemma2", vocab_size=300, hidden_size=64, intermediate_size=96)
+    source = saved(tmp_path / "plain", model)
+    wanted = compressed_tensors.export(source, weights("fp4_e2m1@32"), "float32", tmp_path / "there")
+    imports.import_model(tmp_path / "there", tmp_path / "back")
+    loaded = models.load_model(str(tmp_path / "back"), "float32", "cpu").model
+    ids = torch.arange(5, 17)[None]
+    with torch.no_grad():
+        assert torch.allclose(loaded(ids).logits, wanted.model(ids).logits, atol=1e-4)
 
 
 def test_other_folders_and_files(source, there, tmp_path):

@@ -126,3 +126,14 @@ def test_recast_to_a_format_that_does_not(given, wanted):
     share = f"{float(lost.norm() / made.dequantize().norm()):.2e}"
     with pytest.raises(FormatError, match=rf"{int((lost != 0).sum())} of 768 values of {given}.* off by {share} of"):
         made.recast(wanted)
+
+
+@pytest.mark.parametrize("text", ["fp8_e6m1@32", "fp8_e7m0@32", "fp7_e5m1@32", "fp8_e5m2@12", "fp4_e2m1@32", "nvfp4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_a_dtype_cannot_hold_becomes_its_largest_value(text, dtype):
+    x = torch.randn(4, 96, generator=torch.Generator().manual_seed(0)) * 10.0 ** torch.tensor([0, 3, 5, 38])[:, None]
+    made = MXTensor.from_float(x.clamp(-3e38, 3e38), text)
+    limit = torch.finfo(dtype).max
+    wanted = made.dequantize(torch.float32).clamp(-limit, limit).to(dtype)
+    assert torch.equal(made.dequantize(dtype), wanted)
+    assert wanted.isfinite().all()

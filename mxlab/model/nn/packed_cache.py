@@ -9,6 +9,7 @@ function gets the values: those that the attention has without a cache, bit for 
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -30,6 +31,8 @@ Form = Literal["tokens", "split", "transposed"]
 
 class PackedStates(Tensor):
     """Keys or values [batch, heads, tokens, head_dim] in codes.
+
+    Codes are never written to, and what indexing gives shares none of its values with the tensor.
 
     Attributes:
         tokens: the codes.
@@ -79,13 +82,13 @@ class PackedStates(Tensor):
         if func in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **given)
-        if func in _COMPUTED and (found := _COMPUTED[func](*args, **given)) is not None:
+        if func in _COMPUTED and (found := _computed(_COMPUTED[func], args, given)) is not None:
             return found
-        name = getattr(func, "__name__", "")
-        if args and isinstance(args[0], PackedStates) and _writes(name):
+        written = given.get("out", args[0] if args and _writes(func) else None)
+        if isinstance(written, PackedStates):
             raise ConversionError(
-                f"{args[0].tokens.grid.attention} keeps its K or V packed, and {name} would write to them: take a "
-                "DynamicCache, or convert the model with storage='grid'"
+                f"{written.tokens.grid.attention} keeps its K or V packed, and {func.__name__} would write to them: "
+                "make a new cache, or convert the model with storage='grid'"
             )
         return func(*_unpacked(args), **_unpacked(given))
 
@@ -108,8 +111,22 @@ def _unpacked(given: Any) -> Any:
     return tree_map(unpacked, given)
 
 
-def _writes(name: str) -> bool:
-    return name == "__setitem__" or (name.endswith("_") and not name.startswith("__"))
+def _writes(func: Any) -> bool:
+    name = getattr(func, "__name__", "")
+    in_place = name.endswith("_") and not name.startswith("__") and func is not Tensor.requires_grad_
+    return name == "__setitem__" or in_place
+
+
+def _computed(function: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Return what is computed with codes; None where values are needed, or arguments are given in a rarer way."""
+    try:
+        return function(*args, **kwargs)
+    except TypeError:
+        try:
+            inspect.signature(function).bind(*args, **kwargs)
+        except TypeError:
+            return None
+        raise
 
 
 # What is computed with codes. Each function takes the arguments of torch's; None says that values are needed.
@@ -189,6 +206,8 @@ def _transposed(x: PackedStates, first: int, second: int) -> PackedStates | None
 
 def _moved(x: PackedStates, *args: Any, **options: Any) -> PackedStates | None:
     wanted = {"non_blocking": False, **options}
+    if not isinstance(x, PackedStates) or any(isinstance(value, Tensor | bool) for value in args):
+        return None
     for value in args:
         wanted["dtype" if isinstance(value, torch.dtype) else "device"] = value
     if not set(wanted) <= {"dtype", "device", "non_blocking"} or wanted.get("dtype", x.dtype) != x.dtype:
@@ -196,11 +215,7 @@ def _moved(x: PackedStates, *args: Any, **options: Any) -> PackedStates | None:
     device = wanted.get("device")
     if device is None or torch.device(device) == x.device:
         return x
-    return (
-        PackedStates(x.tokens.mapped(lambda part: part.to(device, non_blocking=wanted["non_blocking"])))
-        if x.is_plain
-        else None
-    )
+    return PackedStates(x.tokens.to(device, wanted["non_blocking"])) if x.is_plain else None
 
 
 def _same(x: PackedStates, *_: Any, **__: Any) -> PackedStates:
@@ -233,22 +248,33 @@ def _attended(
     rows, probable = _rows(query, key, enable_gqa), _rows(query, value, enable_gqa)
     if rows is None or probable is None or dropout_p or (is_causal and key.shape[-2] > 1):
         return None
-    if isinstance(query, PackedStates) or rows.shape != probable.shape[:-1] + rows.shape[-1:]:
+    if key.shape[-1] != query.shape[-1] or key.shape[-2] != value.shape[-2] or _is_seen_otherwise(query, key, value):
+        return None
+    if attn_mask is not None and torch.is_grad_enabled() and attn_mask.requires_grad:
+        return None
+    if rows.shape != probable.shape[:-1] + rows.shape[-1:]:
         return None
     shape = *query.shape[:-1], key.shape[-2]
     scores = _scores(rows, key).mul_(query.shape[-1] ** -0.5 if scale is None else scale)
     if attn_mask is not None:
         mask = attn_mask.expand(shape).reshape(scores.shape)
         scores = scores.masked_fill_(~mask, -torch.inf) if mask.dtype == torch.bool else scores.add_(mask)
-    found = _mixed(scores.softmax(-1), value)
+    # A row that is masked as a whole is zero, as torch has it.
+    masked = None if attn_mask is None else scores.amax(-1, keepdim=True) == -torch.inf
+    probabilities = scores.softmax(-1)
+    found = _mixed(probabilities if masked is None else probabilities.masked_fill_(masked, 0.0), value)
     return found.reshape(*query.shape[:-1], value.shape[-1]).to(query.dtype)
+
+
+def _is_seen_otherwise(query: Tensor, *states: Tensor) -> bool:
+    return isinstance(query, PackedStates) or any(isinstance(x, PackedStates) and x.form != "tokens" for x in states)
 
 
 def _rows(x: Tensor, other: Tensor, enable_gqa: bool = False) -> Tensor | None:
     """Return queries, or probabilities, as rows of the heads of K or V; None where values must be multiplied."""
     if torch.is_grad_enabled() and x.requires_grad:
         return None
-    if x.ndim != _AXES or other.ndim != _AXES or x.shape[0] != other.shape[0]:
+    if x.ndim != _AXES or other.ndim != _AXES or x.shape[0] != other.shape[0] or x.device != other.device:
         return None
     heads = other.shape[_HEADS]
     if x.shape[_HEADS] % heads or (x.shape[_HEADS] != heads and not enable_gqa):

@@ -32,6 +32,11 @@ class TokenCodes(NamedTuple):
         """Return what a function makes of what has a batch."""
         return TokenCodes(function(self.elements), function(self.scales), self.units)
 
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> TokenCodes:
+        """Return the same on another device."""
+        moved = self.map(lambda part: part.to(device, non_blocking=non_blocking))
+        return moved._replace(units=None if self.units is None else self.units.to(device, non_blocking=non_blocking))
+
     @property
     def nbytes(self) -> int:
         """Bytes that they take."""
@@ -74,7 +79,8 @@ class Room:
     def extended(self, start: int, end: int, codes: TokenCodes) -> tuple[Room, int]:
         """Return room that holds tokens [start, end) and more behind them, and where the former begin."""
         added = codes.elements.shape[_TOKENS]
-        if end != self.used or end + added > self.capacity:
+        is_frozen = self.codes.elements.is_inference() and not torch.is_inference_mode_enabled()
+        if end != self.used or end + added > self.capacity or is_frozen:
             kept = end - start
             capacity = kept + added + max(_LEAST_ROOM, (kept + added) // _SHARE_OF_ROOM)
             return Room(self.codes.narrow(start, end), capacity).extended(0, kept, codes)
@@ -145,7 +151,7 @@ class PackedTokens:
         if units is not None:
             found *= units
         if offset is not None:
-            repeated = offset.float().repeat_interleave(wide.shape[_HEADS] // len(offset), dim=0)
+            repeated = offset.to(wide).repeat_interleave(wide.shape[_HEADS] // len(offset), dim=0)
             found += (wide * repeated).sum(-1, keepdim=True)
         return found
 
@@ -161,8 +167,15 @@ class PackedTokens:
         return replace(self, start=self.start + start, end=self.start + max(start, stop))
 
     def mapped(self, function: Callable[[Tensor], Tensor]) -> PackedTokens:
-        """Return what a function makes of the codes and scales."""
-        room = Room(self.codes.map(function))
+        """Return what a function makes of the rows of the batch, of codes and scales alike."""
+        return self._holding(self.codes.map(function))
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedTokens:
+        """Return the same on another device."""
+        return self._holding(self.codes.to(device, non_blocking))
+
+    def _holding(self, codes: TokenCodes) -> PackedTokens:
+        room = Room(codes)
         return replace(self, room=room, start=0, end=room.used)
 
     def followed(self, others: Sequence[PackedTokens]) -> PackedTokens:

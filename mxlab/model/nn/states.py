@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from mxlab.errors import ConversionError
+from mxlab.errors import ConversionError, FormatError
 from mxlab.formats import NumberFormat, Numerics
 from mxlab.numerics import hadamard, quantize
 from mxlab.packed import MXTensor
@@ -55,17 +56,22 @@ class StateGrid:
         return x if self.size is None else hadamard.transform(x, self.size)
 
     def encode(self, x: Tensor) -> MXTensor:
-        """Return what is on the grid, in codes."""
+        """Return what is on the grid, in codes. Raises ConversionError where these cannot be told from the values."""
         shifted = x if self.offset is None else x - self._of_shape(self.offset, x, -1)
         given = shifted if self.size is None else hadamard.transform(shifted, self.size)
         if self.numerics == "exact":
             return MXTensor.from_float(given, str(self.fmt))
-        return MXTensor.from_values(quantize(given, self.fmt, numerics=self.numerics), str(self.fmt))
+        try:
+            return MXTensor.from_values(quantize(given, self.fmt, numerics=self.numerics), str(self.fmt))
+        except FormatError as e:
+            raise ConversionError(
+                f"{self.attention} cannot keep its K or V packed in {given.dtype}: {e}; use storage='grid'"
+            ) from None
 
     def is_like(self, other: StateGrid) -> bool:
         """Return whether codes mean the same to both."""
         same_format = self.fmt == other.fmt and self.numerics == other.numerics
-        return same_format and self.size == other.size and self.offset is other.offset
+        return same_format and self.size == other.size and _are_equal(self.offset, other.offset)
 
     def _of_shape(self, offset: Tensor, x: Tensor, axis: int) -> Tensor:
         """Return the offset as it is taken off ``x``, whose heads may come several times over."""
@@ -75,5 +81,9 @@ class StateGrid:
                 f"the keys of {self.attention} are {tuple(x.shape)}, and their offset is for {len(offset)} heads of "
                 f"{offset.shape[-1]}: leave k_offset out for it"
             )
-        repeated = offset.to(x.dtype).repeat_interleave(heads // len(offset), dim=0)
+        repeated = offset.to(x).repeat_interleave(heads // len(offset), dim=0)
         return repeated if axis in (-1, x.ndim - 1) else repeated.mT
+
+
+def _are_equal(one: Tensor | None, other: Tensor | None) -> bool:
+    return one is other or (one is not None and other is not None and torch.equal(one, other.to(one.device)))

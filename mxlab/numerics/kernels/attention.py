@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mxlab.errors import FormatError
 from mxlab.formats import MXFormat
 from mxlab.numerics.codes import scale_values
 from mxlab.numerics.kernels import native
@@ -52,16 +53,30 @@ def obstacle(heads: PackedHeads, rows: int) -> str | None:
 
 
 def score(queries: Tensor, keys: PackedHeads) -> Tensor:
-    """Return the products of queries [batch, heads, rows, head_dim] with keys, float32 [batch, heads, rows, tokens]."""
-    return _multiplied("score", queries, keys, keys.elements.shape[-2])
+    """Return the products of queries [batch, heads, rows, head_dim] with keys, float32 [batch, heads, rows, tokens].
+
+    Raises:
+        FormatError: other sizes than those of the keys, or not on the CPU.
+    """
+    return _multiplied("score", queries, keys, keys.length, keys.elements.shape[-2])
 
 
 def mix(probabilities: Tensor, values: PackedHeads) -> Tensor:
-    """Return probabilities [batch, heads, rows, tokens] times values, float32 [batch, heads, rows, head_dim]."""
-    return _multiplied("mix", probabilities, values, values.length)
+    """Return probabilities [batch, heads, rows, tokens] times values, float32 [batch, heads, rows, head_dim].
+
+    Raises:
+        FormatError: as :func:`score`.
+    """
+    return _multiplied("mix", probabilities, values, values.elements.shape[-2], values.length)
 
 
-def _multiplied(name: str, source: Tensor, heads: PackedHeads, length: int) -> Tensor:
+def _multiplied(name: str, source: Tensor, heads: PackedHeads, summed: int, length: int) -> Tensor:
+    batch, states, *_ = heads.elements.shape
+    if source.device.type != "cpu" or (*source.shape[:2], source.shape[-1]) != (batch, states, summed):
+        raise FormatError(
+            f"rows {tuple(source.shape)} on {source.device} cannot be multiplied by packed ones on the CPU: "
+            f"({batch}, {states}, rows, {summed}) are wanted"
+        )
     given = source.to(torch.float32).contiguous()
     out = torch.empty(*source.shape[:-1], length)
     elements, scales = _dense(heads.elements), _dense(heads.scales)

@@ -322,9 +322,17 @@ def test_a_saved_cache_has_values():
     assert torch.equal(torch.load(file), wanted)
 
 
-@pytest.mark.parametrize("function", [lambda x: x.zero_(), lambda x: x.__setitem__(0, 1), lambda x: x.mul_(2)])
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x.zero_(),
+        lambda x: x.__setitem__(0, 1),
+        lambda x: x.mul_(2),
+        lambda x: torch.mul(x.values(), 2, out=x),
+    ],
+)
 def test_codes_are_not_written_to(function):
-    with pytest.raises(ConversionError, match=r"attn keeps its K or V packed, and .* would write to them: take a Dyn"):
+    with pytest.raises(ConversionError, match=r"attn keeps its K or V packed, and .* would write to them: make a new"):
         function(states()[0])
 
 
@@ -359,3 +367,83 @@ def test_attention_that_needs_values(options, products):
     query.requires_grad_()
     F.scaled_dot_product_attention(query, key, value).sum().backward()
     assert query.grad is not None
+
+
+def test_arguments_that_are_given_in_a_rarer_way():
+    (key, keys), query = states(), torch.randn(2, 3, 1, 64)
+    assert torch.equal(query.double().to(key), query.double().to(keys))
+    for function in (
+        lambda x: x.to(query),
+        lambda x: x.to("cpu", torch.float32, True),
+        lambda x: x.transpose(dim0=2, dim1=3),
+        lambda x: torch.index_select(input=x, dim=0, index=torch.tensor([1])),
+    ):
+        assert torch.equal(function(key) + 0, function(keys))
+    found = torch.matmul(input=query, other=key.mT)
+    assert torch.allclose(found, query @ keys.mT, atol=1e-5)
+    assert key.requires_grad_(False) is not None
+
+
+def test_a_cache_of_inference_mode_goes_on_outside_it():
+    with torch.inference_mode():
+        first = torch.cat([states()[0], states(2, seed=1)[0]], dim=2)
+    found = torch.cat([first, states(1, seed=2)[0]], dim=2)
+    wanted = torch.cat([states()[1], states(2, seed=1)[1], states(1, seed=2)[1]], dim=2)
+    assert torch.equal(found.values(), wanted)
+
+
+@pytest.mark.parametrize("kind", ["bool", "float"])
+def test_a_row_that_is_masked_as_a_whole(kind):
+    (key, keys), (value, values) = states(), states(seed=1)
+    query, mask = torch.randn(2, 3, 2, 64), torch.rand(2, 1, 2, 10) > 0.3
+    mask[0, :, 1] = False
+    if kind == "float":
+        mask = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
+    wanted = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
+    found = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    assert torch.allclose(found, wanted, atol=1e-5)
+    assert not found[0, :, 1].any()
+
+
+def test_a_mask_that_learns_gets_its_gradient():
+    (key, _), (value, _) = states(), states(seed=1)
+    mask = torch.zeros(2, 3, 1, 10, requires_grad=True)
+    F.scaled_dot_product_attention(torch.randn(2, 3, 1, 64), key, value, attn_mask=mask).sum().backward()
+    assert mask.grad is not None
+
+
+def test_shapes_that_do_not_fit_are_errors_of_torch():
+    (key, _), (value, _) = states(), states(seed=1)
+    with pytest.raises(RuntimeError):
+        F.scaled_dot_product_attention(torch.randn(2, 3, 1, 32), key, value)
+    with pytest.raises(RuntimeError):
+        torch.matmul(torch.randn(2, 3, 1, 9), value)
+    with pytest.raises(RuntimeError):
+        F.scaled_dot_product_attention(torch.randn(2, 4, 1, 64), key, value)
+    (square, squares), (other, others) = states(64), states(64, seed=1)
+    query = torch.randn(2, 3, 1, 64)
+    wanted = F.scaled_dot_product_attention(query, squares.mT, others)
+    assert torch.allclose(F.scaled_dot_product_attention(query, square.mT, other), wanted, atol=1e-5)
+
+
+def test_all_of_it_moves():
+    found = states(grid=StateGrid("attn", NVFP4, "exact"))[0].to("meta")
+    assert all(part.is_meta for part in found.tokens.codes)
+    assert found.device.type == "meta"
+
+
+def test_an_offset_is_the_same_by_its_values():
+    offset = torch.randn(3, 1, 64)
+    one, other = (StateGrid("attn", FP4, "exact", offset=x) for x in (offset, offset.clone()))
+    assert isinstance(torch.cat([states(grid=one)[0], states(grid=other)[0]], 2), PackedStates)
+    changed = StateGrid("attn", FP4, "exact", offset=offset + 1)
+    assert not isinstance(torch.cat([states(grid=one)[0], states(grid=changed)[0]], 2), PackedStates)
+
+
+def test_values_whose_codes_cannot_be_told():
+    grid = StateGrid("layers.0.attn", MXFormat.parse("fp8_e5m2@32"), "microxcaling", size=0)
+    x = torch.randn(1, 2, 40, 64, generator=torch.Generator().manual_seed(0)).half()
+    message = r"layers.0.attn cannot keep its K or V packed in torch.float16: .*; use storage='grid'"
+    with pytest.raises(ConversionError, match=message):
+        PackedStates.from_float(x, grid)
+    assert torch.equal(PackedStates.from_float(x.float(), grid).values(), grid.quantize(x.float()))

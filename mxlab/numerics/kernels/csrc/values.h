@@ -1,6 +1,8 @@
 // Packed codes back to values.
 #pragma once
 
+#include <cmath>
+
 #include "unpack.h"
 
 namespace mx::MX_ISA {
@@ -37,12 +39,18 @@ MX_INLINE void find_multiples(const uint8_t* packed, const DotElement& e, float*
 
 #endif
 
-constexpr float LARGEST_ELEMENT = 0x1p16f;  // of any format with codes
+// Return the largest magnitude of the multiples that codes stand for.
+float largest_multiple(const DotElement& e, const float* value_of) {
+    if (!value_of) return 128.0f;  // integers of eight bits
+    float largest = 0.0f;
+    for (int64_t code = 0; code < int64_t{1} << e.bits; ++code)
+        if (std::fabs(value_of[code]) > largest) largest = std::fabs(value_of[code]);
+    return largest;
+}
 
-// Write the first `n` of CODES_READ multiples times their scales; `largest` is no less than any of these.
+// Write the first `n` of CODES_READ multiples times their scales; `fits`: no product is beyond the range of the type.
 template <class T, class Scale>
-MX_INLINE void store_values(const float* multiples, float largest, int64_t n, typename T::Stored* out, Scale scale) {
-    const bool fits = !(largest > T::max / LARGEST_ELEMENT);  // NaN need not be limited
+MX_INLINE void store_values(const float* multiples, bool fits, int64_t n, typename T::Stored* out, Scale scale) {
     if (fits && n == CODES_READ)
         for (int64_t i = 0; i < CODES_READ; ++i) out[i] = T::store(multiples[i] * scale(i));
     else
@@ -52,8 +60,9 @@ MX_INLINE void store_values(const float* multiples, float largest, int64_t n, ty
 // Goes through the scales of a row, some elements at a time.
 class RowScales {
    public:
-    RowScales(const float* scale_of, const uint8_t* scales, int64_t block)
-        : scale_of_(scale_of), next_(scales), block_(block), left_(block) {}
+    // `most`: the largest scale whose products need no limit.
+    RowScales(const float* scale_of, const uint8_t* scales, int64_t block, float most)
+        : scale_of_(scale_of), next_(scales), block_(block), left_(block), most_(most) {}
 
     // Store the values of the next `n` elements from their multiples.
     template <class T>
@@ -61,7 +70,7 @@ class RowScales {
         if (left_ >= n) {
             const float scale = scale_of_[*next_];
             pass(n);
-            return store_values<T>(multiples, scale, n, out, [&](int64_t) { return scale; });
+            return store_values<T>(multiples, !(scale > most_), n, out, [&](int64_t) { return scale; });
         }
         float scales[CODES_READ] = {}, largest = 0.0f;
         for (int64_t i = 0; i < n;) {
@@ -71,7 +80,7 @@ class RowScales {
             for (const int64_t end = i + run; i < end; ++i) scales[i] = scale;
             pass(run);
         }
-        store_values<T>(multiples, largest, n, out, [&](int64_t i) { return scales[i]; });
+        store_values<T>(multiples, largest <= most_, n, out, [&](int64_t i) { return scales[i]; });
     }
 
    private:
@@ -85,15 +94,17 @@ class RowScales {
     const float* scale_of_;
     const uint8_t* next_;
     int64_t block_, left_;
+    float most_;
 };
 
 template <class T, class Find>
 MX_INLINE void unpack_rows(const DotWeight& w, const DotElement& e, const Unpacking& u, int64_t first, int64_t last,
                            Find find) {
     const int64_t blocks = (u.length + u.block - 1) / u.block;
+    const float most = T::max / largest_multiple(e, u.value_of);
     for (int64_t row = first; row < last; ++row) {
         auto* const out = static_cast<typename T::Stored*>(u.target) + row * u.length;
-        RowScales scales(w.scale_of, w.scales + row * blocks, u.block);
+        RowScales scales(w.scale_of, w.scales + row * blocks, u.block, most);
         for (int64_t k = 0; k < u.length; k += CODES_READ) {
             alignas(32) float multiples[CODES_READ];
             find(CodesAt(w, e, row, k), multiples);
