@@ -96,10 +96,13 @@ class PackedLayer(QuantizedLayer):
 
     def _way(self, x: Tensor, mx: LinearOperands) -> _Way | None:
         """Return how the product is computed in integers; None where it cannot be."""
-        if x.device.type != "cpu" or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
             return None
-        weight, bias = self._made[1], self.bias
-        if not self.weight_elements.is_cpu or x.shape[-1:] != (weight.shape[weight.axis],):
+        # Attributes of a module are found slowly, and this is called for every layer and token.
+        weight, elements, bias = self._made[1], self._buffers["weight_elements"], self._parameters["bias"]
+        if not x.is_cpu or elements is None or not elements.is_cpu:
+            return None
+        if x.ndim < 1 or x.shape[-1] != weight.shape[weight.axis]:
             return None  # torch says what is wrong
         if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
             return None
