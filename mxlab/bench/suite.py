@@ -11,6 +11,7 @@ from mxlab.bench.decoding import DecodeWorkload
 from mxlab.bench.evaluation import LmEvalWorkload, MemoryWorkload
 from mxlab.bench.inference import ForwardWorkload, GenerateWorkload
 from mxlab.bench.linear import LinearWorkload
+from mxlab.bench.llamacpp import LlamaCppWorkload
 from mxlab.bench.quantize import QuantizeWorkload
 from mxlab.bench.results import Document, Measurement
 from mxlab.bench.startup import ConvertWorkload, ImportWorkload
@@ -25,6 +26,7 @@ BENCHMARKS: dict[str, type[Workload]] = {
     "forward": ForwardWorkload,
     "generate": GenerateWorkload,
     "decode": DecodeWorkload,
+    "llama.cpp": LlamaCppWorkload,
     "lm-eval": LmEvalWorkload,
     "memory": MemoryWorkload,
     "convert": ConvertWorkload,

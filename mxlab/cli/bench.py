@@ -156,6 +156,18 @@ def decode(
     """Add one token at a time behind a long text, against the unquantized model."""
 
 
+@_benchmark("llama.cpp")
+def llama_cpp(
+    model: Model = None,
+    recipe: Annotated[str | None, typer.Option(help="Its weights are compared, which ggml must have.")] = None,
+    dtype: OneDtype = None,
+    prompt: Annotated[int | None, typer.Option(help="Tokens that are read at once.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Tokens one by one.")] = None,
+    data_dir: DataDir = None,
+) -> None:
+    """Read a prompt and decode, against llama.cpp (where llama-cpp-python is installed) with the same weights."""
+
+
 @_benchmark("lm-eval")
 def lm_eval(
     model: Model = None,

@@ -345,6 +345,13 @@ def test_decode():
     assert rows["packed"]["figures"]["MB of K and V"] == 300 * 2 * 2 * 2 * (8 + 1) / 1e6
 
 
+def test_llama_cpp():
+    document = performed("llama.cpp", model="random-tiny", prompt=20, tokens=3)
+    assert contenders(document) == ["unquantized", "packed"] * 2
+    assert [row["case"]["tokens"] for row in document["rows"][::2]] == ["20, at once", "3, one by one"]
+    assert all(row["figures"]["tokens/s"] > 0 for row in document["rows"])
+
+
 def test_generate():
     document = performed("generate", model="random-tiny", tokens=3)
     assert contenders(document) == ["unquantized", "exact", "packed"]
@@ -496,6 +503,7 @@ def test_no_shape(text):
         ("forward", {"data_dir": Path("/nowhere")}, "/nowhere/lambada_openai.jsonl is missing"),
         ("generate", {"tokens": 0}, "tokens is 0"),
         ("decode", {"context": 0}, "context is 0"),
+        ("llama.cpp", {"prompt": 0}, "prompt is 0"),
         ("lm-eval", {"limit": 0}, "limit is 0"),
         ("convert", {"recipes": ["ex9"]}, "no recipe 'ex9'"),
     ],
@@ -688,6 +696,7 @@ def test_without_a_name_all_are_run(mxlab, monkeypatch, arguments):
         "forward",
         "generate",
         "decode",
+        "llama.cpp",
         "lm-eval",
         "memory",
     ]

@@ -2,8 +2,8 @@
 
 python tools/docs/packed_page.py [--check]
 
-The tables stand behind ``<!-- linear -->``, ``<!-- forward -->``, ``<!-- generate -->``, ``<!-- decode -->`` and
-``<!-- memory -->`` (of `mxlab memory`), up to ``<!-- end -->``.
+The tables stand behind ``<!-- linear -->``, ``<!-- forward -->``, ``<!-- generate -->``, ``<!-- decode -->``,
+``<!-- llama -->`` and ``<!-- memory -->`` (of `mxlab memory`), up to ``<!-- end -->``.
 With --check nothing is written, and a page that is out of date is an error.
 """
 
@@ -27,11 +27,13 @@ LEFT_OUT = ("target",)  # targets are those of whole models, in one setting each
 
 def fill(page: str) -> str:
     """Return the page with its tables."""
-    return re.sub(r"(<!-- (linear|forward|generate|decode|memory) -->\n).*?(<!-- end -->)", _filled, page, flags=re.S)
+    return re.sub(
+        r"(<!-- (linear|forward|generate|decode|llama|memory) -->\n).*?(<!-- end -->)", _filled, page, flags=re.S
+    )
 
 
 def _filled(found: re.Match[str]) -> str:
-    files = sorted(RESULTS.glob(f"{found[2]}-*.json"))
+    files = sorted(RESULTS.glob(f"{found[2]}*.json"))
     documents = (json.loads(file.read_text(encoding="utf-8")) for file in files)
     return found[1] + "\n".join(map(of_memory if found[2] == "memory" else section, documents)) + found[3]
 
