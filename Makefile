@@ -11,7 +11,8 @@ OLD_TRANSFORMERS := 4.57.6
 OLD := .venv-$(OLD_TRANSFORMERS)
 PATCH_TESTS := tests/hf/test_patched_llama.py tests/hf/test_patch.py tests/model/test_apply.py \
 	tests/model/test_architectures.py tests/model/test_structure.py tests/model/nn/test_attention.py \
-	tests/model/nn/test_weights.py tests/model/nn/test_packed.py tests/model/nn/test_packed_cache.py tests/hf/test_saved.py tests/hf/test_packed.py
+	tests/model/nn/test_weights.py tests/model/nn/test_packed.py tests/model/nn/test_packed_cache.py \
+	tests/hf/test_saved.py tests/hf/test_packed.py
 
 # Two processes, each with half of the threads; tests of one module share its fixtures.
 TWO := -n 2 --dist loadscope

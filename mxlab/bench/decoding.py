@@ -40,7 +40,7 @@ class DecodeWorkload(TextWorkload):
         """See :meth:`Workload.cases`."""
         for dtype in self.in_order(self.dtypes):
             subject = subjects.load(self.model, dtype, self.device)
-            ids, data = self._text(subject)
+            ids, data = subjects.text(subject, self.context, self.data_dir)
             columns = {"model": self.model, "dtype": dtype, "context": f"{self.context} tokens, {data}"}
             columns |= {"threads": self.threads, "device": self.device}
             for name in self.recipes:
@@ -50,7 +50,7 @@ class DecodeWorkload(TextWorkload):
                     "grid": subjects.converted(subject.model, recipe),
                     subjects.PACKED: subjects.converted(subject.model, recipe, "packed"),
                 }
-                caches = {contender: _read(model, ids) for contender, model in models.items()}
+                caches = {contender: subjects.read(model, ids) for contender, model in models.items()}
                 yield Case(
                     f"a token behind {self.context}, {name} {dtype}",
                     {**columns, "recipe": name},
@@ -62,20 +62,9 @@ class DecodeWorkload(TextWorkload):
                     partial(_figures, {contender: footprint.cache_bytes(cache) for contender, cache in caches.items()}),
                 )
 
-    def _text(self, subject: subjects.Subject) -> tuple[Tensor, str]:
-        """Return the tokens of rows one after the other, from the first again where they are too few."""
-        ids, data = subjects.tokens(subject, 16, None, self.data_dir)
-        text = ids.flatten()
-        return text.repeat(-(-self.context // len(text)))[None, : self.context], data
-
 
 def _figures(sizes: dict[str, int], name: str, seconds: Spread, _: Spread | None) -> dict[str, float]:
     return {"ms/token": seconds.median * 1000, "MB of K and V": sizes[name] / 1e6}
-
-
-@torch.no_grad()
-def _read(model: Any, ids: Tensor) -> Any:
-    return model(ids, use_cache=True, logits_to_keep=1).past_key_values
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ from mxlab.bench.workload import (
     check_dtypes,
     check_numerics,
     check_recipes,
+    tokens_per_second,
 )
 from mxlab.compat.recipes import load_any_recipe
 from mxlab.formats import Numerics
@@ -77,7 +78,7 @@ class ForwardWorkload(TextWorkload):
                     {**columns, "attention": attention},
                     contenders,
                     self.effort_in(dtype),
-                    partial(_tokens_per_second, ids.numel()),
+                    partial(tokens_per_second, ids.numel()),
                 )
 
     def _quantized(self, plain: Any) -> dict[tuple[str, str], Any]:
@@ -172,10 +173,6 @@ class GenerateWorkload(TextWorkload):
     def _target(self, recipe: str, dtype: str, storage: str) -> targets.Target | None:
         setting = {"model": self.model, "device": self.place.type, "dtype": dtype, "storage": storage}
         return targets.model_target("generate", recipe, **setting, tokens=self.tokens, threads=self.threads)
-
-
-def _tokens_per_second(count: int, _: str, seconds: Spread, __: Spread | None) -> dict[str, float]:
-    return {"tokens/s": count / seconds.median}
 
 
 @torch.no_grad()

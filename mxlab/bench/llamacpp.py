@@ -19,14 +19,13 @@ import torch
 from torch import Tensor
 
 from mxlab.bench import subjects
-from mxlab.bench.results import BASELINE, Spread
+from mxlab.bench.results import BASELINE
 from mxlab.bench.timing import Contender
-from mxlab.bench.workload import Case, TextWorkload, check_count, check_dtypes, check_recipes
+from mxlab.bench.workload import Case, TextWorkload, check_count, check_dtypes, check_recipes, tokens_per_second
 from mxlab.compat.recipes import load_any_recipe
 from mxlab.hf import gguf_export
 
 NAME = "llama.cpp"
-_FIRST = 64  # tokens before those of a decode
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +53,7 @@ class LlamaCppWorkload(TextWorkload):
         """See :meth:`Workload.cases`."""
         subject = subjects.load(self.model, self.dtype, self.device)
         packed = subjects.converted(subject.model, subjects.variant(self.recipe, "exact"), subjects.PACKED)
-        ids, data = subjects.tokens(subject, 16, None, self.data_dir)
-        text = ids.flatten().repeat(-(-self.prompt // ids.numel()))[: self.prompt]
+        text, data = subjects.text(subject, max(self.prompt, self.tokens), self.data_dir)
         columns = {"model": self.model, "dtype": self.dtype, "recipe": self.recipe, "text": data}
         columns |= {"threads": self.threads, "device": self.device}
         with tempfile.TemporaryDirectory() as folder:
@@ -68,15 +66,14 @@ class LlamaCppWorkload(TextWorkload):
                     {**columns, "tokens": f"{count}, {'at once' if name == 'prompt' else 'one by one'}"},
                     [Contender(who, call) for who, call in calls.items()],
                     self.effort,
-                    partial(_tokens_per_second, count),
+                    partial(tokens_per_second, count),
                 )
 
     def _other(self, subject: subjects.Subject, folder: Path) -> dict[str, Any]:
         if not is_there() or subject.tokenizer is None:
             return {}
         gguf_export.export(self.model, load_any_recipe(self.recipe), self.dtype, folder, weights_only=True)
-        calls = 2 * (self.repeats + self.warmup) + 2
-        room = max(self.prompt, _FIRST + self.tokens * calls)
+        room = self.prompt + self.tokens * 2 * (self.repeats + self.warmup + 1)  # a sample may take two calls
         return {NAME: _LlamaCpp(folder / gguf_export.FILE, room, self.threads or torch.get_num_threads())}
 
 
@@ -85,31 +82,24 @@ def is_there() -> bool:
     return importlib.util.find_spec("llama_cpp") is not None
 
 
-def _tokens_per_second(count: int, _: str, seconds: Spread, __: Spread | None) -> dict[str, float]:
-    return {"tokens/s": count / seconds.median}
-
-
 class _Torch:
-    """A model of transformers."""
+    """A model of transformers; tokens are decoded behind the last prompt."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
         self._cache: Any = None
 
-    @torch.no_grad()
     def prompt(self, text: Tensor, count: int) -> None:
-        self._cache = self._model(text[None, :count], use_cache=True, logits_to_keep=1).past_key_values
+        self._cache = subjects.read(self._model, text[:, :count])
 
     @torch.no_grad()
     def decode(self, text: Tensor, count: int) -> None:
-        if self._cache is None or self._cache.get_seq_length() >= self._model.config.max_position_embeddings - count:
-            self.prompt(text, _FIRST)
         for i in range(count):
-            self._model(text[None, i : i + 1], past_key_values=self._cache)
+            self._model(text[:, i : i + 1], past_key_values=self._cache)
 
 
 class _LlamaCpp:
-    """The model in llama.cpp."""
+    """The model in llama.cpp, likewise."""
 
     def __init__(self, file: Path, room: int, threads: int) -> None:
         make: Callable[..., Any] = importlib.import_module("llama_cpp").Llama
@@ -118,10 +108,8 @@ class _LlamaCpp:
 
     def prompt(self, text: Tensor, count: int) -> None:
         self._model.reset()
-        self._model.eval(text[:count].tolist())
+        self._model.eval(text[0, :count].tolist())
 
     def decode(self, text: Tensor, count: int) -> None:
-        if self._model.n_tokens > self._model.n_ctx() - count:
-            self.prompt(text, _FIRST)
-        for token in text[:count].tolist():
+        for token in text[0, :count].tolist():
             self._model.eval([token])

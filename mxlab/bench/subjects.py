@@ -61,6 +61,23 @@ def tokens(subject: Subject, batch: int, length: int | None, data_dir: Path | No
     return ids.to(subject.model.device), name
 
 
+def text(subject: Subject, length: int, data_dir: Path | None) -> tuple[Tensor, str]:
+    """Return that many token ids, (1, length), and what they are: rows one after the other, again where too few.
+
+    Raises:
+        SourceError: as :func:`tokens`.
+    """
+    rows, data = tokens(subject, 16, None, data_dir)
+    ids = rows.flatten()
+    return ids.repeat(-(-length // len(ids)))[None, :length], data
+
+
+@torch.no_grad()
+def read(model: Any, ids: Tensor) -> Any:
+    """Return the cache of a model that has read token ids (1, tokens)."""
+    return model(ids, use_cache=True, logits_to_keep=1).past_key_values
+
+
 def texts(data_dir: Path | None, count: int) -> list[str]:
     """Return the first rows of lambada_openai in ``data_dir``, or of the embedded passages.
 

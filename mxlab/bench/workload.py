@@ -51,6 +51,11 @@ ATTENTIONS = ("eager", "sdpa")
 Figures = Callable[[str, Spread, Spread | None], dict[str, float]]
 
 
+def tokens_per_second(count: int, _: str, seconds: Spread, __: Spread | None) -> dict[str, float]:
+    """Return the figures of a call that takes ``count`` tokens, once the count is bound."""
+    return {"tokens/s": count / seconds.median}
+
+
 @dataclass(frozen=True)
 class Case:
     """Contenders that take turns; all are compared with the first.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -21,7 +20,8 @@ from mxlab.cli.options import (
     StorageOption,
     refuse_mx_specs,
 )
-from mxlab.cli.recipes import chosen_recipe
+from mxlab.cli.recipes import chosen_recipes
+from mxlab.cli.records import print_json
 
 if TYPE_CHECKING:
     from mxlab.experiments.generation import Generation
@@ -40,7 +40,7 @@ def generate(
 ) -> None:
     """Generate text, greedily, and say how fast that was and what it took in memory."""
     refuse_mx_specs("generate")
-    chosen = [chosen_recipe(name, set_ or [], model) for name in recipe or [None]]
+    chosen = chosen_recipes(recipe, set_, model)
     start_logging()
     with progress(), loading_libraries():
         from mxlab.experiments.generation import Generator
@@ -54,7 +54,7 @@ def generate(
         if not as_json:
             typer.echo("\n")
     if as_json:
-        typer.echo(json.dumps([one.to_dict() for one in found], indent=1))
+        print_json([one.to_dict() for one in found])
         return
     print_table(_table(found))
     if len(found) > 1:

@@ -12,7 +12,8 @@ from rich.table import Table
 
 from mxlab.cli.console import loading_libraries, print_line, print_table, progress, start_logging
 from mxlab.cli.options import Dtype, DtypeOption, JsonOption, ModelArgument, RecipesOption, SetOption, refuse_mx_specs
-from mxlab.cli.recipes import chosen_recipe
+from mxlab.cli.recipes import chosen_recipes
+from mxlab.cli.records import print_json
 
 if TYPE_CHECKING:
     from mxlab.experiments.memory import Memory
@@ -29,19 +30,19 @@ def memory(
 ) -> None:
     """Measure weights, keys and values and activations of a packed model, from outside of its process."""
     refuse_mx_specs("memory")
-    chosen = [chosen_recipe(name, set_ or [], model) for name in recipe or [None]]
+    chosen = chosen_recipes(recipe, set_, model)
     start_logging()
     with progress():
         with loading_libraries():
             from mxlab.experiments.memory import measure
 
         found = [measure(model, one, tokens, dtype.value) for one in chosen]
-    text = json.dumps({"model": model, "dtype": dtype.value, "recipes": [asdict(one) for one in found]}, indent=1)
+    told = {"model": model, "dtype": dtype.value, "recipes": [asdict(one) for one in found]}
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(text + "\n", encoding="utf-8")
+        out.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
     if as_json:
-        typer.echo(text)
+        print_json(told)
         return
     for one in found:
         print_line(f"{one.recipe}, {one.tokens} tokens; megabytes")

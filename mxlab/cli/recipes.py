@@ -37,6 +37,11 @@ def chosen_recipe(name: str | None, assignments: list[str], model: str) -> Recip
     return replace(changed, name="custom") if changed.quantizes and not recipe.quantizes else changed
 
 
+def chosen_recipes(names: list[str] | None, assignments: list[str] | None, model: str) -> list[Recipe]:
+    """Return the recipes of these names, or without any the one that :func:`chosen_recipe` finds; raises as that."""
+    return [chosen_recipe(name, assignments or [], model) for name in names or [None]]
+
+
 def assigned(assignments: list[str]) -> dict[str, Any]:
     """Return the options of ``--set name=value`` by name."""
     return dict(map(parse_assignment, assignments))

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from mxlab.errors import RunError, SpecError
 from mxlab.hf.checkpoint import save_converted
@@ -97,11 +96,16 @@ def stored_bytes(folder: Path) -> Footprint:
     sizes = {"elements": 0, "scales": 0, "others": 0}
     kinds = {PARTS["elements"]: "elements", PARTS["scales"]: "scales", PARTS["tensor_scale"]: "scales"}
     for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, "pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118  it is no dictionary
-                kind = kinds.get(name.rpartition(".")[2], "others")
-                sizes[kind] += tensors.get_tensor(name).nbytes
+        for name, (start, end) in _places(file).items():
+            sizes[kinds.get(name.rpartition(".")[2], "others")] += end - start
     return Footprint(**sizes, cache=0)
+
+
+def _places(file: Path) -> dict[str, tuple[int, int]]:
+    """Return where the tensors of a safetensors file begin and end, from its header: no tensor is read."""
+    with file.open("rb") as opened:
+        header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
+    return {name: tuple(told["data_offsets"]) for name, told in header.items() if name != "__metadata__"}
 
 
 @dataclass(frozen=True)
@@ -182,7 +186,8 @@ def _next_step(child: Any, step: str) -> _Step:
         if line.startswith("{") and (told := json.loads(line))["step"] == step:
             break
     place = Path("/proc") / str(child.pid)
-    found = _Step(_kilobytes(place / "smaps_rollup", "Rss"), _kilobytes(place / "status", "VmHWM"), told)
+    resident = devices.told_by_system(place / "smaps_rollup", "Rss")
+    found = _Step(resident, devices.told_by_system(place / "status", "VmHWM"), told)
     try:
         (place / "clear_refs").write_text("5")  # the peak counts anew from here
     except OSError as e:
@@ -190,11 +195,6 @@ def _next_step(child: Any, step: str) -> _Step:
     child.stdin.write("\n")
     child.stdin.flush()
     return found
-
-
-def _kilobytes(file: Path, name: str) -> int:
-    [line] = [line for line in file.read_text().splitlines() if line.startswith(f"{name}:")]
-    return int(line.split()[1]) * 1024
 
 
 def stop_at_each_step(folder: str, tokens: str, dtype: str) -> None:

@@ -153,7 +153,7 @@ def target_of(site: QuantizedSite) -> Target:
 
 def _check_scales(weight: MXTensor, name: str) -> None:
     steps = _steps(weight)
-    lost = int(((steps.to(torch.float16).float() != steps) & _holds_numbers(weight)).sum())
+    lost = int(((steps.to(torch.float16).float() != steps) & weight.holds_numbers()).sum())
     if lost:
         raise ConversionError(
             f"{name} has {lost} blocks whose scale no float16 number is, as {TOOL} would store it: leave it out"
@@ -163,10 +163,6 @@ def _check_scales(weight: MXTensor, name: str) -> None:
 def _steps(weight: MXTensor) -> Tensor:
     """Return what the integers of each block are multiplied by, float32 [outputs, blocks]."""
     return scale_values(weight.fmt)[weight.scales.long()] * weight.fmt.grid.min
-
-
-def _holds_numbers(weight: MXTensor) -> Tensor:
-    return _codes(weight).amax(-1) > 0
 
 
 def _codes(weight: MXTensor) -> Tensor:
@@ -179,7 +175,7 @@ def blocks(weight: MXTensor, target: Target) -> np.ndarray:
     codes = _codes(weight)
     if target.type == GGMLQuantizationType.MXFP4:
         return _joined(weight.scales[..., None], _halves(codes))
-    steps = _steps(weight).masked_fill(~_holds_numbers(weight), 0.0)
+    steps = _steps(weight).masked_fill(~weight.holds_numbers(), 0.0)
     scales = steps.to(torch.float16)[..., None].view(torch.uint8)
     if target.type == GGMLQuantizationType.Q8_0:
         return _joined(scales, codes)
@@ -205,12 +201,11 @@ def _tensors(
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if name in packed or (name.startswith("lm_head.") and id(parameter) in shared):
             continue  # llama.cpp takes the embeddings for a head that is not there
-        ordered = _interleaved(parameter.detach(), name, model) if architecture.interleaves else parameter.detach()
-        yield _name(names, name), *_plain(ordered)
+        rows = row_order(name, parameter.shape[0], model, architecture)
+        yield _name(names, name), *_plain(parameter.detach() if rows is None else parameter.detach()[rows])
     for name, target in targets.items():
         weight = model.get_submodule(name).packed
-        if architecture.interleaves and heads_of(name, model):
-            rows = order(weight.shape[0], heads_of(name, model))
+        if (rows := row_order(name, weight.shape[0], model, architecture)) is not None:
             weight = MXTensor.from_tensors(
                 {part: x[rows] if x.ndim else x for part, x in weight.tensors().items()}, weight.description(), name
             )
@@ -236,20 +231,15 @@ def _plain(x: Tensor) -> tuple[np.ndarray, GGMLQuantizationType]:
     return x.contiguous().view(torch.uint8).numpy(), GGMLQuantizationType.BF16
 
 
-def heads_of(name: str, model: Any) -> int:
-    """Return the heads of what the rotary embedding turns, 0 for any other module."""
+def row_order(name: str, rows: int, model: Any, architecture: Architecture) -> Tensor | None:
+    """Return the rows of a parameter in the order of llama.cpp; None where that is the same.
+
+    The elements of a head that the rotary embedding turns together are neighbours there.
+    """
     last = name.removesuffix(".weight").removesuffix(".bias").rpartition(".")[2]
-    config = model.config
-    return {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(last, 0)
-
-
-def _interleaved(x: Tensor, name: str, model: Any) -> Tensor:
-    heads = heads_of(name, model)
-    return x[order(x.shape[0], heads)] if heads else x
-
-
-def order(rows: int, heads: int) -> Tensor:
-    """Return the rows of heads so that the elements that are turned together are neighbours."""
+    heads = {"q_proj": model.config.num_attention_heads, "k_proj": model.config.num_key_value_heads}.get(last)
+    if heads is None or not architecture.interleaves:
+        return None
     return torch.arange(rows).view(heads, 2, -1).transpose(1, 2).flatten()
 
 

@@ -20,7 +20,7 @@ import torch
 from accelerate import init_empty_weights
 from gguf import GGMLQuantizationType, GGUFReader
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from mxlab.errors import ConversionError, SourceError
@@ -32,6 +32,7 @@ from mxlab.model.nn.packed import PARTS
 from mxlab.model.saved import make_packed_room
 from mxlab.packed import MXTensor
 from mxlab.packed.bits import pack
+from mxlab.packed.tensor import LAYOUT
 from mxlab.progress import Steps
 from mxlab.recipe import Recipe, Rule
 
@@ -146,14 +147,19 @@ def _weight(name: str, found: Mapping[str, Tensor], dtype: str) -> MXTensor:
             f"{name} has {codes.shape[1]} bytes of codes and {scales.shape[1]} scales of {scales.dtype} for each "
             "output, which is no microscaling format that mxlab imports"
         )
-    description = {"layout": 1, "format": str(MXFormat(element, size, scale=scale)), "axis": 1, "dtype": dtype}
     parts = {"elements": codes.view(torch.uint8), "scales": scales.view(torch.uint8)}
     if scale == "e4m3":
         unit = found.get("weight_global_scale")
         if unit is None:
             raise SourceError(f"{name} has no weight_global_scale: {_REMEDY}")
         parts["tensor_scale"] = (1 / unit.float()).reshape(())
-    return MXTensor.from_tensors(parts, {**description, "shape": [codes.shape[0], inputs]}, name)
+    return _checked(parts, MXFormat(element, size, scale=scale), (codes.shape[0], inputs), dtype, name)
+
+
+def _checked(parts: Mapping[str, Tensor], fmt: MXFormat, shape: tuple[int, ...], dtype: str, name: str) -> MXTensor:
+    """Return a weight [outputs, inputs] from its parts. Raises SourceError where they do not fit."""
+    description = {"layout": LAYOUT, "format": str(fmt), "axis": 1, "dtype": dtype, "shape": shape}
+    return MXTensor.from_tensors(parts, description, name)
 
 
 def _element(codes: Tensor, scales: Tensor) -> tuple[str, int]:
@@ -195,7 +201,8 @@ def read_gguf(file: Path) -> Found:
         taken.add(there)
         if tensor is None:
             continue  # assembled() knows whether it may be missing
-        rows = _rows(name, model, tensor) if architecture.interleaves else slice(None)
+        moved = gguf_export.row_order(name, int(tensor.shape[-1]), model, architecture)
+        rows = slice(None) if moved is None else moved.argsort()
         if tensor.tensor_type == GGMLQuantizationType.MXFP4:
             packed[name.removesuffix(".weight")] = _mxfp4(torch.from_numpy(tensor.data.copy())[rows], name)
         else:
@@ -207,20 +214,12 @@ def read_gguf(file: Path) -> Found:
     return Found(config, tokenizer, packed, others)
 
 
-def _rows(name: str, model: nn.Module, tensor: Any) -> Any:
-    """Return where the rows of transformers are among those of ggml."""
-    heads = gguf_export.heads_of(name, model)
-    return gguf_export.order(int(tensor.shape[-1]), heads).argsort() if heads else slice(None)
-
-
 def _mxfp4(blocks: Tensor, name: str) -> MXTensor:
     """Return a weight of ggml's MXFP4: for each 32 elements a scale, then codes of the first half and the second."""
     stored = blocks.unflatten(-1, (-1, 17))
     codes = torch.cat([stored[..., 1:] & 15, stored[..., 1:] >> 4], dim=-1).flatten(1)
     parts = {"elements": pack(codes, 4), "scales": stored[..., 0].contiguous()}
-    shape = list(codes.shape)
-    description = {"layout": 1, "format": "fp4_e2m1@32", "axis": 1, "dtype": "float32", "shape": shape}
-    return MXTensor.from_tensors(parts, description, name)
+    return _checked(parts, MXFormat("fp4_e2m1", gguf_export.BLOCK), tuple(codes.shape), "float32", name)
 
 
 def _take_frequencies(by_name: Mapping[str, Any], config: Any, file: Path) -> None:

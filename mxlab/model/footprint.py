@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -45,9 +46,8 @@ def predicted(conversion: Conversion, tokens: int) -> Footprint:
     bits = sum(site.storage_bits() for site in quantized)
     elements = sum(prod(site.shape) * fmt.element_bits for site in quantized for fmt in site.weight_formats)
     in_place = {id(p) for site in quantized for p in site.stored_parameters()}
-    model = conversion.model
-    others = {id(x): x.nbytes for x in [*model.parameters(), *model.buffers()] if id(x) not in in_place}
-    return Footprint(elements // 8, (bits - elements) // 8, sum(others.values()), _cache_bits(conversion, tokens) // 8)
+    others = model_bytes(conversion.model, in_place)
+    return Footprint(elements // 8, (bits - elements) // 8, others, _cache_bits(conversion, tokens) // 8)
 
 
 def _cache_bits(conversion: Conversion, tokens: int) -> int:
@@ -65,9 +65,12 @@ def _cache_bits(conversion: Conversion, tokens: int) -> int:
     return bits
 
 
-def model_bytes(model: nn.Module) -> int:
-    """Return the bytes of a model's parameters and buffers; what is shared counts once."""
-    tensors = {id(x): x.nbytes for x in [*model.parameters(), *model.buffers()]}
+def model_bytes(model: nn.Module, left_out: Set[int] = frozenset()) -> int:
+    """Return the bytes of a model's parameters and buffers but for those with an id in ``left_out``.
+
+    What is shared counts once.
+    """
+    tensors = {id(x): x.nbytes for x in [*model.parameters(), *model.buffers()] if id(x) not in left_out}
     return sum(tensors.values())
 
 

@@ -123,14 +123,14 @@ class MXTensor:
         """The tensor as the kernels of products take it."""
         fmt, elements, scales = self.fmt, self.elements.contiguous(), self.scales.contiguous()
         scale_of = scale_values(fmt).to(self.device) * self.tensor_scale * fmt.grid.min
-        found = scale_of[scales[self._holds_numbers()].unique().long()]
+        found = scale_of[scales[self.holds_numbers()].unique().long()]
         found = found[found > 0]
         ends = (float(found.min()), float(found.max())) if found.numel() else (1.0, 1.0)
         is_shift = not fmt.scale_format.is_float and fmt.scale_bits == 8
         return PackedRows(elements, scales, scale_of, ends, fmt.grid.min if is_shift else 0.0)
 
-    def _holds_numbers(self) -> Tensor:
-        """Return, for each block, whether one of its codes is not 0."""
+    def holds_numbers(self) -> Tensor:
+        """Return, for each block, whether one of its codes is not 0: bool, of the shape of the scales."""
         bits = self._cut.block_size * self.fmt.element_bits
         if bits and bits % 8 == 0:
             codes = F.pad(self.elements, (0, self.scales.shape[-1] * (bits // 8) - self.elements.shape[-1]))

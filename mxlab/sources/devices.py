@@ -140,11 +140,16 @@ def peak_memory() -> int:
     """Return the peak resident memory of this process in bytes."""
     status = Path("/proc/self/status")
     if status.exists():  # getrusage would say what the parent had when it started this process
-        [line] = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")]
-        return int(line.split()[1]) * 1024
+        return told_by_system(status, "VmHWM")
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def told_by_system(file: Path, name: str) -> int:
+    """Return the bytes that a file of /proc has for ``name``, in kilobytes."""
+    [line] = [line for line in file.read_text().splitlines() if line.startswith(f"{name}:")]
+    return int(line.split()[1]) * 1024
 
 
 def resident_memory() -> int:

@@ -120,21 +120,8 @@ def test_memory_of_a_process_that_ends(tiny_llama, monkeypatch):
 # ---- the commands
 
 
-@pytest.fixture
-def run(capsys, monkeypatch):
-    from mxlab.cli import main
-
-    def call(*arguments):
-        monkeypatch.setattr("sys.argv", ["mxlab", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            main.main()
-        return end.value.code or 0, *capsys.readouterr()
-
-    return call
-
-
-def test_generate_command(run, tiny_llama):
-    code, out, _ = run(
+def test_generate_command(mxlab, tiny_llama):
+    code, out, _ = mxlab(
         "generate", tiny_llama, PROMPT, "--recipe", "baseline", "--recipe", "ex1", "--tokens", 5, "--dtype", "float32"
     )
     assert code == 0
@@ -144,24 +131,26 @@ def test_generate_command(run, tiny_llama):
     assert re.search(r"the same tokens up to number \d", out)
 
 
-def test_generate_command_in_json(run, tiny_llama):
-    code, out, _ = run("generate", tiny_llama, PROMPT, "--tokens", 3, "--json", "--dtype", "float32")
+def test_generate_command_in_json(mxlab, tiny_llama):
+    code, out, _ = mxlab("generate", tiny_llama, PROMPT, "--tokens", 3, "--json", "--dtype", "float32")
     assert code == 0
     assert [one["recipe"] for one in json.loads(out)] == ["baseline"]
 
 
-def test_memory_command(run, tiny_llama, tmp_path):
+def test_memory_command(mxlab, tiny_llama, tmp_path):
     file = tmp_path / "new" / "memory.json"
-    code, out, _ = run("memory", tiny_llama, "--recipe", "kv_only", "--tokens", 10, "--dtype", "float32", "--out", file)
+    code, out, _ = mxlab(
+        "memory", tiny_llama, "--recipe", "kv_only", "--tokens", 10, "--dtype", "float32", "--out", file
+    )
     assert code == 0
     assert "weights together" in out
     assert json.loads(file.read_text())["recipes"][0]["recipe"] == "kv_only"
 
 
-def test_commands_and_bad_input(run, tiny_llama, monkeypatch):
-    code, _, err = run("generate", tiny_llama, "", "--recipe", "ex1")
+def test_commands_and_bad_input(mxlab, tiny_llama, monkeypatch):
+    code, _, err = mxlab("generate", tiny_llama, "", "--recipe", "ex1")
     assert code == 2
     assert "the prompt is empty" in err
-    assert run("generate", tiny_llama, PROMPT, "--recipe", "nothing")[0] == 2
+    assert mxlab("generate", tiny_llama, PROMPT, "--recipe", "nothing")[0] == 2
     monkeypatch.setenv("MX_SPECS_JSON", "{}")
-    assert "MX_SPECS_JSON is set" in run("memory", tiny_llama)[2]
+    assert "MX_SPECS_JSON is set" in mxlab("memory", tiny_llama)[2]

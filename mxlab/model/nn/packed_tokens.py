@@ -15,7 +15,7 @@ from mxlab.numerics.kernels.attention import PackedHeads
 from mxlab.packed import MXTensor
 
 _LEAST_ROOM, _SHARE_OF_ROOM = 64, 32  # tokens; a 32nd of those that are there
-_HEADS, _TOKENS, _HEAD_DIM = 1, 2, 3  # axes
+_TOKENS, _HEAD_DIM = 2, 3  # axes
 
 
 class TokenCodes(NamedTuple):
@@ -146,14 +146,12 @@ class PackedTokens:
 
     def scores(self, queries: Tensor) -> Tensor:
         """Return products with queries [batch, heads, rows, head_dim], float32 [batch, heads, rows, tokens]."""
-        wide, units, offset = queries.float(), self.codes.units, self.grid.offset
+        wide, units = queries.float(), self.codes.units
+        added = self.grid.products_with_offset(wide)
         found = attention.score(self.grid.transformed(wide), self.heads)
         if units is not None:
             found *= units
-        if offset is not None:
-            repeated = offset.to(wide).repeat_interleave(wide.shape[_HEADS] // len(offset), dim=0)
-            found += (wide * repeated).sum(-1, keepdim=True)
-        return found
+        return found if added is None else found.add_(added)
 
     def mixed(self, probabilities: Tensor) -> Tensor:
         """Return their sums, weighted [batch, heads, rows, tokens]: float32 [batch, heads, rows, head_dim]."""

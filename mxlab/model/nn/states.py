@@ -39,7 +39,7 @@ class StateGrid:
             x: the operand.
             axis: that of head_dim.
         """
-        shifted = x if self.offset is None else x - self._of_shape(self.offset, x, axis)
+        shifted = self._shifted(x, axis)
         if self.size is None:
             on_grid = quantize(shifted, self.fmt, axis=axis, numerics=self.numerics)
         else:
@@ -52,13 +52,18 @@ class StateGrid:
         return y if self.offset is None else y + self._of_shape(self.offset, y, axis)
 
     def transformed(self, x: Tensor) -> Tensor:
-        """Return the other operand, whose product with what is on the grid is that with what is restored."""
+        """Return ``x`` with the transform: of another operand the product with what is on the grid stays the same."""
         return x if self.size is None else hadamard.transform(x, self.size)
+
+    def products_with_offset(self, queries: Tensor) -> Tensor | None:
+        """Return what the offset adds to the products with queries, (batch, heads, rows, 1); None without one."""
+        if self.offset is None:
+            return None
+        return (queries * self._of_shape(self.offset, queries, -1)).sum(-1, keepdim=True)
 
     def encode(self, x: Tensor) -> MXTensor:
         """Return what is on the grid, in codes. Raises ConversionError where these cannot be told from the values."""
-        shifted = x if self.offset is None else x - self._of_shape(self.offset, x, -1)
-        given = shifted if self.size is None else hadamard.transform(shifted, self.size)
+        given = self.transformed(self._shifted(x, -1))
         if self.numerics == "exact":
             return MXTensor.from_float(given, str(self.fmt))
         try:
@@ -72,6 +77,9 @@ class StateGrid:
         """Return whether codes mean the same to both."""
         same_format = self.fmt == other.fmt and self.numerics == other.numerics
         return same_format and self.size == other.size and _are_equal(self.offset, other.offset)
+
+    def _shifted(self, x: Tensor, axis: int) -> Tensor:
+        return x if self.offset is None else x - self._of_shape(self.offset, x, axis)
 
     def _of_shape(self, offset: Tensor, x: Tensor, axis: int) -> Tensor:
         """Return the offset as it is taken off ``x``, whose heads may come several times over."""
